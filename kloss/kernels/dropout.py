@@ -1,0 +1,110 @@
+"""Dropout as a function: whether an element is kept depends on its keys alone, so no mask is ever stored.
+
+    z   = mix64(mix64(seed + (site + 1) * GOLDEN) + row_key * ODD)        one 64-bit key per row and site
+    h   = c * 0x9E3779B1 ^ low32(z);  h ^= h >> 16;  h *= 0x7FEB352D;  h ^= h >> 15
+    h  ^= high32(z);  h *= 0x846CA68B;  h ^= h >> 16                      one 32-bit draw per pair of features, c = feature // 2
+    u   = low 16 bits of h for the even feature, high 16 bits for the odd one
+    keep = u >= round(p * 65536);   kept values are divided by 1 - round(p * 65536) / 65536
+
+`mix64` is the finaliser of splitmix64 (Steele, Lea, Flood 2014), the 32-bit rounds are C. Wellons' `lowbias32` with a second
+key between its multiplications. All arithmetic wraps. Nothing depends on the batch, so a learner draws the same masks
+alone and among others, forward and backward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15
+ODD = 0xD1B54A32D192ED03
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+COUNTER = 0x9E3779B1
+ROUND_1, ROUND_2 = 0x7FEB352D, 0x846CA68B
+
+
+class Dropout(NamedTuple):
+    """The keys of one dropout site.
+
+    p: fp32 [G], probability in [0, 1), rounded to 1/65536. seed: int64 [G]. row_key: int64 [T], from `row_keys`.
+    site: which place of the network. adapter: int32 [T], the row of p and seed that each row uses (-1: no dropout);
+    None: the segments' in `multi_lora_linear`, row 0 elsewhere.
+    """
+
+    p: Tensor
+    seed: Tensor
+    row_key: Tensor
+    site: int
+    adapter: Tensor | None = None
+
+
+def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Key of every packed row: step << 32 | sequence within its learner's batch << 16 | position.
+
+    step, sequence: int64 [S]. cu_seqlens: int32 [S+1]. Returns int64 [T]. Steps below 2^31; sequences and positions below 2^16.
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    start = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+    position = torch.arange(start.numel(), device=start.device) - start
+    return torch.repeat_interleave(step << 32 | sequence << 16, lengths) + position
+
+
+def _signed(value: int, bits: int) -> int:
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _mix64(z: Tensor) -> Tensor:
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(MIX_1, 64)
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(MIX_2, 64)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def stream_keys(seed: Tensor, row_key: Tensor, site: int) -> Tensor:
+    """The 64-bit key z of each row at a site. seed, row_key: int64 [T]. Returns int64 [T]."""
+    site_term = _signed((site + 1) * GOLDEN % (1 << 64), 64)
+    return _mix64(_mix64(seed + site_term) + row_key * _signed(ODD, 64))
+
+
+def draws(keys: Tensor, counter: Tensor) -> Tensor:
+    """The 32-bit draw h of (row, pair of features). keys: int64, counter: int32, broadcastable. Returns int32, the bits of h."""
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)  # conversions keep the low 32 bits
+    h = counter * _signed(COUNTER, 32) ^ low
+    h.bitwise_xor_(h >> 16 & 0xFFFF).mul_(_signed(ROUND_1, 32))
+    h.bitwise_xor_(h >> 15 & 0x1FFFF).bitwise_xor_(high).mul_(_signed(ROUND_2, 32))
+    return h.bitwise_xor_(h >> 16 & 0xFFFF)
+
+
+def thresholds(p: Tensor) -> Tensor:
+    """round(p * 65536) as int32, at most 65535."""
+    return (p.double() * 65536).round().clamp(0, 65535).to(torch.int32)
+
+
+def keep_mask(dropout: Dropout, features: Tensor, adapter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which elements stay, and by what kept ones are multiplied.
+
+    features: int32 [..., F], even length, in pairs (2c, 2c+1), broadcast behind the rows. adapter: int32 [T], overrides
+    dropout.adapter. Returns keep bool [T, ..., F] and scale fp32 [T].
+    """
+    adapter = dropout.adapter if adapter is None else adapter
+    rows = dropout.row_key
+    index = torch.zeros_like(rows) if adapter is None else adapter.clamp(min=0).long()
+    threshold = thresholds(dropout.p)[index]
+    if adapter is not None:
+        threshold = threshold.masked_fill(adapter < 0, 0)
+    counter = features[..., ::2] >> 1
+    keys = stream_keys(dropout.seed[index], rows, dropout.site)
+    behind = (-1,) + (1,) * counter.dim()
+    # Flipping the top bit of each half turns the unsigned comparison into the signed one that int16 has.
+    u = draws(keys.view(behind), counter).bitwise_xor_(_signed(0x80008000, 32)).view(torch.int16)
+    keep = u >= (threshold - 32768).to(torch.int16).view(behind)
+    return keep, 1 / (1 - threshold.double() / 65536).float()
+
+
+def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:
+    """drop(x) for x [T, K]: dropped elements are 0 whatever they held, kept ones are scaled. None returns x."""
+    if dropout is None:
+        return x
+    width = x.shape[1]
+    features = torch.arange(width + width % 2, dtype=torch.int32, device=x.device)
+    keep, scale = keep_mask(dropout, features, adapter)
+    return torch.where(keep[:, :width], x * scale[:, None].to(x.dtype), x.new_zeros(()))

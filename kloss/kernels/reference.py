@@ -1,0 +1,338 @@
+"""Every op in plain torch: the specification, the oracle of the tests, and the CPU path.
+
+Sizes: T packed rows, S sequences, G adapters, K inputs, N outputs, R rank of the bank, H width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .dropout import Dropout, apply_dropout, keep_mask
+from .segments import Segments, make_segments
+
+__all__ = [
+    "adapter_adamw_", "adapter_linear", "add_norm", "gelu", "lora_linear", "make_segments", "multi_lora_linear",
+    "packed_attention", "span_counts", "token_loss",
+]  # fmt: skip
+
+
+class _MultiLoraLinear(Function):
+    """y = x Wᵀ + b + s_g (drop(x) A_gᵀ) B_gᵀ, one adapter's rows at a time; the gradients are written out below."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout):
+        y = F.linear(x, weight, bias)
+        total = segments.row_adapter.numel()
+        dropped, keep, scale = x, None, None
+        if dropout is not None:
+            width = x.shape[1]
+            features = torch.arange(width + width % 2, dtype=torch.int32)
+            keep, scale = keep_mask(dropout._replace(row_key=dropout.row_key[:total]), features, segments.row_adapter)
+            keep, scale = keep[:, :width], scale[:, None].to(x.dtype)
+            dropped = torch.where(keep, x[:total] * scale, x.new_zeros(()))
+        full = lora_b.shape[-1]
+        columns = weight.shape[0] // slices
+        shrunk = []
+        for g, start, end in segments.runs:
+            rank = full if ranks is None else int(ranks[g])
+            rows = segments.rows(start, end)
+            s = torch.mm(dropped[rows], _live_rows(lora_a[g], slices, rank).t())  # [n, slices*rank]
+            out = y[rows]
+            for i in range(slices):
+                b = lora_b[g, i * columns : (i + 1) * columns, :rank]
+                out[:, i * columns : (i + 1) * columns].addmm_(
+                    s[:, i * rank : (i + 1) * rank], b.t(), alpha=float(scaling[g])
+                )
+            if not segments.sorted:
+                y[rows] = out
+            shrunk.append(s)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, dropped, keep, scale, *shrunk)
+        ctx.segments, ctx.slices, ctx.ranks, ctx.has_bias = segments, slices, ranks, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b, scaling, dropped, keep, scale, *shrunk = ctx.saved_tensors
+        segments, slices, ranks = ctx.segments, ctx.slices, ctx.ranks
+        need_x, need_w, need_b, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
+        full, columns = lora_b.shape[-1], weight.shape[0] // slices
+        total = segments.row_adapter.numel()
+        dx = dy @ weight if need_x else None
+        d_dropped = torch.zeros_like(dropped) if need_x and keep is not None else None
+        d_a = torch.zeros_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
+        d_b = torch.zeros_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
+        for (g, start, end), s in zip(segments.runs, shrunk, strict=True):
+            rank = full if ranks is None else int(ranks[g])
+            rows = segments.rows(start, end)
+            dy_g, scaled = dy[rows], float(scaling[g])
+            ds = torch.empty_like(s)
+            for i in range(slices):
+                block, part = slice(i * columns, (i + 1) * columns), slice(i * rank, (i + 1) * rank)
+                ds[:, part] = torch.mm(dy_g[:, block], lora_b[g, block, :rank])
+                if need_lora_b:
+                    d_b[g, block, :rank] = torch.mm(dy_g[:, block].t(), s[:, part]).mul_(scaled)
+            ds.mul_(scaled)
+            if need_lora_a:
+                d_a[g].view(slices, full, -1)[:, :rank] = torch.mm(ds.t(), dropped[rows]).view(slices, rank, -1)
+            if need_x:
+                d_g = torch.mm(ds, _live_rows(lora_a[g], slices, rank))
+                if d_dropped is None:
+                    dx[rows] += d_g
+                else:
+                    d_dropped[rows] = d_g
+        if d_dropped is not None:
+            dx[:total] += torch.where(keep, d_dropped * scale, dx.new_zeros(()))
+        dw = dy.t() @ x if need_w else None
+        db = dy.sum(0) if need_b and ctx.has_bias else None
+        return dx, dw, db, d_a, d_b, None, None, None, None, None
+
+
+def _live_rows(a: Tensor, slices: int, rank: int) -> Tensor:
+    """Rows of A [slices*R, K] below the adapter's own rank, slice by slice: [slices*rank, K]."""
+    full = a.shape[0] // slices
+    return a if rank == full else a.view(slices, full, -1)[:, :rank].reshape(slices * rank, -1)
+
+
+def multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, segments: Segments,
+    *, slices: int = 1, ranks: Tensor | None = None, dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
+    """Linear layer with the LoRA update of each row's own adapter: y[t] = W x[t] + b + s_g B_g (A_g drop(x[t])).
+
+    x: [T, K]. weight: [N, K]. bias: [N] or None. lora_a: [G, slices*R, K]. lora_b: [G, N, R]. scaling: fp32 [G].
+    slices: the N rows are that many equal blocks, block i uses rows i*R..(i+1)*R of A (fused q, k, v).
+    ranks: int [G] or None, adapters that use only the first ranks[g] of R; their tails are skipped and get zero gradients.
+    dropout: of x on the LoRA path only. Rows behind segments.cu_seqlens[-1] get the base model's value.
+    Returns [T, N], differentiable in x, weight, bias, lora_a, lora_b. Raises ValueError for shapes that do not fit.
+    Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
+    """
+    check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices)
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
+
+
+def check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices) -> None:
+    """Raises ValueError naming the first shape that does not fit the others."""
+    (rows, k), (n, groups) = x.shape, (weight.shape[0], segments.num_adapters)
+    full = lora_b.shape[-1]
+    for name, tensor, wanted in (
+        ("weight", weight, (n, k)),
+        ("lora_a", lora_a, (groups, slices * full, k)),
+        ("lora_b", lora_b, (groups, n, full)),
+        ("scaling", scaling, (groups,)),
+    ):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {wanted}")
+    if n % slices:
+        raise ValueError(f"{n} outputs do not divide into {slices} slices")
+    if rows < segments.row_adapter.numel():
+        raise ValueError(f"x has {rows} rows, the segments cover {segments.row_adapter.numel()}")
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | float,
+    *, dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
+    """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or fp32 [1]."""
+    cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32)
+    segments = make_segments(cu_seqlens, torch.zeros(1, dtype=torch.int32), 1)
+    scaling = torch.as_tensor(scaling, dtype=torch.float32).reshape(1)
+    return multi_lora_linear(x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout)
+
+
+def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
+    """A whole linear layer per adapter: y[t] = W_g x[t] + b_g; 0 for rows without an adapter.
+
+    x: [T, K]. weight: [G, N, K]. bias: [G, N]. Returns [T, N], differentiable in x, weight, bias.
+    """
+    runs = [torch.addmm(bias[g], x[segments.rows(start, end)], weight[g].t()) for g, start, end in segments.runs]
+    taken = segments.runs[-1][2] if segments.runs else 0
+    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, weight.shape[1])])
+    if segments.sorted:
+        return y
+    rest = torch.arange(segments.order.numel(), x.shape[0])
+    return y[torch.argsort(torch.cat([segments.order, rest]))]
+
+
+class _Gather(Function):
+    """x[index], where every row of x has one slot in `back`, so that the gradient is a gather too and not a scatter.
+
+    index: [n] into x, `live` [n] marks the slots that a row owns; copies that only fill space carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, back, live):
+        ctx.save_for_backward(back, live)
+        return x[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        back, live = ctx.saved_tensors
+        dx = dy[back]
+        return (dx if live is None else torch.where(live[:, None], dx, dx.new_zeros(()))), None, None, None
+
+
+def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None) -> Tensor:
+    """Softmax attention within each packed sequence: softmax(q kᵀ / √D) v, D = H / num_heads.
+
+    qkv: [T, 3H], q, k and v side by side. cu_seqlens: int32 [S+1]. dropout: of the probabilities; the feature of head h and
+    key position j is h << 16 | j. Returns [T, H]. Rows behind cu_seqlens[-1] get 0.
+    Sequences of similar length share one padded product (lengths 8, 16, 32, ...), so the loop has a few rounds whatever S is.
+    """
+    rows, width = qkv.shape[0], qkv.shape[1] // 3
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    outputs, slot_of_row, used = [], torch.empty(rows, dtype=torch.long), 0
+    longest = int(lengths.max()) if lengths.numel() else 0
+    padded, below = 8, 0
+    while below < longest:
+        chosen = ((lengths > below) & (lengths <= padded)).nonzero()[:, 0]
+        below, length, padded = padded, padded, padded * 2
+        if not chosen.numel():
+            continue
+        position = torch.arange(length)
+        live = position < lengths[chosen, None]
+        # A slot without a row repeats the last row of its own sequence, so nothing of another sequence ever comes near.
+        index = starts[chosen, None] + torch.minimum(position, lengths[chosen, None] - 1)
+        slots = used + torch.arange(index.numel()).view_as(index)
+        slot_of_row[index[live]] = slots[live]
+        outputs.append((index, live, used))
+        used += index.numel()
+    total = int(cu_seqlens[-1])
+    slot_of_row = slot_of_row[:total]
+    if not outputs:
+        return qkv.new_zeros(rows, width)
+    index = torch.cat([part.reshape(-1) for part, _, _ in outputs])
+    live = torch.cat([part.reshape(-1) for _, part, _ in outputs])
+    gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
+    blocks = []
+    for part, mask, first in outputs:
+        block = gathered[first : first + part.numel()].view(*part.shape, 3, num_heads, -1)
+        q, k, v = block.permute(2, 0, 3, 1, 4)  # each [n, heads, length, D]
+        attended = _attend(q, k, v, mask, part, dropout)
+        blocks.append(attended.transpose(1, 2).reshape(-1, width))
+    out = _Gather.apply(torch.cat(blocks), slot_of_row, index, live)
+    return out if total == rows else torch.cat([out, out.new_zeros(rows - total, width)])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, index: Tensor, dropout: Dropout | None) -> Tensor:
+    """One bucket of `packed_attention`: q, k, v [n, heads, L, D], live bool [n, L], index [n, L] rows of the slots."""
+    if dropout is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=live[:, None, None, :])
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~live[:, None, None, :], -torch.inf)
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    (n, length), heads = index.shape, q.shape[1]
+    features = torch.arange(heads, dtype=torch.int32)[:, None] << 16 | torch.arange(length, dtype=torch.int32)
+    flat = index.reshape(-1)
+    adapter = None if dropout.adapter is None else dropout.adapter[flat]
+    keep, scale = keep_mask(dropout._replace(row_key=dropout.row_key[flat], adapter=adapter), features)
+    keep = keep.view(n, length, heads, length).transpose(1, 2)
+    kept = torch.where(keep, probabilities * scale.view(n, 1, length, 1), probabilities.new_zeros(()))
+    return kept.to(v.dtype) @ v
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None
+) -> Tensor:
+    """LayerNorm(drop(x) + residual) over the last dimension. x, residual: [T, H]. weight, bias: [H]. Returns [T, H]."""
+    return F.layer_norm(apply_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Φ(x), the exact form (erf) that XLM-R uses. Any shape. Source: Hendrycks and Gimpel 2016, arXiv 1606.08415."""
+    return F.gelu(x)
+
+
+def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of each adapter's labelled rows.
+
+    logits: [T, C]. labels: int64 [T], -100 where a row has none. Returns loss fp32 [G], 0 for an adapter without labelled
+    rows, and the number of labelled rows int64 [G]. The sum of the losses gives every adapter the gradient of its own mean.
+    """
+    groups, total = segments.num_adapters, segments.row_adapter.numel()
+    bins = torch.where(segments.row_adapter < 0, groups, segments.row_adapter).long()
+    labels = labels[:total]
+    row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=-100)
+    count = torch.zeros(groups + 1, dtype=torch.long).index_add(0, bins, (labels >= 0).long())
+    loss = row_loss.new_zeros(groups + 1).index_add(0, bins, row_loss) / count.clamp(min=1)
+    return loss[:groups], count[:groups]
+
+
+@torch.no_grad()
+def adapter_adamw_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
+    *, betas: tuple[float, float], eps: float, weight_decay: Tensor, max_norm: Tensor, active: Tensor,
+) -> Tensor:  # fmt: skip
+    """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
+
+    param, exp_avg, exp_avg_sq: fp32 [G, P]. grad: [G, P]. step: int64 [G], steps taken so far. lr, weight_decay, max_norm:
+    fp32 [G]; max_norm is the row's gradient-norm clip (inf: none). active: bool [G]. Returns the gradient norms fp32 [G]
+    before clipping (0 for inactive rows). A row that is inactive, or whose norm is not finite, is left untouched to the bit.
+    Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
+    """
+    norms = torch.zeros(param.shape[0])
+    beta_1, beta_2 = betas
+    for g in active.nonzero()[:, 0].tolist():
+        row = grad[g].float()
+        norm = norms[g] = torch.linalg.vector_norm(row)
+        if not torch.isfinite(norm):
+            continue
+        clip = float(max_norm[g]) / (float(norm) + 1e-6)
+        if clip < 1:
+            row = row * clip
+        step[g] += 1
+        count, rate = int(step[g]), float(lr[g])
+        param[g].mul_(1 - rate * float(weight_decay[g]))
+        exp_avg[g].lerp_(row, 1 - beta_1)
+        exp_avg_sq[g].mul_(beta_2).addcmul_(row, row, value=1 - beta_2)
+        denominator = exp_avg_sq[g].sqrt().div_(math.sqrt(1 - beta_2**count)).add_(eps)
+        param[g].addcdiv_(exp_avg[g], denominator, value=-rate / (1 - beta_1**count))
+    return norms
+
+
+def span_counts(
+    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, num_groups: int,
+    *, tags: Tensor | None = None, types: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Counts for micro span F1 of every group: true positives, predicted spans, gold spans.
+
+    pred, gold: int [T], label ids; rows whose gold is -100 do not count. cu_seqlens: int32 [S+1]. group: int [S].
+    tags: int [C], 0 for O, 1 for B, 2 for I, and types: int [C], the slot of each label; None: O, then B and I of each slot in turn.
+    Returns int64 [num_groups, 3]. Spans are conlleval's, which seqeval's default mode follows: a span starts at B, at an I
+    behind O or behind another slot, and at the start of a sequence; it never crosses sequences.
+    """
+    sequence = torch.repeat_interleave(torch.arange(cu_seqlens.numel() - 1), (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    total = sequence.numel()
+    counted = gold[:total] >= 0
+    pred, gold, sequence = pred[:total][counted].long(), gold[:total][counted].long(), sequence[counted]
+    if tags is None or types is None:
+        top = int(torch.cat([pred, gold]).max()) + 1 if pred.numel() else 1
+        label = torch.arange(top)
+        tags, types = torch.where(label == 0, 0, 2 - label % 2), (label - 1) // 2
+    new_sequence = torch.ones_like(sequence, dtype=torch.bool)
+    new_sequence[1:] = sequence[1:] != sequence[:-1]
+
+    def spans(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tag, slot = tags[labels], types[labels]
+        inside = tag > 0
+        fresh = new_sequence.clone()
+        fresh[1:] |= ~inside[:-1] | (slot[1:] != slot[:-1])
+        starts = inside & (fresh | (tag == 1))
+        ends = inside.clone()
+        ends[:-1] &= ~inside[1:] | starts[1:] | new_sequence[1:]
+        return starts.nonzero()[:, 0], ends.nonzero()[:, 0], slot
+
+    (p_start, p_end, p_slot), (g_start, g_end, g_slot) = spans(pred), spans(gold)
+    gold_end = torch.full_like(gold, -1)
+    gold_end[g_start] = g_end
+    hit = (gold_end[p_start] == p_end) & (p_slot[p_start] == g_slot[p_start])
+
+    def count(positions: Tensor) -> Tensor:
+        return torch.bincount(group.long()[sequence[positions]], minlength=num_groups)
+
+    return torch.stack([count(p_start[hit]), count(p_start), count(g_start)], 1)
