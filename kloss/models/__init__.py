@@ -1,0 +1,7 @@
+"""A hand-written XLM-R and the bank of adapters that learn on it."""
+
+from .bank import AdapterBank
+from .flat import FlatModel
+from .xlmr import BASE, LARGE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
+
+__all__ = ["BASE", "LARGE", "TINY", "AdapterBank", "FlatModel", "StepDropout", "XLMRConfig", "XLMRForTokenClassification"]

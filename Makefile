@@ -1,0 +1,40 @@
+PYTHON ?= python3
+ENV := .venv
+PY := $(ENV)/bin/python
+
+.PHONY: run test check bench kernels size clean
+
+run: $(ENV)/ready
+	$(PY) -m kloss.run $(ARGS)
+
+test: $(ENV)/ready-to-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest $(ARGS)
+
+check: $(ENV)/ready-to-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(ENV)/ready-to-test
+	$(PY) -m bench.whole_step $(ARGS)
+
+kernels: $(ENV)/ready-to-test
+	$(PY) -m bench.kernels_report $(ARGS)
+
+size:
+	@git ls-files 'kloss/*.py' 'bench/*.py' 'tests/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n
+
+clean:
+	rm -rf $(ENV) build *.egg-info .pytest_cache .ruff_cache
+
+# torch goes in first and by its exact version: a CPU wheel at hand is then taken, and nothing after it pulls another one.
+$(ENV)/ready: pyproject.toml setup.py constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	$(PY) -m pip install -q $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(ENV)/ready-to-test: $(ENV)/ready
+	$(PY) -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@

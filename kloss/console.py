@@ -1,0 +1,72 @@
+"""What a person sees in the terminal: progress with time left, the plan, the table at the end, one line for a mistake."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Bar:
+    """Shows (done, total, text); a total that is not known is 0. A new total or kind of text starts a new line."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.task, self.kind = progress, None, None
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        kind = (text.split(",")[0], total)
+        if kind != self.kind:
+            if self.task is not None:
+                self.progress.update(self.task, total=1, completed=1)
+            self.task, self.kind = self.progress.add_task(escape(text), total=total or None), kind
+        self.progress.update(self.task, completed=done, description=escape(text))
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(escape(text), style="yellow", highlight=False)
+
+
+class Console:
+    """The terminal, or a plain log where there is none."""
+
+    def __init__(self):
+        self.out, self.err = rich.console.Console(), rich.console.Console(stderr=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Bar]:
+        """A progress display, live while the block runs."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=self.out, refresh_per_second=4) as progress:
+            yield Bar(progress)
+
+    def plan(self, lines: Sequence[tuple[str, str]]) -> None:
+        table = Table(show_header=False, box=None)
+        for name, text in lines:
+            table.add_row(f"[bold]{name}", escape(text))
+        self.out.print(table)
+
+    def results(self, rows: Sequence[dict], report: Path) -> None:
+        """The strategies' means with 95 % intervals over orders and seeds, and where the report is."""
+        table = Table(title="F1 in points, CFT and CBT as differences; 95 % intervals over orders and seeds")
+        for name in ("strategy", "runs", "F1", "CFT", "CBT", "weights trained"):
+            table.add_column(name, justify="left" if name == "strategy" else "right")
+        for row in rows:
+            cells = [_interval(row, "f1", 100), _interval(row, "cft", 1), _interval(row, "cbt", 1)]
+            table.add_row(escape(row["label"]), str(row["runs"]), *cells, f"{row['trainable_parameters']:,}")
+        self.out.print(table)
+        self.out.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self.err.print(f"kloss: {escape(text)}", style="red", highlight=False, soft_wrap=True)
+
+
+def _interval(row: dict, name: str, scale: float) -> str:
+    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None or math.isnan(value):
+        return "–"
+    digits = 1 if scale == 100 else 3
+    text = f"{value * scale:.{digits}f}"
+    return text if low is None else f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"

@@ -1,0 +1,233 @@
+"""XLM-R by hand, for packed sequences: no padding, no mask; every linear layer can carry one adapter per learner.
+
+Source of the architecture: Conneau et al. 2020, arXiv 1911.02116; the arithmetic follows transformers' XLMRobertaModel.
+"""
+
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import read_json, write_json, write_tensors
+from ..kernels import Dropout, Segments, adapter_linear, add_norm, gelu, multi_lora_linear, packed_attention
+from ..kernels.dropout import apply_dropout
+from .convert import find_checkpoint, from_transformers, read_weights, to_transformers
+
+FIRST_POSITION = 2  # XLM-R counts positions from padding_idx + 1
+
+
+@dataclass(frozen=True)
+class XLMRConfig:
+    """Sizes of an XLM-R; the defaults are the base model's. Names are those of transformers' config.json."""
+
+    vocab_size: int = 250_002
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 1
+    num_labels: int = 2
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int = 1
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+
+
+BASE = XLMRConfig()
+LARGE = XLMRConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+TINY = XLMRConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+
+
+class StepDropout(NamedTuple):
+    """The dropout of one training step at every site of the network.
+
+    hidden, attention, lora: fp32 [G], probabilities, or None where nobody drops. seed: int64 [G]. row_key: int64 [T].
+    adapter: int32 [T].
+    """
+
+    hidden: Tensor | None
+    attention: Tensor | None
+    lora: Tensor | None
+    seed: Tensor
+    row_key: Tensor
+    adapter: Tensor
+
+    def at(self, kind: str, site: int) -> Dropout | None:
+        """Keys of the site, kind one of hidden, attention, lora."""
+        p = getattr(self, kind)
+        return None if p is None else Dropout(p, self.seed, self.row_key, site, self.adapter)
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    SITES = {"qkv": 0, "attention": 1, "out": 2, "after_attention": 3, "up": 4, "down": 5, "after_feed_forward": 6}
+
+    def __init__(self, config: XLMRConfig, index: int):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.index, self.heads, self.eps = index, config.num_attention_heads, config.layer_norm_eps
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_1 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, segments, bank, dropout: StepDropout | None) -> Tensor:
+        """x: [T, H] -> [T, H]."""
+
+        def drop(kind: str, place: str) -> Dropout | None:
+            return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[place])
+
+        def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
+            base = getattr(self, name)
+            adapters = None if bank is None else bank.adapters_of(self.index, name)
+            if adapters is None:
+                return F.linear(x, base.weight, base.bias)
+            return multi_lora_linear(
+                x, base.weight, base.bias, *adapters, bank.scaling, segments,
+                slices=slices, ranks=bank.ranks_if_mixed, dropout=drop("lora", name),
+            )  # fmt: skip
+
+        def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, place: str) -> Tensor:
+            return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", place))
+
+        attended = packed_attention(linear(x, "qkv", 3), cu_seqlens, self.heads, dropout=drop("attention", "attention"))
+        x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
+        return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
+
+
+class XLMRForTokenClassification(nn.Module):
+    """XLM-R with a tagging head, over packed sequences."""
+
+    def __init__(self, config: XLMRConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.embedding_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.classifier = nn.Linear(width, config.num_labels)
+
+    def encode(
+        self, input_ids: Tensor, cu_seqlens: Tensor, segments: Segments | None = None, bank=None,
+        *, dropout: StepDropout | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states [T, H] of packed token ids [T]; arguments as in `forward`."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        position = torch.arange(input_ids.shape[0], device=input_ids.device)
+        position[: int(lengths.sum())] -= torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        longest = self.config.max_position_embeddings - FIRST_POSITION
+        if lengths.numel() and int(lengths.max()) > longest:
+            raise ValueError(f"a sequence has {int(lengths.max())} tokens, the model takes {longest}")
+        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        embedded = embedded + self.position_embeddings(position.clamp(max=longest - 1) + FIRST_POSITION)
+        x = F.layer_norm(
+            embedded, (embedded.shape[-1],), self.embedding_norm.weight, self.embedding_norm.bias, self.embedding_norm.eps
+        )
+        sites = len(Layer.SITES) * len(self.layers)
+        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites))
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, segments, bank, dropout)
+        return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites + 1))
+
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: Tensor, segments: Segments | None = None, bank=None,
+        *, dropout: StepDropout | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Label logits of packed tokens.
+
+        input_ids: int [T]. cu_seqlens: int32 [S+1]. segments, bank: which adapter each sequence uses, and the adapters with
+        their heads; without a bank the model's own head is used, as it is for sequences without an adapter.
+        dropout: the step's keys; None evaluates. Returns [T, num_labels] in the model's dtype.
+        Raises ValueError for a sequence longer than the model's positions, and for a bank without segments.
+        """
+        if bank is not None and segments is None:
+            raise ValueError("a bank needs segments, which say whose row is whose")
+        x = self.encode(input_ids, cu_seqlens, segments, bank, dropout=dropout)
+        if bank is None or bank.head is None:
+            return self.classifier(x)
+        logits = adapter_linear(x, *bank.head, segments)
+        covered = segments.row_adapter.numel()
+        if covered == x.shape[0] and segments.adapter.numel() and int(segments.adapter.min()) >= 0:
+            return logits
+        own = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - covered))
+        return torch.where(own[:, None], logits, self.classifier(x))
+
+    def freeze_backbone(self) -> "XLMRForTokenClassification":
+        """No parameter requires a gradient any more. Returns the model."""
+        return self.requires_grad_(False)
+
+    @classmethod
+    def random(cls, config: XLMRConfig, seed: int = 0) -> "XLMRForTokenClassification":
+        """A model with XLM-R's initialisation: normal weights of deviation `initializer_range`, zero biases."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif "norm" in name:
+                    parameter.fill_(1)
+                else:
+                    parameter.normal_(0, config.initializer_range, generator=generator)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, num_labels: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> "XLMRForTokenClassification":
+        """A checkpoint in transformers' format, from a local folder or by its hub name.
+
+        num_labels: width of the head; None takes the checkpoint's. A head of that width in the checkpoint is loaded, else a
+        new one is drawn. Raises UserError for a missing, damaged or foreign checkpoint.
+        """
+        name = str(name)
+        paths = find_checkpoint(name, ("config.json", "model.safetensors", "pytorch_model.bin"))
+        if "config.json" not in paths:
+            raise UserError(f"{name} has no config.json; a backbone is a folder in transformers' format or a hub name")
+        stored = read_json(paths["config.json"])
+        if stored.get("model_type") not in ("xlm-roberta", "roberta"):
+            raise UserError(f"{name} holds a {stored.get('model_type')!r} model, not xlm-roberta")
+        known = {field.name for field in fields(XLMRConfig)}
+        config = XLMRConfig(**{key: value for key, value in stored.items() if key in known})
+        state = from_transformers(read_weights(paths, name), config.num_hidden_layers, name)
+        head = state.get("classifier.weight")
+        width = num_labels or (2 if head is None else head.shape[0])
+        if head is not None and head.shape[0] != width:
+            warnings.warn(f"{name} has a head of {head.shape[0]} labels, not {width}: a new head is drawn", stacklevel=2)
+            head = None
+        model = cls.random(replace(config, num_labels=width))
+        if head is None:
+            state |= {f"classifier.{kind}": getattr(model.classifier, kind) for kind in ("weight", "bias")}
+        for key, parameter in model.state_dict().items():
+            if state[key].shape != parameter.shape:
+                raise UserError(f"{name}: {key} has shape {tuple(state[key].shape)}, config.json says {tuple(parameter.shape)}")
+        model.load_state_dict(state)
+        return model.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, which transformers' XLMRobertaForTokenClassification loads."""
+        config = {key.name: getattr(self.config, key.name) for key in fields(XLMRConfig)}
+        labels = {str(i): f"LABEL_{i}" for i in range(config.pop("num_labels"))}
+        config |= {
+            "model_type": "xlm-roberta", "architectures": ["XLMRobertaForTokenClassification"], "hidden_act": "gelu",
+            "bos_token_id": 0, "eos_token_id": 2, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()},
+        }  # fmt: skip
+        tensors = to_transformers(self.state_dict(), self.config.num_hidden_layers)
+        write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
+        write_json(Path(folder) / "config.json", config)

@@ -1,0 +1,64 @@
+"""scores.json: the score matrix and the metrics of every trial, what they were measured on, and what was our choice."""
+
+import math
+
+from .cl.corpus import Corpus
+from .cl.metrics import summarise
+from .cl.runner import Outcome
+from .cl.stream import Stream
+from .cl.study import Study
+from .config import Config
+from .models import XLMRConfig
+from .report import summary_rows
+
+CHOICES = (
+    "AdamW with β 0.9 and 0.999, decoupled weight decay, each learner's gradient norm clipped, a constant rate behind a short "
+    "linear warm-up, and one optimiser state through a learner's whole sequence.",
+    "LoRA on every linear layer of the encoder (query, key, value, attention output, both feed-forward layers), not on the "
+    "pooler; alpha equals the rank unless given; A uniform in ±1/√K, B zero; one dropout mask for the fused query, key and value.",
+    "A tagging head per learner, trained with its adapter; learners of one seed start from the same draw.",
+    "The orders of the languages are random, drawn from the seed; Order 1 is the first, unless one was given.",
+    "Micro span F1 as seqeval computes it on BIO labels; the first subword of a word is labelled. ja-JP, zh-CN and zh-TW are "
+    "split into characters, with runs of ASCII kept whole.",
+    "NON-SHARED and MONO: a language not yet learned is scored with the learner trained last. Partially shared: with its "
+    "group's learner, or with the one trained last while its group has learned nothing.",
+    "CFT after Winata et al. 2023; multi-hop transfer in two readings of ours, impact and retention.",
+    "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text. It is not "
+    "XLM-R base, and its figures are not the paper's.",
+)
+
+
+def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
+    """The JSON-ready contents of scores.json. parameters: of the backbone."""
+    runs = []
+    for trial in study.trials:
+        matrix = trial.matrix(outcome.scores)
+        reasons = [f"{study.learners[g].name} {outcome.failed[g]}" for g in trial.learners if outcome.failed[g]]
+        runs.append(
+            {
+                "strategy": trial.strategy, "label": trial.label, "rank": trial.rank, "lr": trial.lr, "order": trial.order,
+                "order_name": trial.order_name, "seed": trial.seed, "groups": trial.groups,
+                "trainable_parameters": sum(outcome.weights[g] for g in trial.learners),
+                "steps": sum(Stream.of(corpus, study.learners[g]).steps() for g in trial.learners),
+                "diverged": "; ".join(reasons) or None, "R": matrix,
+                "metrics": summarise([[math.nan if f1 is None else f1 for f1 in row] for row in matrix]),
+            }
+        )  # fmt: skip
+    return {
+        "format": 1, "name": config.preset,
+        "corpus": {
+            "name": corpus.name, "synthetic": config.data == "synthetic", "locales": corpus.locales, "labels": len(corpus.labels),
+            "train_utterances": _count(corpus, "train"), "test_utterances": _count(corpus, "test"),
+            "truncated": corpus.truncated,
+            "tokens_per_word": {locale: round(corpus.tokens_per_word(locale), 3) for locale in corpus.locales},
+        },
+        "backbone": {
+            "name": config.backbone, "parameters": parameters, "layers": backbone.num_hidden_layers,
+            "hidden": backbone.hidden_size, "vocabulary": backbone.vocab_size,
+        },
+        "runs": runs, "summary": summary_rows({"runs": runs}), "choices": CHOICES,
+    }  # fmt: skip
+
+
+def _count(corpus: Corpus, partition: str) -> dict[str, int]:
+    return {locale: len(corpus.sentences(locale, partition).offsets) - 1 for locale in corpus.locales}
