@@ -1,0 +1,93 @@
+"""All learners of a study to their ends: cohort after cohort, with checkpoints that a stopped run continues from."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from ..config import Config
+from ..models import XLMRForTokenClassification
+from .corpus import Corpus
+from .rundir import RunFolder
+from .study import Study
+from .train import Cohort
+
+
+class Progress(Protocol):
+    """What is told to the person who waits."""
+
+    def __call__(self, done: int, total: int, text: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """Per learner: scores {experiences had: {locale: [TP, predicted, gold]}}, why it failed (or None), weights it trains."""
+
+    scores: list[dict[int, dict[str, list[int]]]]
+    failed: list[str | None]
+    weights: list[int]
+
+
+def cohorts_of(study: Study, together: int) -> list[list[int]]:
+    """Which learners train together: all LoRA learners, at most `together` of them (0: no limit); whole models one by one."""
+    lora = [g for g, learner in enumerate(study.learners) if learner.rank is not None]
+    size = together or max(1, len(lora))
+    parts = [lora[i : i + size] for i in range(0, len(lora), size)]
+    return parts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
+
+
+def train_study(
+    config: Config, corpus: Corpus, study: Study, load: Callable[[], XLMRForTokenClassification], folder: RunFolder,
+    progress: Progress,
+) -> Outcome:  # fmt: skip
+    """Trains and scores every learner, from the folder's checkpoint on where there is one. load: gives a fresh backbone."""
+    saved = folder.load_checkpoint()
+    finished = {} if saved is None else saved[1]["finished"]
+    outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
+    for number, members in enumerate(cohorts_of(study, config.together)):
+        if str(number) not in finished:
+            learners, wanted = ([table[g] for g in members] for table in (study.learners, study.wanted))
+            cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens)
+            if saved is not None and saved[1]["cohort"] == number:
+                cohort.load_state(saved[0], saved[1]["state"])
+            cohort.train(_Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress))
+            weights = [cohort.bank.trainable(i) for i in range(len(members))]
+            finished[str(number)] = cohort.state()[1] | {"weights": weights}
+            folder.save_checkpoint({}, {"finished": finished, "cohort": None})
+        result = finished[str(number)]
+        for i, g in enumerate(members):
+            outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
+            outcome.failed[g] = result["failed"].get(str(i))
+            outcome.weights[g] = result["weights"][i]
+    return outcome
+
+
+class _Watch:
+    """Called behind every round: moves the progress bar, writes the log and, now and then, a checkpoint."""
+
+    def __init__(self, cohort: Cohort, number: int, finished: dict, folder: RunFolder, interval: float, progress: Progress):
+        self.number, self.finished, self.folder, self.interval, self.progress = number, finished, folder, interval, progress
+        self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
+        alone = len(cohort.learners) == 1
+        self.name = cohort.learners[0].name if alone else f"{len(cohort.learners)} learners"
+        self.saved = self.logged = time.monotonic()
+        self.tokens, self.first = cohort.tokens, True
+
+    def __call__(self, cohort: Cohort, loss: float) -> None:
+        now = time.monotonic()
+        active = sum(not stream.finished and g not in cohort.failed for g, stream in enumerate(cohort.streams))
+        self.progress(cohort.tokens, self.total, f"{self.name}, {active} training, loss {loss:.3f}")
+        for g in sorted(cohort.failed.keys() - self.reported):
+            self.reported.add(g)
+            self.progress.say(f"{cohort.learners[g].name} {cohort.failed[g]}; it is stopped, the others go on")
+        if self.first or now - self.logged > 1:
+            speed = (cohort.tokens - self.tokens) / max(now - self.logged, 1e-9)
+            self.folder.log(
+                phase=self.name, step=int(cohort.steps.max()), tokens=cohort.tokens, learners=active,
+                loss=round(loss, 5) if loss == loss else None, tokens_per_second=round(speed),
+            )  # fmt: skip
+            self.logged, self.tokens, self.first = now, cohort.tokens, False
+        if now - self.saved > self.interval:
+            tensors, state = cohort.state()
+            self.folder.save_checkpoint(tensors, {"finished": self.finished, "cohort": self.number, "state": state})
+            self.saved = time.monotonic()

@@ -1,0 +1,177 @@
+"""Tokenizers: loading one from a folder or the hub, and training a small one with XLM-R's special tokens.
+
+The trainer of `tokenizers` sums in the order of hash maps, so its scores, and with them the ids, differ
+between two runs; a corpus's fingerprint must not. Ours gives the same from the same texts. Method: Kudo 2018
+(arXiv 1804.10959), with the best segmentation in place of the expectation over all, and the loss of leaving
+out a piece as its count times what its own best re-segmentation costs.
+"""
+
+import math
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..errors import UserError
+from .cache import hash_files, key, publish, temporary_folder
+
+FORMAT = 1  # part of a trained tokenizer's cache key; one more whenever the same texts give another
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
+VOCABULARY = 6000
+LONGEST = 8  # characters of a piece
+MOST_WORDS = 20000  # distinct words looked at, the most frequent
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer AutoTokenizer finds in a folder or on the hub. Raises UserError where it finds none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer it knows
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load a tokenizer from {str(name)!r} ({line})") from error
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """32 hex digits of the files of a tokenizer, without the weights that may lie beside it."""
+    return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS))
+
+
+def tokenizer_folder(
+    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]
+) -> Path:
+    """The folder of a tokenizer: the one given, a copy in the cache of a hub's, or one trained here for None.
+
+    digest: names the texts, so that a tokenizer trained on them before is found in the cache.
+    """
+    if name is None:
+        folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
+        if not folder.is_dir():
+            temporary = temporary_folder(cache)
+            train_tokenizer(texts(), temporary)
+            publish(temporary, folder)
+        return folder
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser().resolve()
+    tokenizer = load_tokenizer(name)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as saved:
+        tokenizer.save_pretrained(saved)
+        folder = cache / f"tokenizer-{hash_tokenizer(Path(saved))}"
+        if not folder.is_dir():
+            publish(shutil.copytree(saved, temporary_folder(cache), dirs_exist_ok=True), folder)
+    return folder
+
+
+def special_ids(tokenizer, folder: Path) -> dict[str, int | None]:
+    """bos_id and eos_id (what opens and closes a sentence), pad_id, unk_id, mask_id.
+
+    Raises UserError where the tokenizer lacks one of them; mask_id alone may be None.
+    """
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    ids = {"bos_id": first, "pad_id": tokenizer.pad_token_id}
+    ids |= {"eos_id": last, "unk_id": tokenizer.unk_token_id}
+    missing = ", ".join(name for name, value in ids.items() if value is None)
+    if missing:
+        raise UserError(f"the tokenizer in {folder} has no {missing}; needed: <s>, <pad>, </s> and <unk>")
+    return ids | {"mask_id": tokenizer.mask_token_id}
+
+
+def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = VOCABULARY) -> None:
+    """Trains a Unigram tokenizer (NFKC, Metaspace) and saves it to a folder that AutoTokenizer loads.
+
+    At most vocab_size entries: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces by falling score, <mask> last; fewer
+    where the texts hold fewer pieces. Every character of the words looked at is a piece, as far as half the
+    entries go.
+    Raises UserError where there are no texts or vocab_size is below 7.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    counted = Counter("▁" + word for text in texts for word in unicodedata.normalize("NFKC", text).split())
+    if not counted or vocab_size < len(SPECIAL) + 3:
+        raise UserError(f"cannot train a tokenizer of {vocab_size} entries on {len(counted)} distinct words")
+    words = dict(sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS])
+    pieces = train_unigram(words, vocab_size - len(SPECIAL) - 1)
+    vocabulary = [(piece, 0.0) for piece in SPECIAL] + sorted(
+        pieces.items(), key=lambda item: (-item[1], item[0])
+    )
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>")))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens([*SPECIAL, AddedToken("<mask>", lstrip=True, special=True)])
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    names |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names).save_pretrained(folder)
+
+
+def train_unigram(words: dict[str, int], size: int) -> dict[str, float]:
+    """At most `size` pieces with their log probabilities, from words with their counts."""
+    characters = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    characters = dict(_largest(characters, size // 2))
+    seeds = Counter()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for end in range(start + 2, min(start + LONGEST, len(word)) + 1):
+                seeds[word[start:end]] += count
+    seeds = {piece: count * len(piece) for piece, count in seeds.items() if characters.keys() >= set(piece)}
+    pieces = _log({**characters, **{piece: seeds[piece] for piece, _ in _largest(seeds, 3 * size)}})
+    while True:
+        for _ in range(2):
+            pieces = _log(_count(words, pieces, characters))
+        room = size - len(characters)
+        long = [piece for piece in pieces if piece not in characters]
+        if len(long) <= room:
+            return {piece: round(score, 6) for piece, score in pieces.items()}
+        counts = _count(words, pieces, characters)
+        loss = {p: counts.get(p, 0) * (pieces[p] - _segment(p, pieces, leave_out=p)[0]) for p in long}
+        kept = _largest(loss, max(room, int(0.7 * len(long))))
+        pieces = {piece: pieces[piece] for piece in (*characters, *(piece for piece, _ in kept))}
+
+
+def _largest(scores: dict[str, float], count: int) -> list[tuple[str, float]]:
+    """The entries of the largest scores; ties, up to the last bits of a logarithm, go by the piece."""
+    return sorted(scores.items(), key=lambda item: (-round(item[1], 6), item[0]))[:count]
+
+
+def _log(counts: dict[str, float]) -> dict[str, float]:
+    total = math.log(sum(counts.values()))
+    return {piece: math.log(count) - total for piece, count in counts.items()}
+
+
+def _count(words: dict[str, int], pieces: dict[str, float], characters: dict[str, float]) -> dict[str, float]:
+    """How often each piece stands in the words' best segmentations; unused ones go, but characters stay."""
+    counts = dict.fromkeys(characters, 0.1)
+    for word, count in words.items():
+        for piece in _segment(word, pieces)[1]:
+            if piece in pieces:
+                counts[piece] = counts.get(piece, 0) + count
+    return counts
+
+
+def _segment(word: str, pieces: dict[str, float], leave_out: str | None = None) -> tuple[float, list[str]]:
+    """(log probability, pieces) of the best segmentation; a character that is no piece costs 100."""
+    best = [(0.0, 0)]
+    for end in range(1, len(word) + 1):
+        found = (best[end - 1][0] - 100.0, end - 1)
+        for start in range(max(0, end - LONGEST), end):
+            score = pieces.get(word[start:end])
+            if score is not None and best[start][0] + score > found[0] and word[start:end] != leave_out:
+                found = (best[start][0] + score, start)
+        best.append(found)
+    parts, end = [], len(word)
+    while end:
+        parts.append(word[best[end][1] : end])
+        end = best[end][1]
+    return best[-1][0], parts[::-1]

@@ -1,0 +1,36 @@
+"""What all tests share: the interpreter where there is no GPU, poisoned memory, and where the real corpus lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if "massive" in item.keywords and not (SHARED / "massive").is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs the MASSIVE corpus in ../shared"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Folder with massive/ and xlmr-tokenizer/; tests that use it are marked `massive`."""
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that a row which nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,47 @@
+"""Scores of many pairs in packed passes are the scores of each pair alone."""
+
+import numpy as np
+import pytest
+import torch
+from toy import LABELS, ToyCorpus, toy_model
+
+from kloss.cl.evaluate import evaluate
+from kloss.kernels import make_segments
+from kloss.models import AdapterBank
+
+seqeval = pytest.importorskip("seqeval.metrics")
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 30, 10_000])
+def test_pairs_equal_seqeval_one_by_one(pass_tokens):
+    corpus, model = ToyCorpus(), toy_model()
+    bank = AdapterBank(model, adapters=3, rank=4)
+    torch.manual_seed(0)
+    bank.param.normal_(0, 0.3)
+    pairs = [(2, "aa"), (0, "bb"), (0, "aa"), (1, "cc")]
+    counts = evaluate(model, bank, corpus, pairs, pass_tokens=pass_tokens)
+    assert len({tuple(row) for row in counts.tolist()}) > 2
+    for (row, locale), count in zip(pairs, counts, strict=True):
+        sentences = corpus.sentences(locale, "test")
+        gold, pred = [], []
+        for start, end in zip(sentences.offsets[:-1], sentences.offsets[1:], strict=True):
+            ids = torch.from_numpy(sentences.input_ids[start:end]).long()
+            cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+            segments = make_segments(cu_seqlens, torch.tensor([row], dtype=torch.int32), 3)
+            best = model(ids, cu_seqlens, segments, bank).argmax(-1)
+            kept = sentences.labels[start:end] >= 0
+            gold.append([LABELS[i] for i in sentences.labels[start:end][kept]])
+            pred.append([LABELS[i] for i in best.numpy()[kept]])
+        f1 = 2 * count[0] / max(count[1] + count[2], 1)
+        assert f1 == pytest.approx(seqeval.f1_score(gold, pred), abs=1e-12)
+
+
+def test_without_a_bank_the_model_is_scored():
+    corpus, model = ToyCorpus(), toy_model()
+    counts = evaluate(model, None, corpus, [(0, "aa"), (0, "bb")])
+    assert counts.shape == (2, 3) and (counts[:, 2] > 0).all()
+    assert np.array_equal(counts[1:], evaluate(model, None, corpus, [(0, "bb")]))
+
+
+def test_nothing_to_score():
+    assert evaluate(toy_model(), None, ToyCorpus(), []).shape == (0, 3)

@@ -1,0 +1,253 @@
+"""The report on made-up runs: what it must cope with, what it must say, that it needs nothing else."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from kloss.cl import metrics
+from kloss.cl.languages import LANGUAGES, LOCALES
+from kloss.errors import UserError
+from kloss.report import summary_rows, write_report
+
+FIVE = ("en-US", "de-DE", "ru-RU", "ja-JP", "ar-SA")
+TWELVE = (*FIVE, "es-ES", "hi-IN", "th-TH", "zh-CN", "tr-TR", "ko-KR", "fr-FR")
+VOID = {"meta", "br", "path", "image", "use", "rect"}
+
+
+def fake_R(strategy, order, seed):
+    """A score matrix such as the study finds: shared learners forget, most under another writing."""
+    rng = np.random.default_rng([seed, len(order), len(strategy)])
+    T = len(order)
+    if strategy in ("multi", "lora-multi"):
+        return np.stack([np.full(T, 0.01), 0.72 - 0.2 * np.array([not LANGUAGES[m].spaced for m in order])])
+    latin = np.array([LANGUAGES[m].script == "Latin" for m in order])
+    learned = np.where(latin, 0.68, 0.58) - 0.15 * np.array([not LANGUAGES[m].spaced for m in order])
+    near = np.where(latin[:, None] == latin[None, :], 0.75, 0.45)  # share that a learner of i reaches on j
+    rate = {"shared": 1.0, "vanilla": 0.8, "partial": 0.5}.get(strategy, 0.0)
+    R = np.full((T + 1, T), 0.01)
+    for i in range(T):
+        hops = i - np.arange(T)
+        kept = 1 - rate * (1 - near[i]) * (1 - np.exp(-np.maximum(hops, 0) / (0.3 * T)))
+        R[i + 1] = np.where(hops >= 0, learned * kept, learned * near[i] * 0.8)
+    noise = rng.normal(0, 0.012, R.shape) * (R > 0.05)
+    if not rate:  # an adapter alone does not change again
+        noise = np.where(np.tri(T + 1, T, -1), np.diagonal(noise[1:]), noise)
+    return np.clip(R + noise, 0, 1)
+
+
+def fake_run(strategy, order, *, order_name="Order 1", seed=0, label=None, R=None):
+    R = fake_R(strategy, order, seed) if R is None else R
+    return {"strategy": strategy, "label": label or f"{strategy.upper()} r=8", "rank": 8, "lr": 2e-3,
+            "order": list(order), "order_name": order_name, "seed": seed, "groups": None, "diverged": None,
+            "trainable_parameters": 1_300_000, "steps": 4000, "R": np.array(R, dtype=object).tolist(),
+            "metrics": metrics.summarise(R)}
+
+
+def fake_scores(locales=FIVE, strategies=("non-shared", "shared", "multi"), orders=3, seeds=3, runs=None):
+    if runs is None:
+        shuffled = [np.random.default_rng(o).permutation(locales).tolist() for o in range(orders)]
+        runs = [fake_run(strategy, shuffled[o], order_name=f"Order {o + 1}", seed=seed)
+                for strategy in strategies for o in range(orders) for seed in range(seeds)]
+    return {"format": 1, "name": "tiny synthetic", "runs": runs, "summary": [],
+            "corpus": {"name": "synthetic", "locales": list(locales), "labels": 111,
+                       "train_utterances": dict.fromkeys(locales, 400),
+                       "test_utterances": dict.fromkeys(locales, 300), "truncated": dict.fromkeys(locales, 0),
+                       "tokens_per_word": {m: 1.2 + 0.04 * n for n, m in enumerate(locales)}},
+            "backbone": {"name": "tiny", "parameters": 3_100_000, "layers": 4, "hidden": 128,
+                         "vocabulary": 8000},
+            "choices": ["Batch 32.", "AdamW, weight decay 0.01, clip 1.", "A head per learner."]}
+
+
+def fake_log(steps=300):
+    for n, phase in enumerate(("warm-up", "lora")):
+        for step in range(1, steps + 1):
+            yield {"time": 1e9 + 1000 * n + step, "phase": phase, "step": step,
+                   "loss": 3 / (1 + step / (40 + 20 * n)),
+                   "tokens_per_second": 20000 + 500 * (step % 5) + 9000 * n}
+
+
+def write_run(folder, scores):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(json.dumps(scores, allow_nan=False), encoding="utf-8")
+    config = {"preset": "tiny", "optimiser": {"lr": 2e-3, "betas": [0.9, 0.999]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    env = {"commit": "0123456789abcdef", "dirty": True, "command": "python -m kloss.run --seeds 3"}
+    (folder / "env.json").write_text(json.dumps(env))
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in fake_log()))
+    return folder
+
+
+def report(folder, scores):
+    return write_report(write_run(folder, scores)).read_text(encoding="utf-8")
+
+
+def text_of(html):
+    """What a reader sees of a piece of HTML, spaces squeezed."""
+    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def headline(html):
+    return text_of(re.search("<h1>.*?</h1>", html)[0]).strip()
+
+
+class Balance(HTMLParser):
+    """Asserts that every tag that opens also closes, in turn."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids = [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("locales", [FIVE, TWELVE, LOCALES], ids=len)
+def test_is_one_file_that_needs_nothing_else(tmp_path, locales):
+    strategies = ("non-shared", "shared", "lora-multi")
+    html = report(tmp_path, fake_scores(locales, strategies, orders=1, seeds=2))
+    tags = Balance(html)
+    assert len(tags.ids) == len(set(tags.ids))
+    assert "<script" not in html and "@import" not in html and "<link" not in html
+    addresses = re.findall(r"""(?:href|src)=["']([^"']*)|url\(([^)]*)\)""", html)
+    assert all(a.startswith(("#", "data:")) for pair in addresses for a in pair if a)
+    assert not re.search(r"#00000[123]\b", html), "a stand-in colour was not replaced"
+    for title in ("Results", "Beside the paper", "Along the sequence", "Score matrices", "Languages",
+                  "By script", "Training", "Choices and setting", "Configuration", "Environment"):
+        assert title in html
+    for locale in locales:  # readable text on the heat maps, not only in the table
+        assert len(re.findall(rf"<text[^>]*>{locale}</text>", html)) >= 6
+    assert ('class="full" viewBox' in html) == (len(locales) == 52)
+
+
+def test_headline_says_who_lost_and_how_much(tmp_path):
+    kept = [[0, 0, 0], [0.8, 0, 0], [0.8, 0.6, 0], [0.8, 0.6, 0.5]]
+    lost = [[0, 0, 0], [0.8, 0, 0], [0.6, 0.6, 0], [0.4, 0.4, 0.5]]
+    worse = [[0, 0, 0], [0.8, 0, 0], [0.6, 0.6, 0], [0.2, 0.4, 0.5]]
+    order = FIVE[:3]
+    runs = [fake_run("non-shared", order, R=kept), fake_run("shared", order, R=lost)]
+    html = report(tmp_path, fake_scores(order, runs=runs))
+    assert headline(html) == ("SHARED r=8 lost 0.30 F1 on the languages it had learned earlier; "
+                              "NON-SHARED r=8 lost 0.00 F1.")
+    runs.append(fake_run("shared", order, R=worse, seed=1))
+    html = report(tmp_path, fake_scores(order, runs=runs))
+    assert headline(html).startswith("SHARED r=8 lost 0.35 F1 (0.30 to 0.40) on the languages")
+    assert "Change of F1 under SHARED r=8" in html
+    en, de, ru = (re.search(rf"<td>{m} .*?</tr>", html)[0] for m in order)
+    assert [text_of(row).split()[-2:] for row in (en, de, ru)] == [["0.300", "−0.500"], ["0.400", "−0.200"],
+                                                                   ["0.500", "–"]]
+    gained = [[0, 0], [0.5, 0], [0.6, 0.5]]
+    html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
+    assert headline(html).startswith("SHARED r=8 gained 0.10 F1")
+
+
+def test_joint_training_alone_has_no_sequence(tmp_path):
+    html = report(tmp_path, fake_scores(FIVE, ("multi", "lora-multi"), orders=1))
+    assert headline(html).startswith("MULTI r=8 reached 0.68 F1")
+    assert "Along the sequence" not in html and "Score matrices" not in html
+
+
+def test_one_language_and_one_run(tmp_path):
+    runs = [fake_run("shared", FIVE[:1], R=[[0.0], [0.5]])]
+    html = report(tmp_path, fake_scores(FIVE[:1], runs=runs))
+    assert headline(html).startswith("SHARED r=8 reached 0.50 F1")
+    assert "1 languages" in html and "1 run" in html and " to </span>" not in html
+
+
+def test_a_diverged_run_is_shown_and_in_no_average(tmp_path):
+    scores = fake_scores(FIVE, ("non-shared", "shared"), orders=1, seeds=2)
+    clean = summary_rows({**scores, "runs": scores["runs"][:3]})
+    broken = scores["runs"][3]
+    broken["diverged"] = "loss was not finite at step 812 <of 900>"
+    broken["R"][3:] = [[None] * 5] * 3
+    row = summary_rows(scores)[1]
+    assert row["diverged"] == 1 and row["runs"] == 2 and row["f1"] == clean[1]["f1"] and row["f1_low"] is None
+    html = report(tmp_path, scores)
+    assert "1 diverged" in html and "812 &lt;of 900&gt;" in html
+    scores["runs"][2]["diverged"] = "too"  # all of SHARED
+    html = report(tmp_path, scores)
+    assert headline(html).startswith("NON-SHARED r=8 lost 0.00") and headline(html).count("r=8") == 1
+    for run in scores["runs"]:
+        run["diverged"] = "all"
+    assert headline(report(tmp_path, scores)) == "Every run diverged: there is nothing to compare."
+
+
+def test_cells_not_measured_and_locales_not_known(tmp_path):
+    order = ("en-US", "xx-XX", "ja-JP", "ar-SA")
+    R = np.tril(np.full((5, 4), 0.5), -1).astype(object)
+    R[0], R[2] = None, None
+    html = report(tmp_path, fake_scores(order, runs=[fake_run("shared", order, R=R)]))
+    assert "unknown" in html and "nan" not in text_of(html).lower().split()
+
+
+def test_many_strategies_and_rates(tmp_path):
+    runs = [fake_run("shared", FIVE, label=f"SHARED r={2 ** n}", seed=n) for n in range(6)]
+    runs.append({**runs[0], "lr": 1e-4})
+    html = report(tmp_path, fake_scores(FIVE, runs=runs))
+    assert "SHARED r=1, lr 0.002" in html and "SHARED r=1, lr 0.0001" in html and "1 more" in html
+
+
+def test_names_are_text_not_markup(tmp_path):
+    runs = [fake_run("shared", FIVE, label="<b onclick='x'>&\\1\"$x$", seed=s) for s in range(2)]
+    scores = fake_scores(FIVE, runs=runs)
+    scores["name"], scores["choices"] = "<i>name</i>", ["<script>alert(1)</script>"]
+    html = report(tmp_path, scores)
+    Balance(html)
+    assert "onclick='" not in html and "<script" not in html and "<title>&lt;i&gt;name" in html
+
+
+def test_levels_compare_only_with_the_same_backbone_and_corpus(tmp_path):
+    scores = fake_scores(LOCALES, ("lora-multi",), orders=1, seeds=1)
+    assert "Levels do not compare" in report(tmp_path, scores)
+    scores["corpus"]["name"] = "MASSIVE 1.1"
+    assert "Levels do not compare" in report(tmp_path, scores)
+    scores["backbone"] = {"name": "xlm-roberta-base", "parameters": 278e6, "layers": 12, "hidden": 768,
+                          "vocabulary": 250002}
+    html = report(tmp_path, scores)
+    assert "Levels do not compare" not in html and "not measured here" in html and "75.03" in html
+
+
+def test_files_beside_the_scores_may_be_missing_or_cut_short(tmp_path):
+    write_run(tmp_path, fake_scores(strategies=("multi",)))
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"time": 1, "pha')
+    assert "Training" in write_report(tmp_path).read_text()
+    log.write_text("".join(json.dumps({"phase": f"MONO {n}", "step": 1}) + "\n" for n in range(40)))
+    assert "Of 40 phases, the 12 with most" in write_report(tmp_path).read_text()
+    log.write_text('{"phase": "lora", "step": 1}\nnot json\n')
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(UserError, match=r"log.jsonl:2 is not JSON"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    for name in ("log.jsonl", "config.json", "env.json"):
+        (tmp_path / name).unlink()
+    assert "Training" not in write_report(tmp_path).read_text()
+
+
+def test_scores_missing_or_of_another_format(tmp_path):
+    with pytest.raises(UserError, match="scores.json does not exist"):
+        write_report(tmp_path)
+    (tmp_path / "scores.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="has format 2; only format 1"):
+        write_report(tmp_path)
+
+
+def test_summary_rows_are_means_over_runs_with_their_interval():
+    scores = fake_scores(FIVE, ("shared", "multi"), orders=2, seeds=3)
+    shared, multi = summary_rows(scores)
+    values = [metrics.summarise(run["R"])["cbt"] for run in scores["runs"][:6]]
+    assert shared["cbt"] == pytest.approx(np.mean(values)) and shared["orders"] == 2 and shared["seeds"] == 3
+    assert (shared["cbt_low"], shared["cbt_high"]) == metrics.bootstrap_interval(values)
+    assert multi["cbt"] is None and multi["cbt_low"] is None and multi["f1"] == pytest.approx(0.68)
+    assert json.loads(json.dumps([shared, multi], allow_nan=False)) == [shared, multi]

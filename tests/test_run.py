@@ -1,0 +1,226 @@
+"""The command: a study end to end, killed and resumed, and one clear line for every mistake."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kloss.run import main
+
+SMALL = (
+    "--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8",
+    "--tiny-layers", "1", "--tiny-hidden", "32", "--pretrain-steps", "3", "--seeds", "1", "--rank", "2", "--warmup", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def small(cache, tmp_path):
+    """A run of seconds: (arguments, run folder)."""
+    return [*SMALL, "--cache", cache, "--out", str(tmp_path / "run")], tmp_path / "run"
+
+
+def test_all_strategies_end_to_end(small, capsys):
+    arguments, folder = small
+    names = ["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
+    assert main([*arguments, "--strategies", *names]) == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [run["strategy"] for run in scores["runs"]] == names
+    for run in scores["runs"]:
+        rows = 2 if "multi" in run["strategy"] else 4
+        assert len(run["R"]) == rows and all(0 <= f1 <= 1 for row in run["R"] for f1 in row)
+    page = (folder / "report.html").read_text()
+    assert "NON-SHARED" in page and "http" not in page.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
+    assert {"config.json", "env.json", "log.jsonl"} <= {file.name for file in folder.iterdir()}
+    assert "NON-SHARED" in capsys.readouterr().out
+    before = (folder / "scores.json").read_bytes()
+    assert main([*arguments, "--strategies", *names]) == 0  # a complete run is shown, not trained again
+    assert (folder / "scores.json").read_bytes() == before
+    assert "is complete already" in " ".join(capsys.readouterr().out.split())
+
+
+def test_dry_run_writes_nothing(small, capsys):
+    arguments, folder = small
+    assert main([*arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "4 learners" in out and "minutes" in out and not folder.exists()
+
+
+# Imports once, then forks a child for every attempt, so that twenty kills cost seconds and not minutes.
+ATTEMPTS = """
+import os, random, signal, sys, time
+from kloss.run import main
+arguments, folder, cache, seed = eval(sys.argv[1])
+chance = random.Random(seed)
+
+def start(out):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main([*arguments, "--cache", cache, "--checkpoint-seconds", "0", "--out", out]))
+    return pid
+
+def finish(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+assert finish(start(folder + "/whole")) == 0
+began = time.monotonic()
+assert finish(start(folder + "/timed")) == 0
+length = time.monotonic() - began
+kills, runs = 0, 0
+while kills < 20:
+    out = f"{folder}/killed-{runs}"
+    while True:
+        pid = start(out)
+        time.sleep(chance.uniform(0.05, 0.9) * length)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+        if kills == 20:
+            assert finish(start(out)) == 0
+            break
+    runs += 1
+print(kills, runs)
+"""
+
+
+def test_killed_twenty_times_and_resumed_gives_the_same_scores(cache, tmp_path):
+    arguments = [*SMALL, "--strategies", "non-shared", "shared", "vanilla"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    given = repr((arguments, str(tmp_path), cache, 0))
+    done = subprocess.run([sys.executable, "-c", ATTEMPTS, given], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kills, runs = map(int, done.stdout.split())
+    assert kills == 20 and runs >= 1
+    whole = (tmp_path / "whole" / "scores.json").read_bytes()
+    for i in range(runs):
+        assert (tmp_path / f"killed-{i}" / "scores.json").read_bytes() == whole
+    leftovers = [file.name for file in (tmp_path / "killed-0").iterdir() if "partial" in file.name]
+    assert len(leftovers) <= 20  # a killed write leaves at most its own temporary file, never a half-written result
+
+
+def one_line_error(arguments, capsys):
+    """Runs the command, which must end with status 2; returns its one line."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in captured.err + captured.out
+    return lines[0]
+
+
+def jsonl(folder, *lines):
+    folder.mkdir()
+    good = {"id": "1", "locale": "en-US", "partition": "train", "utt": "wake me", "annot_utt": "wake [time : me]"}
+    text = "".join((line if isinstance(line, str) else json.dumps(good | line)) + "\n" for line in ({}, *lines))
+    (folder / "en-US.jsonl").write_text(text)
+    return str(folder)
+
+
+def test_mistakes_of_the_command_line(small, capsys):
+    arguments, folder = small
+    for extra, words in (
+        (["--rank", "0"], "--rank must be 1 or more, got 0"),
+        (["--strategies", "telepathy"], "unknown strategy telepathy; allowed: non-shared"),
+        (["--languages", "en-US", "xx-YY"], "xx-YY"),
+        (["--data", "/no/such/place"], "/no/such/place"),
+        (["--backbone", "/no/such/model"], "/no/such/model"),
+        (["--preset", "huge"], "unknown preset huge"),
+        (["--dropout", "1"], "--dropout must lie in [0, 1)"),
+        (["--epochs", "0"], "--epochs must be 1 or more"),
+        (["--device", "abacus"], "--device must be auto, cpu or cuda"),
+    ):
+        assert words in one_line_error([*arguments, *extra], capsys)
+        assert not (folder / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{not json", "en-US.jsonl:2"),
+        ({"annot_utt": "wake [time : me"}, "en-US.jsonl:2"),
+        ({"annot_utt": "wake time : me]"}, "en-US.jsonl:2"),
+    ],
+)
+def test_broken_data_names_file_and_line(small, tmp_path, capsys, line, words):
+    arguments = [x for x in small[0] if x not in ("--languages", "en-US", "de-DE", "ja-JP")]
+    data = jsonl(tmp_path / "data", line)
+    assert words in one_line_error([*arguments, "--languages", "en-US", "--data", data], capsys)
+
+
+def test_other_configuration_in_the_folder(small, capsys):
+    arguments, folder = small
+    assert main(arguments) == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert "seed was 0, is 7" in one_line_error([*arguments, "--seed", "7"], capsys)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_folder_that_is_no_run(small, capsys):
+    arguments, folder = small
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert "is not a run folder" in one_line_error(arguments, capsys)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_checkpoint_cut_short(small, capsys):
+    arguments, folder = small
+    assert main(arguments) == 0
+    (folder / "scores.json").unlink()
+    checkpoint = folder / "checkpoint.safetensors"
+    cut = checkpoint.read_bytes()[:-7][:200]
+    checkpoint.write_bytes(cut)
+    assert "checkpoint.safetensors is damaged or cut short" in one_line_error(arguments, capsys)
+    assert checkpoint.read_bytes() == cut
+
+
+@pytest.mark.filterwarnings("ignore:.*new head")
+def test_backbone_with_too_small_a_vocabulary(small, tmp_path, capsys):
+    from toy import toy_model
+
+    arguments, _ = small
+    toy_model().save_pretrained(tmp_path / "model")
+    assert main(arguments) == 0  # its corpus and tokenizer are in the cache now
+    tokenizer = next(Path(arguments[arguments.index("--cache") + 1]).glob("tokenizer-*"))
+    capsys.readouterr()
+    other = [*arguments[:-1], str(tmp_path / "other"), "--backbone", str(tmp_path / "model"), "--tokenizer", str(tokenizer)]
+    assert "more than the 40 of backbone" in one_line_error(other, capsys)
+
+
+def test_long_utterances_are_counted(small, capsys):
+    arguments, _ = small
+    assert main([*arguments, "--max-length", "6"]) == 0
+    assert "utterances are longer than 6 subwords and were cut" in " ".join(capsys.readouterr().out.split())
+
+
+def test_full_disk(small, tmp_path):
+    arguments, folder = small
+    limit = 100_000  # bytes a file may have: the checkpoint of this run is larger, as on a disk that fills up
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert main([*arguments, "--dry-run"]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "kloss.run", *arguments, "--checkpoint-seconds", "0"],
+        env=environment, capture_output=True, text=True, preexec_fn=small_files,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
+    assert not [file for file in folder.rglob("*") if "partial" in file.name] if folder.exists() else True
+    assert main(arguments) == 0  # with room again, it goes on

@@ -1,0 +1,148 @@
+"""Span F1 against seqeval: fuzzed, from a file of predictions, and the example seqeval publishes."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kloss.cl.metrics import f1_from_counts, label_layout, span_f1
+from kloss.errors import UserError
+from kloss.kernels import reference, span_counts
+
+IGNORED = -100
+PAIRS = ("O", "B-a", "I-a", "B-b", "I-b", "B-c", "I-c")          # the layout taken when no names are given
+SORTED = ("O", "B-a", "B-b", "B-date-time", "I-b", "I-c", "I-a")  # c has no B, date-time no I
+
+
+@pytest.fixture
+def seqeval_f1():
+    return pytest.importorskip("seqeval.metrics", reason="seqeval is not installed").f1_score
+
+
+def seqeval_counts(pred, gold):
+    """TP, predicted and gold spans of lists of label names, from seqeval's own span finder."""
+    get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
+    pred, gold = set(get_entities(pred)), set(get_entities(gold))
+    return [len(pred & gold), len(pred), len(gold)]
+
+
+def random_predictions(labels, sequences, groups, seed):
+    """Packed predictions and gold, uniform over `labels` (most BIO malformed), with ignored rows."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 12, sequences)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    gold = rng.choice(len(labels), cu_seqlens[-1], p=[0.4] + [0.6 / (len(labels) - 1)] * (len(labels) - 1))
+    pred = np.where(rng.random(len(gold)) < 0.25, rng.integers(0, len(labels), len(gold)), gold)
+    gold[rng.random(len(gold)) < 0.2] = IGNORED
+    return pred, gold, cu_seqlens, rng.integers(0, groups, sequences)
+
+
+def unpacked(pred, gold, cu_seqlens, labels):
+    """Two lists of lists of label names, without the ignored rows, as seqeval wants them."""
+    keep = [np.flatnonzero(gold[a:b] != IGNORED) + a for a, b in itertools.pairwise(cu_seqlens)]
+    return tuple([[labels[i] for i in side[rows]] for rows in keep] for side in (pred, gold))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("labels", [PAIRS, SORTED], ids=["pairs", "sorted"])
+def test_equals_seqeval_on_random_labels_all_groups_at_once(labels, seqeval_f1):
+    pred, gold, cu_seqlens, group = random_predictions(labels, 5000, groups=53, seed=len(set(labels)))
+    group[group == 7] = 8  # a group without a sequence
+    names = None if labels is PAIRS else labels
+    result = span_f1(pred, gold, cu_seqlens, group, num_groups=53, labels=names)
+    p, g = unpacked(pred, gold, cu_seqlens, labels)
+    for n in range(53):
+        mine = np.flatnonzero(group == n)
+        expected = seqeval_f1([g[s] for s in mine], [p[s] for s in mine]) if len(mine) else np.nan
+        np.testing.assert_allclose(result[n], expected, rtol=0, atol=1e-12)
+    assert np.isnan(result[7]) and 0.3 < np.nanmin(result) < np.nanmax(result) < 0.9
+    assert span_f1(pred, gold, cu_seqlens, labels=names) == pytest.approx(seqeval_f1(g, p), abs=1e-12)
+    np.testing.assert_array_equal(span_f1(p, g, group=group, num_groups=53), result)
+
+
+@pytest.mark.parametrize("counts", [span_counts, reference.span_counts], ids=["op", "reference"])
+@pytest.mark.parametrize("labels", [PAIRS, SORTED], ids=["pairs", "sorted"])
+def test_counts_equal_seqeval_sequence_by_sequence(labels, counts):
+    """Every sequence its own group: where a sum over many would hide two errors, this does not."""
+    pred, gold, cu_seqlens, _ = random_predictions(labels, 1000, groups=1, seed=3)
+    padding = np.full(9, 1)  # rows behind the last border belong to no sequence
+    tags, types = (None, None) if labels is PAIRS else map(torch.tensor, label_layout(labels))
+    pred_padded, gold_padded = (torch.tensor(np.append(side, padding)) for side in (pred, gold))
+    borders = torch.tensor(cu_seqlens, dtype=torch.int32)
+    result = counts(pred_padded, gold_padded, borders, torch.arange(1000), 1000, tags=tags, types=types)
+    assert result.dtype == torch.int64
+    expected = [seqeval_counts(*both) for both in zip(*unpacked(pred, gold, cu_seqlens, labels), strict=True)]
+    assert result.tolist() == expected
+
+
+MALFORMED = [  # gold, predicted, counts that conlleval gives
+    ("O I-a I-a", "O B-a I-a", [1, 1, 1]),         # I behind O opens a span
+    ("B-a I-b", "B-a O", [1, 1, 2]),               # I of another type opens a span
+    ("I-a B-a", "I-a I-a", [0, 1, 2]),             # B always opens one
+    ("B-a I-a I-a", "B-a I-a O", [0, 1, 1]),       # same start, other end
+    ("B-a I-a", "B-b I-b", [0, 1, 1]),             # same place, other type
+    ("O O", "O O", [0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("gold", "pred", "counts"), MALFORMED)
+def test_malformed_labels(gold, pred, counts):
+    gold, pred = gold.split(), pred.split()
+    assert seqeval_counts(pred, gold) == counts
+    assert span_f1([pred], [gold]) == f1_from_counts(counts)
+
+
+def test_no_span_crosses_a_border():
+    assert span_f1([["B-a"], ["I-a"]], [["B-a"], ["B-a"]]) == 1.0
+    assert span_f1([["B-a", "I-a"]], [["B-a", "B-a"]]) == 0.0
+
+
+def test_ignored_rows_are_as_if_they_were_not_there():
+    """A span goes on over the subwords of a word, which carry no label."""
+    gold, pred = [1, IGNORED, IGNORED, 2, IGNORED, 0], [1, 3, 0, 2, 1, 0]
+    assert span_f1(pred, gold) == 1.0
+
+
+def read_predictions(path):
+    """locale -> (predicted, gold), lists of lists of label names."""
+    result = {}
+    for block in path.read_text(encoding="utf-8").split("\n\n")[1:]:
+        head, *rows = block.strip().splitlines()
+        pred, gold = result.setdefault(head.removeprefix("# locale = "), ([], []))
+        _, g, p = zip(*(row.split("\t") for row in rows), strict=True)
+        pred.append(list(p))
+        gold.append(list(g))
+    return result
+
+
+def test_a_file_of_predictions(seqeval_f1):
+    languages = read_predictions(Path(__file__).parent / "golden" / "spans.tsv")
+    assert len(languages) == 5
+    pred = [s for p, _ in languages.values() for s in p]
+    gold = [s for _, g in languages.values() for s in g]
+    group = [n for n, (p, _) in enumerate(languages.values()) for _ in p]
+    expected = [seqeval_f1(g, p) for p, g in languages.values()]
+    np.testing.assert_allclose(span_f1(pred, gold, group=group), expected, rtol=0, atol=1e-12)
+    assert span_f1(pred, gold) == pytest.approx(seqeval_f1(gold, pred), abs=1e-12)
+    assert len(set(expected)) == 5 and all(0 < f1 < 1 for f1 in expected)
+
+
+def test_the_example_seqeval_publishes():
+    gold = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    pred = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    assert span_f1(pred, gold) == 0.5
+
+
+def test_lengths_that_differ_are_refused():
+    with pytest.raises(UserError, match="same lengths"):
+        span_f1([["O"]], [["O", "O"]])
+    with pytest.raises(UserError, match=r"not \[2\] and \[3\]"):
+        span_f1([0, 0], [0, 0, 0])
+    with pytest.raises(UserError, match=r"group must be \[2\]"):
+        span_f1([0, 0], [0, 0], [0, 1, 2], group=[0])
+
+
+def test_no_sequence_at_all():
+    assert span_f1([], []) == 0.0

@@ -1,0 +1,94 @@
+"""Strategies as streams and cells: who learns what, and whose score stands where in R."""
+
+import json
+
+import pytest
+
+from kloss.cl.strategies import STRATEGIES
+from kloss.cl.study import make_orders, plan
+from kloss.config import Config, paper
+from kloss.errors import UserError
+
+LOCALES = ("en-US", "de-DE", "ru-RU", "ja-JP")
+
+
+def cells(name, order=LOCALES, groups=None):
+    layout = STRATEGIES[name].layout(order, groups)
+    return layout, [[layout.cell(i, j) for j in range(len(order))] for i in range(layout.rows)]
+
+
+def test_non_shared_cells():
+    layout, rows = cells("non-shared")
+    assert layout.streams == [[[locale]] for locale in LOCALES]
+    assert rows[0] == [(0, 0)] * 4  # nothing trained
+    assert rows[2] == [(0, 1), (1, 1), (1, 1), (1, 1)]  # own adapter, else the one trained last
+    assert rows[4] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+def test_shared_cells():
+    layout, rows = cells("shared")
+    assert layout.streams == [[[locale] for locale in LOCALES]]
+    assert rows == [[(0, i)] * 4 for i in range(5)]
+
+
+def test_partially_shared_cells():
+    groups = {"en-US": "Latin", "de-DE": "Latin", "ru-RU": "Cyrillic", "ja-JP": "Japanese"}
+    order = ("en-US", "ru-RU", "de-DE", "ja-JP")
+    layout, rows = cells("partial", order, groups)
+    assert layout.streams == [[["en-US"], ["de-DE"]], [["ru-RU"]], [["ja-JP"]]]
+    assert rows[1] == [(0, 1), (0, 1), (0, 1), (0, 1)]
+    assert rows[2] == [(0, 1), (1, 1), (0, 1), (1, 1)]  # de-DE has its group's adapter before its own turn, ja-JP the last
+    assert rows[3] == [(0, 2), (1, 1), (0, 2), (0, 2)]
+    assert rows[4] == [(0, 2), (1, 1), (0, 2), (2, 1)]
+
+
+def test_joint_cells():
+    for name in ("lora-multi", "multi"):
+        layout, rows = cells(name)
+        assert layout.streams == [[list(LOCALES)]] and rows == [[(0, 0)] * 4, [(0, 1)] * 4]
+
+
+def test_equal_learners_are_trained_once():
+    config = Config(strategies=("non-shared", "shared", "mono"), orders=3, seeds=2, rank=(4, 8))
+    study = plan(config, LOCALES)
+    assert len(study.trials) == 3 * 2 * (2 + 2 + 1)
+    # NON-SHARED and MONO do not depend on the order; SHARED does.
+    assert len(study.learners) == 4 * 2 * 2 + 3 * 2 * 2 + 4 * 2
+    for trial in study.trials:
+        for i in range(trial.layout.rows):
+            for j, locale in enumerate(trial.order):
+                learner, experience = trial.layout.cell(i, j)
+                assert locale in study.wanted[trial.learners[learner]][experience]
+
+
+def test_matrix_reads_the_cells_and_leaves_holes():
+    study = plan(Config(strategies=("shared",)), ("en-US", "de-DE"))
+    trial = study.trials[0]
+    first, second = trial.order
+    scores = [{0: {first: [0, 5, 4], second: [0, 0, 4]}, 1: {first: [2, 4, 4], second: [1, 2, 4]}}]
+    assert trial.matrix(scores) == [[0, 0], [0.5, pytest.approx(1 / 3)], [None, None]]
+
+
+def test_orders():
+    config = Config(orders=2, order=("ja-JP", "en-US", "ru-RU", "de-DE"))
+    orders = make_orders(config, LOCALES)
+    assert orders["Order 1"] == config.order and sorted(orders["Order 2"]) == sorted(LOCALES)
+    assert make_orders(Config(orders=2), LOCALES)["Order 2"] == orders["Order 2"]
+    assert make_orders(Config(orders=1, seed=1), LOCALES) != make_orders(Config(orders=1), LOCALES)
+    with pytest.raises(UserError, match="each of the 4 languages once"):
+        make_orders(Config(order=("ja-JP", "en-US")), LOCALES)
+
+
+def test_user_groups(tmp_path):
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps({"en-US": "x", "de-DE": "y", "ru-RU": "y", "ja-JP": "x"}))
+    study = plan(Config(strategies=("partial",), groups=str(file)), LOCALES)
+    assert len(study.learners) == 2
+    with pytest.raises(UserError, match="script, family or a JSON file"):
+        plan(Config(strategies=("partial",), groups="colour"), LOCALES)
+
+
+def test_paper_preset_is_the_papers_where_it_is_known():
+    config = paper().checked()
+    assert (config.rank, config.lr, config.epochs, config.dropout) == ((32, 64, 256), (5e-6,), 100, 0.1)
+    assert set(config.strategies) == set(STRATEGIES)

@@ -1,0 +1,115 @@
+"""Learners that advance together are the learners trained alone; resumed training is the training that never stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import ToyCorpus, toy_model
+
+from kloss.cl.learner import Learner
+from kloss.cl.train import Cohort
+
+BASE = Learner(experiences=(("aa",), ("bb",)), rank=4, alpha=4.0, lr=1e-2, seed=1, epochs=2, batch_size=4, warmup=3)
+SIX = (
+    replace(BASE, rank=8, alpha=16.0, lora_dropout=0.3, dropout=0.1),
+    replace(BASE, lr=3e-3, seed=2, batch_size=5, max_norm=0.1),
+    replace(BASE, experiences=(("cc",),), rank=2, alpha=2.0, epochs=1),  # ends early
+    replace(BASE, lr=float("inf"), seed=3),  # its weights are infinite after one step, its loss is NaN in the second
+    replace(BASE, experiences=(("aa", "bb", "cc"),), rank=1, alpha=1.0, dropout=0.2, weight_decay=0.1),
+    replace(BASE, experiences=(("bb",), ("cc",), ("aa",)), lora_dropout=0.5, batch_size=3),
+)
+ALL = ("aa", "bb", "cc")
+
+
+def cohort_of(learners, corpus, **options):
+    wanted = [{i: ALL for i in range(len(learner.experiences) + 1)} for learner in learners]
+    return Cohort(toy_model(), corpus, learners, wanted, **options)
+
+
+def weights(cohort, g):
+    """Tensors of a learner at its own rank, whatever the bank's."""
+    bank, rank = cohort.bank, int(cohort.bank.ranks[g])
+    found = {}
+    for name in bank.slots:
+        tensor = bank.view(bank.param, name)[g]
+        if name.endswith(".a"):
+            tensor = tensor.view(-1, bank.rank, tensor.shape[-1])[:, :rank]
+        elif name.endswith(".b"):
+            tensor = tensor[:, :rank]
+        found[name] = tensor.clone()
+    return found
+
+
+@pytest.mark.parametrize("pass_tokens", [8192, 40])
+def test_together_equals_alone(pass_tokens):
+    corpus = ToyCorpus()
+    together = cohort_of(SIX, corpus, pass_tokens=pass_tokens)
+    together.train()
+    for g, learner in enumerate(SIX):
+        alone = cohort_of([learner], corpus)
+        alone.train()
+        assert int(together.steps[g]) == int(alone.steps[0])
+        if g == 3:
+            assert "diverged at step 2" in together.failed[g] and together.failed[g] == alone.failed[0]
+            continue
+        assert together.scores[g] == alone.scores[0]
+        for (name, one), other in zip(weights(together, g).items(), weights(alone, 0).values(), strict=True):
+            error = (one - other).norm() / other.norm().clamp(min=1e-30)
+            assert error < 2e-5, f"learner {g}, {name}: {error:.1e}"  # some dozens of AdamW steps on fp32 rounding
+    assert set(together.failed) == {3}
+
+
+def test_training_learns_and_moves_only_the_learner():
+    corpus = ToyCorpus(("aa",), sentences=40)
+    learner = replace(BASE, experiences=(("aa",),), rank=8, alpha=8.0, epochs=30, lr=2e-2)
+    cohort = cohort_of([learner], corpus)
+    cohort.wanted = [{0: ("aa",), 1: ("aa",)}]
+    before = {name: p.clone() for name, p in cohort.model.state_dict().items()}
+    cohort.train()
+    hits = {i: cohort.scores[0][i]["aa"] for i in (0, 1)}
+    assert hits[1][0] > 0.8 * hits[1][2] > 2 * hits[0][0]
+    assert all(torch.equal(before[name], p) for name, p in cohort.model.state_dict().items())
+
+
+def test_whole_model_learns():
+    corpus = ToyCorpus(("aa",), sentences=40)
+    learner = replace(BASE, experiences=(("aa",),), rank=None, alpha=1.0, epochs=30, lr=3e-3)
+    cohort = Cohort(toy_model(), corpus, [learner], [{0: ("aa",), 1: ("aa",)}])
+    cohort.train()
+    assert cohort.scores[0][1]["aa"][0] > 0.8 * cohort.scores[0][1]["aa"][2]
+    assert cohort.bank.trainable(0) == sum(p.numel() for p in cohort.model.parameters())
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 4, 7, 13])
+def test_resumed_equals_never_stopped(rounds):
+    corpus = ToyCorpus()
+    learners = [SIX[0], SIX[2], SIX[3], SIX[5]]
+    whole = cohort_of(learners, corpus)
+    whole.train()
+    stopped, left = cohort_of(learners, corpus), [rounds]
+
+    def stop(cohort, loss):
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stopped.train(stop)
+    tensors, state = stopped.state()
+    resumed = cohort_of(learners, corpus)
+    resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, state)
+    resumed.train()
+    assert resumed.scores == whole.scores and resumed.failed == whole.failed and resumed.tokens == whole.tokens
+    for one, other in ((resumed.bank.param, whole.bank.param), (resumed.exp_avg_sq, whole.exp_avg_sq)):
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32))  # bits, since the diverged learner holds NaN
+
+
+def test_only_what_is_wanted_is_scored():
+    corpus = ToyCorpus()
+    cohort = Cohort(toy_model(), corpus, [BASE], [{0: ["cc"], 2: ["aa", "bb"]}])
+    cohort.train()
+    assert {i: list(row) for i, row in cohort.scores[0].items()} == {0: ["cc"], 1: [], 2: ["aa", "bb"]}
