@@ -18,8 +18,11 @@ WRITING = (  # kinds of writing: few enough to tell their colours (Okabe & Ito 2
     ("Latin", "#0072B2", ("Latin",)),
     ("other alphabets", "#56B4E9", ("Cyrillic", "Greek", "Armenian", "Georgian", "Hangul")),
     ("consonant alphabets", "#009E73", ("Arabic", "Hebrew")),
-    ("syllable alphabets", "#E69F00", ("Ethiopic", "Bengali", "Devanagari", "Kannada", "Malayalam", "Tamil",
-                                       "Telugu", "Thai", "Khmer", "Myanmar")),
+    (
+        "syllable alphabets",
+        "#E69F00",
+        ("Ethiopic", "Bengali", "Devanagari", "Kannada", "Malayalam", "Tamil", "Telugu", "Thai", "Khmer", "Myanmar"),
+    ),
     ("Chinese and Japanese", "#D55E00", ("Han", "Japanese")),
     ("unknown", "#8A8A8A", ()),
 )
@@ -38,10 +41,16 @@ def summary_rows(scores):
 def summary_row(label, runs):
     """The entry of `summary_rows` for one list of runs."""
     good = [metrics.summarise(run["R"]) for run in runs if not run.get("diverged")]
-    row = {"label": label, "strategy": runs[0]["strategy"], "runs": len(runs),
-           "orders": len({run["order_name"] for run in runs}), "seeds": len({run["seed"] for run in runs}),
-           "diverged": len(runs) - len(good),
-           "trainable_parameters": runs[0].get("trainable_parameters"), "steps": runs[0].get("steps")}
+    row = {
+        "label": label,
+        "strategy": runs[0]["strategy"],
+        "runs": len(runs),
+        "orders": len({run["order_name"] for run in runs}),
+        "seeds": len({run["seed"] for run in runs}),
+        "diverged": len(runs) - len(good),
+        "trainable_parameters": runs[0].get("trainable_parameters"),
+        "steps": runs[0].get("steps"),
+    }
     for name in AVERAGED:
         values = [summary[name] for summary in good if summary[name] is not None]
         row[name] = sum(values) / len(values) if values else None
@@ -120,7 +129,8 @@ def script_contrasts(locales):
     """(name, locales, name, locales) of the comparisons that tell script from segmentation."""
     latin = [m for m in locales if script(m) == "Latin"]
     other = [m for m in locales if script(m) != "Latin"]
-    return (("not Latin", other, "Latin", latin),
-            ("no spaces between words", [m for m in locales if not spaced(m)],
-             "spaces", [m for m in locales if spaced(m)]),
-            ("not Latin, but spaces", [m for m in other if spaced(m)], "Latin", latin))
+    return (
+        ("not Latin", other, "Latin", latin),
+        ("no spaces between words", [m for m in locales if not spaced(m)], "spaces", [m for m in locales if spaced(m)]),
+        ("not Latin, but spaces", [m for m in other if spaced(m)], "Latin", latin),
+    )

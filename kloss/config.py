@@ -96,7 +96,16 @@ class Config:
         """The configuration itself. Raises UserError for the first value that makes no sense."""
         if not self.rank or min(self.rank) < 1:
             raise UserError(f"--rank must be 1 or more, got {', '.join(map(str, self.rank)) or 'none'}")
-        positive = ("epochs", "batch_size", "seeds", "orders", "max_length", "tiny_layers", "tiny_hidden", "pass_tokens")
+        positive = (
+            "epochs",
+            "batch_size",
+            "seeds",
+            "orders",
+            "max_length",
+            "tiny_layers",
+            "tiny_hidden",
+            "pass_tokens",
+        )
         for name in (*positive, "limit", "eval_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -131,10 +140,21 @@ def demo() -> Config:
 def paper() -> Config:
     """The study's main table: XLM-R base, 52 locales, every strategy. What the paper leaves open is our choice (see report)."""
     return Config(
-        data="AmazonScience/massive", backbone="xlm-roberta-base",
-        strategies=("non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"), rank=(32, 64, 256), lr=(5e-6,), full_lr=5e-6, epochs=100, orders=3, seeds=3, warmup=100, dtype="bf16", pass_tokens=65536,
-        checkpoint_seconds=900, preset="paper",
-    )  # fmt: skip
+        data="AmazonScience/massive",
+        backbone="xlm-roberta-base",
+        strategies=("non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"),
+        rank=(32, 64, 256),
+        lr=(5e-6,),
+        full_lr=5e-6,
+        epochs=100,
+        orders=3,
+        seeds=3,
+        warmup=100,
+        dtype="bf16",
+        pass_tokens=65536,
+        checkpoint_seconds=900,
+        preset="paper",
+    )
 
 
 def first_five() -> Config:

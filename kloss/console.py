@@ -38,7 +38,13 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[Bar]:
         """A progress display, live while the block runs."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.out, refresh_per_second=4) as progress:
             yield Bar(progress)
 

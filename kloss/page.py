@@ -67,9 +67,11 @@ code, pre { font: 12.5px/1.5 ui-monospace, Menlo, "Liberation Mono", monospace; 
 
 def document(title, header, body):
     """The whole page, without a script or a link to anything outside."""
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-            f"<style>{CSS}</style></head><body><header>{header}</header><main>{body}</main></body></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{CSS}</style></head><body><header>{header}</header><main>{body}</main></body></html>\n"
+    )
 
 
 def number(value, digits=3, sign=False):
@@ -100,8 +102,7 @@ def table(head, rows, kind="", over=()):
     if over:
         head = "".join(f'<th class="over" colspan="{n}">{cell}</th>' for cell, n in over) + f"</tr><tr>{head}"
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def section(title, lead, *body):
@@ -110,6 +111,7 @@ def section(title, lead, *body):
 
 def figures(*figures):
     """`figures` of (caption, svg), side by side where they fit."""
+
     def one(caption, svg):
         width = "full" if 'class="full"' in svg else "half"
         return f'<figure class="{width}"><figcaption>{caption}</figcaption>{svg}</figure>'
@@ -119,9 +121,15 @@ def figures(*figures):
 
 def legend(entries):
     """`entries` of (name, colour, dash)."""
-    return '<p class="legend">' + "".join(
-        f'<span><svg viewBox="0 0 26 8"><path d="M1 4H25" stroke="{colour}" stroke-dasharray="{dash}"/></svg>'
-        f"{escape(name)}</span>" for name, colour, dash in entries) + "</p>"
+    return (
+        '<p class="legend">'
+        + "".join(
+            f'<span><svg viewBox="0 0 26 8"><path d="M1 4H25" stroke="{colour}" stroke-dasharray="{dash}"/></svg>'
+            f"{escape(name)}</span>"
+            for name, colour, dash in entries
+        )
+        + "</p>"
+    )
 
 
 def details(title, body):

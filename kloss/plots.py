@@ -59,7 +59,7 @@ def _svg(figure, alt):
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", text))
     text = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", text)
@@ -70,7 +70,7 @@ def _svg(figure, alt):
     box = re.search(r'viewBox="[^"]*"', text)[0]
     label = f'role="img" aria-label="{escape(alt)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="{width}" {box} {label}>'
-    return head + text[text.index(">") + 1:]
+    return head + text[text.index(">") + 1 :]
 
 
 def _locale_ticks(axis, names, size):
@@ -91,8 +91,12 @@ def heat_map(R, order, *, largest, alt):
     figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.55, top=0.6, bottom=0.06)
     image = axes.imshow(R, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="none")
     axes.spines[:].set_visible(False)
-    axes.plot([-0.5, *np.repeat(np.arange(T), 2) + np.tile([0.5, 0.5], T)],
-              [0.5, *np.ravel([(i + 0.5, i + 1.5) for i in range(T)])], color="white", linewidth=1.6)
+    axes.plot(
+        [-0.5, *np.repeat(np.arange(T), 2) + np.tile([0.5, 0.5], T)],
+        [0.5, *np.ravel([(i + 0.5, i + 1.5) for i in range(T)])],
+        color="white",
+        linewidth=1.6,
+    )
     axes.xaxis.tick_top()
     _locale_ticks(axes.xaxis, order, size)
     axes.tick_params(axis="x", rotation=0 if T <= 6 else 90)
@@ -106,8 +110,15 @@ def heat_map(R, order, *, largest, alt):
     if T <= 12:
         for (i, j), value in np.ndenumerate(R):
             if not np.isnan(value):
-                axes.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=7,
-                          color="white" if value < 0.6 * largest else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}".lstrip("0"),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if value < 0.6 * largest else "black",
+                )
     return _svg(figure, alt)
 
 
@@ -124,11 +135,11 @@ def lines(series, *, xlabel, ylabel, alt, names=None, zero=False, wide=False):
         marker = "o" if np.count_nonzero(~np.isnan(line.values)) <= 14 else None
         if line.low is not None:
             axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.18, linewidth=0)
-        axes.plot(line.x, line.values, color=line.colour, linestyle=style, linewidth=1.8, marker=marker,
-                  markersize=3.5)
+        axes.plot(line.x, line.values, color=line.colour, linestyle=style, linewidth=1.8, marker=marker, markersize=3.5)
     if names is not None:
-        axes.set_xticks(range(1, len(names) + 1), names, fontsize=7 if len(names) > 30 else 8,
-                        rotation=0 if len(names) <= 6 else 90)
+        axes.set_xticks(
+            range(1, len(names) + 1), names, fontsize=7 if len(names) > 30 else 8, rotation=0 if len(names) <= 6 else 90
+        )
     elif xlabel != "step":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.015)

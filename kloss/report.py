@@ -78,13 +78,19 @@ def render(scores, config, env, phases):
     body.append(_setting(scores.get("choices", []), config, env))
 
     corpus, backbone, n = scores["corpus"], scores["backbone"], len(scores["runs"])
-    facts = [f"{len(corpus['locales'])} languages of {corpus['name']}", f"{corpus['labels']} labels",
-             f"{backbone['name']}, {page.count(backbone['parameters'])} parameters, "
-             f"{backbone['layers']} layers of {backbone['hidden']}", f"{n} run{'' if n == 1 else 's'}"]
+    facts = [
+        f"{len(corpus['locales'])} languages of {corpus['name']}",
+        f"{corpus['labels']} labels",
+        f"{backbone['name']}, {page.count(backbone['parameters'])} parameters, "
+        f"{backbone['layers']} layers of {backbone['hidden']}",
+        f"{n} run{'' if n == 1 else 's'}",
+    ]
     if env.get("commit"):
         facts.append(f"commit {env['commit'][:10]}{' (dirty)' if env.get('dirty') else ''}")
-    header = (f"<p class='name'>kloss · {escape(scores['name'])}</p><h1>{_headline(rows)}</h1>"
-              f"<p class='facts'>{' · '.join(map(escape, facts))}</p>")
+    header = (
+        f"<p class='name'>kloss · {escape(scores['name'])}</p><h1>{_headline(rows)}</h1>"
+        f"<p class='facts'>{' · '.join(map(escape, facts))}</p>"
+    )
     return page.document(f"{scores['name']} · kloss", header, "".join(body))
 
 
@@ -121,41 +127,79 @@ def _headline(rows):
     if not scored:
         return "Every run diverged: there is nothing to compare." if rows else "No run is in this folder."
     best = max(scored, key=lambda row: row["f1"])
-    return (f"<b>{escape(best['label'])}</b> reached {best['f1']:.2f} F1. No two languages were learned one "
-            "after the other, so none could be lost.")
+    return (
+        f"<b>{escape(best['label'])}</b> reached {best['f1']:.2f} F1. No two languages were learned one "
+        "after the other, so none could be lost."
+    )
 
 
 def _results(rows, shown):
     cells = []
     for row in rows:
         diverged = f"<span class='bad'>{row['diverged']} diverged</span>" if row["diverged"] else ""
-        cells.append((
-            escape(row["label"]), page.with_interval(row, "f1"), page.with_interval(row, "cbt", sign=True),
-            page.with_interval(row, "cft"), page.with_interval(row, "forgetting"), page.number(row["worst"]),
-            page.count(row["trainable_parameters"]), page.count(row["steps"]),
-            f"{row['runs']} ({row['orders']} × {row['seeds']}){diverged}"))
-    body = [page.table(("strategy", "F1", "CBT", "CFT", "forgetting", "worst language", "trainable", "steps",
-                        "runs (orders × seeds)"), cells, "main")]
-    diverged = [f"<li><b>{escape(label)}</b>, {escape(run['order_name'])}, seed {run['seed']} diverged "
-                f"and is in no average: {escape(run['diverged'])}</li>"
-                for label, runs in shown.items() for run in runs if run.get("diverged")]
+        cells.append(
+            (
+                escape(row["label"]),
+                page.with_interval(row, "f1"),
+                page.with_interval(row, "cbt", sign=True),
+                page.with_interval(row, "cft"),
+                page.with_interval(row, "forgetting"),
+                page.number(row["worst"]),
+                page.count(row["trainable_parameters"]),
+                page.count(row["steps"]),
+                f"{row['runs']} ({row['orders']} × {row['seeds']}){diverged}",
+            )
+        )
+    body = [
+        page.table(
+            (
+                "strategy",
+                "F1",
+                "CBT",
+                "CFT",
+                "forgetting",
+                "worst language",
+                "trainable",
+                "steps",
+                "runs (orders × seeds)",
+            ),
+            cells,
+            "main",
+        )
+    ]
+    diverged = [
+        f"<li><b>{escape(label)}</b>, {escape(run['order_name'])}, seed {run['seed']} diverged "
+        f"and is in no average: {escape(run['diverged'])}</li>"
+        for label, runs in shown.items()
+        for run in runs
+        if run.get("diverged")
+    ]
     if diverged:
         body.append(f"<ul class='warning'>{''.join(diverged)}</ul>")
-    orders = [(label, name) for label, runs in shown.items()
-              for name in dict.fromkeys(run["order_name"] for run in runs)]
+    orders = [(label, name) for label, runs in shown.items() for name in dict.fromkeys(run["order_name"] for run in runs)]
     if len(orders) > len(rows):
         cells = []
         for label, name in orders:
             row = summary_row(label, [run for run in shown[label] if run["order_name"] == name])
-            cells.append((escape(label), escape(name), page.with_interval(row, "f1"),
-                          page.with_interval(row, "cbt", sign=True), page.number(row["worst"])))
+            cells.append(
+                (
+                    escape(label),
+                    escape(name),
+                    page.with_interval(row, "f1"),
+                    page.with_interval(row, "cbt", sign=True),
+                    page.number(row["worst"]),
+                )
+            )
         head = ("strategy", "order", "F1", "CBT", "worst language")
         body.append(page.details("The same by order", page.table(head, cells, "two")))
     return page.section(
-        "Results", "F1 is the mean over all languages after the last step, 0 to 1. CBT is how much earlier "
+        "Results",
+        "F1 is the mean over all languages after the last step, 0 to 1. CBT is how much earlier "
         "languages changed since they were learned (negative: forgotten), CFT the F1 on languages still to "
         "come, forgetting the distance from the best earlier score. Small print: 95 % bootstrap interval "
-        "over runs.", *body)
+        "over runs.",
+        *body,
+    )
 
 
 def _beside_the_paper(scores, rows):
@@ -165,8 +209,7 @@ def _beside_the_paper(scores, rows):
         note = "Backbone and corpus have the paper’s shape; its settings are partly inferred."
     else:
         here = f"{escape(backbone['name'])} on {escape(corpus['name'])}, {len(corpus['locales'])} languages"
-        note = ("<b>Levels do not compare:</b> the paper used XLM-R base on MASSIVE, 52 languages; this run "
-                f"used {here}.")
+        note = f"<b>Levels do not compare:</b> the paper used XLM-R base on MASSIVE, 52 languages; this run used {here}."
     cells = []
     for strategy, name, f1, size in PAPER_TABLE:
         ours = [row for row in rows if row["strategy"] == strategy and row["f1"] is not None]
@@ -174,8 +217,10 @@ def _beside_the_paper(scores, rows):
         sizes = [row["trainable_parameters"] for row in ours if row["trainable_parameters"]]
         cells.append((name, f1, size, mine, _span(sizes, page.count)))
     head = ("method", "paper: F1 × 100", "paper: parameters", "this run: F1 × 100", "this run: trainable")
-    return ("<aside><h3>Beside the paper</h3><p class='lead'>The two shaded columns are the figures printed "
-            f"in {PAPER}, not measured here. {note}</p>{page.table(head, cells, 'paper')}</aside>")
+    return (
+        "<aside><h3>Beside the paper</h3><p class='lead'>The two shaded columns are the figures printed "
+        f"in {PAPER}, not measured here. {note}</p>{page.table(head, cells, 'paper')}</aside>"
+    )
 
 
 def _span(values, text):
@@ -185,8 +230,7 @@ def _span(values, text):
 
 def _along_the_sequence(shown, sequential):
     """F1 and CBT by step, retention by hops; joint strategies as a level."""
-    looks = {label: plots.look(n) if label in sequential else (plots.look(n)[0], "1 2")
-             for n, label in enumerate(shown)}
+    looks = {label: plots.look(n) if label in sequential else (plots.look(n)[0], "1 2") for n, label in enumerate(shown)}
     orders = {tuple(run["order"]) for runs in sequential.values() for run in runs}
     order, T = list(next(iter(orders))) if len(orders) == 1 else None, max(map(len, orders))
 
@@ -200,21 +244,39 @@ def _along_the_sequence(shown, sequential):
                 series.append(plots.Line(np.arange(1, len(values) + 1), values, *band, *looks[label]))
         return plots.lines(series, **options)
 
-    steps = {"xlabel": "after training on" if order else "languages trained", "names": order,
-             "wide": order is not None and T > 16}
+    steps = {
+        "xlabel": "after training on" if order else "languages trained",
+        "names": order,
+        "wide": order is not None and T > 16,
+    }
     seen = lines(metrics.f1_per_step, shown, ylabel="F1", alt="F1 over the languages seen, by step", **steps)
     lost = lines(metrics.backward_transfer_per_step, ylabel="CBT", zero=True, alt="CBT by step", **steps)
-    kept = lines(metrics.retention_curve, xlabel="hops since the language was learned", ylabel="change of F1",
-                 zero=True, alt="Change of F1 by hops since a language was learned")
-    given = lines(lambda R: metrics.retention_curve(R, "forward"), ylabel="F1 above untrained", zero=True,
-                  xlabel="hops until the language is learned", alt="F1 by hops until a language is learned")
+    kept = lines(
+        metrics.retention_curve,
+        xlabel="hops since the language was learned",
+        ylabel="change of F1",
+        zero=True,
+        alt="Change of F1 by hops since a language was learned",
+    )
+    given = lines(
+        lambda R: metrics.retention_curve(R, "forward"),
+        ylabel="F1 above untrained",
+        zero=True,
+        xlabel="hops until the language is learned",
+        alt="F1 by hops until a language is learned",
+    )
     joint = "" if len(shown) == len(sequential) else " Joint training has no sequence: a dotted level."
-    return page.section("Along the sequence", f"Lines are means over runs, bands the range over runs.{joint}",
-                        page.legend((label, *looks[label]) for label in shown),
-                        page.figures(("Mean F1 over the languages seen so far", seen),
-                                     ("CBT: earlier languages against when learned", lost),
-                                     ("Multi-hop, backward: what later training did to a language", kept),
-                                     ("Multi-hop, forward: what earlier training gave a language", given)))
+    return page.section(
+        "Along the sequence",
+        f"Lines are means over runs, bands the range over runs.{joint}",
+        page.legend((label, *looks[label]) for label in shown),
+        page.figures(
+            ("Mean F1 over the languages seen so far", seen),
+            ("CBT: earlier languages against when learned", lost),
+            ("Multi-hop, backward: what later training did to a language", kept),
+            ("Multi-hop, forward: what earlier training gave a language", given),
+        ),
+    )
 
 
 def _heat_maps(sequential):
@@ -233,10 +295,13 @@ def _heat_maps(sequential):
         figures.append((caption, figure))
     more = figures[HEAT_MAPS:]
     return page.section(
-        "Score matrices", "R: a row is a step, a column a language, a cell its F1. A language that is kept "
+        "Score matrices",
+        "R: a row is a step, a column a language, a cell its F1. A language that is kept "
         "stays bright below the white line, one that is forgotten darkens downwards; above it are languages "
-        "not learned yet. All share one colour scale.", page.figures(*figures[:HEAT_MAPS]),
-        page.details(f"{len(more)} more", page.figures(*more)) if more else "")
+        "not learned yet. All share one colour scale.",
+        page.figures(*figures[:HEAT_MAPS]),
+        page.details(f"{len(more)} more", page.figures(*more)) if more else "",
+    )
 
 
 def _bars(values, ylabel):
@@ -256,9 +321,13 @@ def _languages(corpus, sequential, focus):
     kinds = "".join(f"<span>{swatch(colour, kind)}</span>" for kind, colour in kinds_of_writing(locales))
     changes = by_language(sequential[focus], change)
     impacts = by_language(sequential[focus], metrics.multi_hop_backward_transfer)
-    body = [f'<p class="legend">{kinds}<span>* no spaces between words</span></p>', page.figures(
-        ("F1 at the end minus F1 when learned", _bars(changes, "change of F1")),
-        ("What training each did to those before it (MBT, impact)", _bars(impacts, "mean change of F1")))]
+    body = [
+        f'<p class="legend">{kinds}<span>* no spaces between words</span></p>',
+        page.figures(
+            ("F1 at the end minus F1 when learned", _bars(changes, "change of F1")),
+            ("What training each did to those before it (MBT, impact)", _bars(impacts, "mean change of F1")),
+        ),
+    ]
 
     columns = list(sequential)[:COLUMNS]
     shown = [by_language(sequential[label], values) for label in columns for values in (_last, change)]
@@ -270,9 +339,15 @@ def _languages(corpus, sequential, focus):
     scripts = {}
     for locale in locales:
         scripts.setdefault(script(locale), []).append(locale)
-    rows = [(swatch(writing(members[0])[1], escape(name)), len(members),
-             page.number(mean([tokens.get(m) for m in members]), 2), *cells(members))
-            for name, members in sorted(scripts.items(), key=lambda item: (-len(item[1]), item[0]))]
+    rows = [
+        (
+            swatch(writing(members[0])[1], escape(name)),
+            len(members),
+            page.number(mean([tokens.get(m) for m in members]), 2),
+            *cells(members),
+        )
+        for name, members in sorted(scripts.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
     over = (("", 3), *((escape(label), 2) for label in columns))
     head = ("subwords a word", *len(columns) * ("F1", "change"))
     body.append("<h3>By script</h3>" + page.table(("script", "languages", *head), rows, over=over))
@@ -282,9 +357,15 @@ def _languages(corpus, sequential, focus):
     for name_a, a, name_b, b in script_contrasts(list(loss)):
         a, b = [loss[m] for m in a], [loss[m] for m in b]
         test = metrics.permutation_test(a, b)
-        rows.append((f"{name_a} ({len(a)}) against {name_b} ({len(b)})", page.number(mean(a), sign=True),
-                     page.number(mean(b), sign=True), page.number(test.difference, sign=True),
-                     "&lt; 0.001" if test.p_value < 0.001 else page.number(test.p_value)))
+        rows.append(
+            (
+                f"{name_a} ({len(a)}) against {name_b} ({len(b)})",
+                page.number(mean(a), sign=True),
+                page.number(mean(b), sign=True),
+                page.number(test.difference, sign=True),
+                "&lt; 0.001" if test.p_value < 0.001 else page.number(test.p_value),
+            )
+        )
     place = " All runs share one order, so a language’s change also depends on its place in it."
     if len({tuple(run["order"]) for run in sequential[focus]}) > 1:
         place = ""
@@ -293,9 +374,17 @@ def _languages(corpus, sequential, focus):
         + page.table(("groups (languages)", "first", "second", "difference", "p"), rows)
         + "<p class='note'>Two-sided permutation tests, one value a language (its mean over runs). The "
         "languages without spaces are not Latin either: the third row leaves them out, to tell script from "
-        f"segmentation.{place}</p>")
-    rows = [(f"{m} {escape(LANGUAGES[m].name) if m in LANGUAGES else ''}", script(m),
-             page.number(tokens.get(m), 2), *cells([m])) for m in locales]
+        f"segmentation.{place}</p>"
+    )
+    rows = [
+        (
+            f"{m} {escape(LANGUAGES[m].name) if m in LANGUAGES else ''}",
+            script(m),
+            page.number(tokens.get(m), 2),
+            *cells([m]),
+        )
+        for m in locales
+    ]
     body.append(page.details("Every language", page.table(("language", "script", *head), rows, "two", over)))
     lead = f"For {escape(focus)}, which forgot most. Thin lines: range over runs."
     return page.section("Languages", lead, *body)
@@ -315,8 +404,10 @@ def _numbers(entries, *names):
 def _training(every):
     phases = dict(sorted(every.items(), key=lambda item: -len(item[1]))[:PHASES])
     figures, rows = [], []
-    for caption, name, unit in (("Training loss", "loss", "loss"),
-                                ("Throughput", "tokens_per_second", "tokens a second")):
+    for caption, name, unit in (
+        ("Training loss", "loss", "loss"),
+        ("Throughput", "tokens_per_second", "tokens a second"),
+    ):
         series = []
         for n, entries in enumerate(phases.values()):
             points = _numbers(entries, "step", name)
@@ -327,12 +418,16 @@ def _training(every):
         if series:
             figures.append((caption, plots.lines(series, xlabel="step", ylabel=unit, alt=caption)))
     for phase, entries in phases.items():
-        steps, losses, speeds, times = (_numbers(entries, name)[:, 0] for name in
-                                        ("step", "loss", "tokens_per_second", "time"))
-        rows.append((escape(phase), page.count(steps.max() if len(steps) else None),
-                     page.number(losses[-1] if len(losses) else None),
-                     page.count(np.median(speeds) if len(speeds) else None),
-                     f"{np.ptp(times):.0f} s" if len(times) > 1 else page.number(None)))
+        steps, losses, speeds, times = (_numbers(entries, name)[:, 0] for name in ("step", "loss", "tokens_per_second", "time"))
+        rows.append(
+            (
+                escape(phase),
+                page.count(steps.max() if len(steps) else None),
+                page.number(losses[-1] if len(losses) else None),
+                page.count(np.median(speeds) if len(speeds) else None),
+                f"{np.ptp(times):.0f} s" if len(times) > 1 else page.number(None),
+            )
+        )
     legend = page.legend((phase, *plots.look(n)) for n, phase in enumerate(phases)) if figures else ""
     head = ("phase", "last step", "last loss", "tokens a second, median", "time")
     lead = f"From log.jsonl; a line has up to {POINTS} points, each the mean of a share of the steps."
@@ -347,8 +442,9 @@ def _setting(choices, config, env):
     if command:
         body.append(f"<pre>{escape(command if isinstance(command, str) else shlex.join(command))}</pre>")
     for title, values in (("Configuration", config), ("Environment", env)):
-        rows = [(escape(key), f"<code>{escape(v if isinstance(v, str) else json.dumps(v))}</code>")
-                for key, v in page.flat(values)]
+        rows = [
+            (escape(key), f"<code>{escape(v if isinstance(v, str) else json.dumps(v))}</code>") for key, v in page.flat(values)
+        ]
         if rows:
             body.append(page.details(title, page.table(("setting", "value"), rows, "settings")))
     lead = f"What {PAPER} does not state, or what we could not read there, is our own choice:"

@@ -15,7 +15,7 @@ CHOICES = (
     "AdamW with β 0.9 and 0.999, decoupled weight decay, each learner's gradient norm clipped, a constant rate behind a short "
     "linear warm-up, and one optimiser state through a learner's whole sequence.",
     "LoRA on every linear layer of the encoder (query, key, value, attention output, both feed-forward layers), not on the "
-    "pooler; alpha equals the rank unless given; A uniform in ±1/√K, B zero; one dropout mask for the fused query, key and value.",
+    "pooler; alpha is the rank unless given; A uniform in ±1/√K, B zero; one dropout mask for the fused query, key and value.",
     "A tagging head per learner, trained with its adapter; learners of one seed start from the same draw.",
     "The orders of the languages are random, drawn from the seed; Order 1 is the first, unless one was given.",
     "Micro span F1 as seqeval computes it on BIO labels; the first subword of a word is labelled. ja-JP, zh-CN and zh-TW are "
@@ -36,28 +36,45 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         reasons = [f"{study.learners[g].name} {outcome.failed[g]}" for g in trial.learners if outcome.failed[g]]
         runs.append(
             {
-                "strategy": trial.strategy, "label": trial.label, "rank": trial.rank, "lr": trial.lr, "order": trial.order,
-                "order_name": trial.order_name, "seed": trial.seed, "groups": trial.groups,
+                "strategy": trial.strategy,
+                "label": trial.label,
+                "rank": trial.rank,
+                "lr": trial.lr,
+                "order": trial.order,
+                "order_name": trial.order_name,
+                "seed": trial.seed,
+                "groups": trial.groups,
                 "trainable_parameters": sum(outcome.weights[g] for g in trial.learners),
                 "steps": sum(Stream.of(corpus, study.learners[g]).steps() for g in trial.learners),
-                "diverged": "; ".join(reasons) or None, "R": matrix,
+                "diverged": "; ".join(reasons) or None,
+                "R": matrix,
                 "metrics": summarise([[math.nan if f1 is None else f1 for f1 in row] for row in matrix]),
             }
-        )  # fmt: skip
+        )
     return {
-        "format": 1, "name": config.preset,
+        "format": 1,
+        "name": config.preset,
         "corpus": {
-            "name": corpus.name, "synthetic": config.data == "synthetic", "locales": corpus.locales, "labels": len(corpus.labels),
-            "train_utterances": _count(corpus, "train"), "test_utterances": _count(corpus, "test"),
+            "name": corpus.name,
+            "synthetic": config.data == "synthetic",
+            "locales": corpus.locales,
+            "labels": len(corpus.labels),
+            "train_utterances": _count(corpus, "train"),
+            "test_utterances": _count(corpus, "test"),
             "truncated": corpus.truncated,
             "tokens_per_word": {locale: round(corpus.tokens_per_word(locale), 3) for locale in corpus.locales},
         },
         "backbone": {
-            "name": config.backbone, "parameters": parameters, "layers": backbone.num_hidden_layers,
-            "hidden": backbone.hidden_size, "vocabulary": backbone.vocab_size,
+            "name": config.backbone,
+            "parameters": parameters,
+            "layers": backbone.num_hidden_layers,
+            "hidden": backbone.hidden_size,
+            "vocabulary": backbone.vocab_size,
         },
-        "runs": runs, "summary": summary_rows({"runs": runs}), "choices": CHOICES,
-    }  # fmt: skip
+        "runs": runs,
+        "summary": summary_rows({"runs": runs}),
+        "choices": CHOICES,
+    }
 
 
 def _count(corpus: Corpus, partition: str) -> dict[str, int]:

@@ -18,8 +18,8 @@ from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
 from .cl.rundir import RunFolder
 from .cl.runner import cohorts_of, train_study
-from .cl.stream import Stream
 from .cl.strategies import STRATEGIES
+from .cl.stream import Stream
 from .cl.study import Study, plan
 from .config import PRESETS, Config
 from .errors import UserError
@@ -58,9 +58,17 @@ def prepare(config: Config, progress) -> tuple[Corpus, Study]:
     if tokenizer is None and config.backbone != "tiny":
         tokenizer = config.backbone
     corpus = load_corpus(
-        config.data, tokenizer=tokenizer, locales=locales, limit=config.limit, eval_limit=config.eval_limit,
-        max_length=config.max_length, cache=config.cache or None, seed=config.seed, report=progress, synthetic=options,
-    )  # fmt: skip
+        config.data,
+        tokenizer=tokenizer,
+        locales=locales,
+        limit=config.limit,
+        eval_limit=config.eval_limit,
+        max_length=config.max_length,
+        cache=config.cache or None,
+        seed=config.seed,
+        report=progress,
+        synthetic=options,
+    )
     return corpus, plan(config, corpus.locales)
 
 
@@ -75,10 +83,19 @@ def run(config: Config, progress) -> tuple[Path, dict]:
     folder = RunFolder(config.out or f"runs/{config.preset}", identity | {"corpus": corpus.fingerprint})
     if not folder.done:
         load = partial(
-            load_backbone, config.backbone, corpus, layers=config.tiny_layers, hidden=config.tiny_hidden,
-            steps=config.pretrain_steps, batch=config.pretrain_batch, seed=config.seed, cache=config.cache or None,
-            dtype=DTYPES[config.dtype], device=device, report=progress,
-        )  # fmt: skip
+            load_backbone,
+            config.backbone,
+            corpus,
+            layers=config.tiny_layers,
+            hidden=config.tiny_hidden,
+            steps=config.pretrain_steps,
+            batch=config.pretrain_batch,
+            seed=config.seed,
+            cache=config.cache or None,
+            dtype=DTYPES[config.dtype],
+            device=device,
+            report=progress,
+        )
         model = load()
         backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
         del model
@@ -99,7 +116,10 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         len(corpus.sentences(locale, "test").input_ids) for table in study.wanted for row in table.values() for locale in row
     )
     lines = [
-        ("corpus", f"{corpus.name}: {len(corpus.locales)} languages, {utterances} training utterances, {len(corpus.labels)} labels"),
+        (
+            "corpus",
+            f"{corpus.name}: {len(corpus.locales)} languages, {utterances} training utterances, {len(corpus.labels)} labels",
+        ),
         ("strategies", ", ".join(f"{STRATEGIES[name].name}" for name in config.strategies)),
         ("trials", f"{len(study.trials)} score matrices from {len(study.learners)} learners, each trained once"),
     ]
@@ -111,7 +131,12 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         if backbone is not None and learners[0].rank is not None:
             row = AdapterBank.width_of(backbone, max(learner.rank for learner in learners))
             memory = f", {len(members) * row * 16 / 2**20:.0f} MiB of weights, gradients and moments"
-        lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {sum(tokens[g] for g in members)} tokens{memory}"))
+        lines.append(
+            (
+                f"cohort {number}",
+                f"{len(members)} learners, {steps} rounds, {sum(tokens[g] for g in members)} tokens{memory}",
+            )
+        )
     lines.append(("scoring", f"{scored} tokens"))
     if backbone is not None:
         seconds = _estimated_seconds(backbone, sum(tokens), scored)

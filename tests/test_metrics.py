@@ -56,18 +56,21 @@ def test_every_metric_is_its_formula(R):
     close(metrics.forgetting(R), mean(lost))
     kept = [mean(best_before(R, i - 1, t + 1) - r[t, i] for i in range(1, t)) for t in steps]
     close(metrics.forgetting_per_step(R, include_last=True), kept)
-    close(metrics.multi_hop_backward_transfer(R),
-          [mean(r[i, j] - r[i - 1, j] for j in range(1, i)) for i in steps])
-    close(metrics.multi_hop_forward_transfer(R),
-          [mean(r[i, j] - r[i - 1, j] for j in range(i + 1, T + 1)) for i in steps])
-    close(metrics.multi_hop_backward_transfer(R, reading="retention"),
-          [mean(r[i + h, i] - r[i, i] for h in range(1, T - i + 1)) for i in steps])
-    close(metrics.multi_hop_forward_transfer(R, reading="retention"),
-          [mean(r[i - h, i] - r[0, i] for h in range(1, i)) for i in steps])
-    close(metrics.retention_curve(R),
-          [mean(r[i + h, i] - r[i, i] for i in range(1, T - h + 1)) for h in range(1, T)])
-    close(metrics.retention_curve(R, "forward"),
-          [mean(r[i - h, i] - r[0, i] for i in range(h + 1, T + 1)) for h in range(1, T)])
+    close(metrics.multi_hop_backward_transfer(R), [mean(r[i, j] - r[i - 1, j] for j in range(1, i)) for i in steps])
+    close(metrics.multi_hop_forward_transfer(R), [mean(r[i, j] - r[i - 1, j] for j in range(i + 1, T + 1)) for i in steps])
+    close(
+        metrics.multi_hop_backward_transfer(R, reading="retention"),
+        [mean(r[i + h, i] - r[i, i] for h in range(1, T - i + 1)) for i in steps],
+    )
+    close(
+        metrics.multi_hop_forward_transfer(R, reading="retention"),
+        [mean(r[i - h, i] - r[0, i] for h in range(1, i)) for i in steps],
+    )
+    close(metrics.retention_curve(R), [mean(r[i + h, i] - r[i, i] for i in range(1, T - h + 1)) for h in range(1, T)])
+    close(
+        metrics.retention_curve(R, "forward"),
+        [mean(r[i - h, i] - r[0, i] for i in range(h + 1, T + 1)) for h in range(1, T)],
+    )
 
 
 @settings(deadline=None)
@@ -121,8 +124,12 @@ def test_summary_is_json_with_none_for_the_undefined(R):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     T = R.shape[1]
     if T > 1:
-        assert [len(summary[k]) for k in ("f1_per_step", "cbt_per_step", "mbt_impact", "retention_curve")] \
-            == [T, T, T, T - 1]
+        assert [len(summary[k]) for k in ("f1_per_step", "cbt_per_step", "mbt_impact", "retention_curve")] == [
+            T,
+            T,
+            T,
+            T - 1,
+        ]
         assert summary["cbt_per_step"][0] is None
     if not np.isnan(R[-1]).any():
         close(summary["f1"], R[-1].mean())

@@ -40,33 +40,61 @@ def fake_R(strategy, order, seed):
 
 def fake_run(strategy, order, *, order_name="Order 1", seed=0, label=None, R=None):
     R = fake_R(strategy, order, seed) if R is None else R
-    return {"strategy": strategy, "label": label or f"{strategy.upper()} r=8", "rank": 8, "lr": 2e-3,
-            "order": list(order), "order_name": order_name, "seed": seed, "groups": None, "diverged": None,
-            "trainable_parameters": 1_300_000, "steps": 4000, "R": np.array(R, dtype=object).tolist(),
-            "metrics": metrics.summarise(R)}
+    return {
+        "strategy": strategy,
+        "label": label or f"{strategy.upper()} r=8",
+        "rank": 8,
+        "lr": 2e-3,
+        "order": list(order),
+        "order_name": order_name,
+        "seed": seed,
+        "groups": None,
+        "diverged": None,
+        "trainable_parameters": 1_300_000,
+        "steps": 4000,
+        "R": np.array(R, dtype=object).tolist(),
+        "metrics": metrics.summarise(R),
+    }
 
 
 def fake_scores(locales=FIVE, strategies=("non-shared", "shared", "multi"), orders=3, seeds=3, runs=None):
     if runs is None:
         shuffled = [np.random.default_rng(o).permutation(locales).tolist() for o in range(orders)]
-        runs = [fake_run(strategy, shuffled[o], order_name=f"Order {o + 1}", seed=seed)
-                for strategy in strategies for o in range(orders) for seed in range(seeds)]
-    return {"format": 1, "name": "tiny synthetic", "runs": runs, "summary": [],
-            "corpus": {"name": "synthetic", "locales": list(locales), "labels": 111,
-                       "train_utterances": dict.fromkeys(locales, 400),
-                       "test_utterances": dict.fromkeys(locales, 300), "truncated": dict.fromkeys(locales, 0),
-                       "tokens_per_word": {m: 1.2 + 0.04 * n for n, m in enumerate(locales)}},
-            "backbone": {"name": "tiny", "parameters": 3_100_000, "layers": 4, "hidden": 128,
-                         "vocabulary": 8000},
-            "choices": ["Batch 32.", "AdamW, weight decay 0.01, clip 1.", "A head per learner."]}
+        runs = [
+            fake_run(strategy, shuffled[o], order_name=f"Order {o + 1}", seed=seed)
+            for strategy in strategies
+            for o in range(orders)
+            for seed in range(seeds)
+        ]
+    return {
+        "format": 1,
+        "name": "tiny synthetic",
+        "runs": runs,
+        "summary": [],
+        "corpus": {
+            "name": "synthetic",
+            "locales": list(locales),
+            "labels": 111,
+            "train_utterances": dict.fromkeys(locales, 400),
+            "test_utterances": dict.fromkeys(locales, 300),
+            "truncated": dict.fromkeys(locales, 0),
+            "tokens_per_word": {m: 1.2 + 0.04 * n for n, m in enumerate(locales)},
+        },
+        "backbone": {"name": "tiny", "parameters": 3_100_000, "layers": 4, "hidden": 128, "vocabulary": 8000},
+        "choices": ["Batch 32.", "AdamW, weight decay 0.01, clip 1.", "A head per learner."],
+    }
 
 
 def fake_log(steps=300):
     for n, phase in enumerate(("warm-up", "lora")):
         for step in range(1, steps + 1):
-            yield {"time": 1e9 + 1000 * n + step, "phase": phase, "step": step,
-                   "loss": 3 / (1 + step / (40 + 20 * n)),
-                   "tokens_per_second": 20000 + 500 * (step % 5) + 9000 * n}
+            yield {
+                "time": 1e9 + 1000 * n + step,
+                "phase": phase,
+                "step": step,
+                "loss": 3 / (1 + step / (40 + 20 * n)),
+                "tokens_per_second": 20000 + 500 * (step % 5) + 9000 * n,
+            }
 
 
 def write_run(folder, scores):
@@ -123,8 +151,18 @@ def test_is_one_file_that_needs_nothing_else(tmp_path, locales):
     addresses = re.findall(r"""(?:href|src)=["']([^"']*)|url\(([^)]*)\)""", html)
     assert all(a.startswith(("#", "data:")) for pair in addresses for a in pair if a)
     assert not re.search(r"#00000[123]\b", html), "a stand-in colour was not replaced"
-    for title in ("Results", "Beside the paper", "Along the sequence", "Score matrices", "Languages",
-                  "By script", "Training", "Choices and setting", "Configuration", "Environment"):
+    for title in (
+        "Results",
+        "Beside the paper",
+        "Along the sequence",
+        "Score matrices",
+        "Languages",
+        "By script",
+        "Training",
+        "Choices and setting",
+        "Configuration",
+        "Environment",
+    ):
         assert title in html
     for locale in locales:  # readable text on the heat maps, not only in the table
         assert len(re.findall(rf"<text[^>]*>{locale}</text>", html)) >= 6
@@ -138,15 +176,17 @@ def test_headline_says_who_lost_and_how_much(tmp_path):
     order = FIVE[:3]
     runs = [fake_run("non-shared", order, R=kept), fake_run("shared", order, R=lost)]
     html = report(tmp_path, fake_scores(order, runs=runs))
-    assert headline(html) == ("SHARED r=8 lost 0.30 F1 on the languages it had learned earlier; "
-                              "NON-SHARED r=8 lost 0.00 F1.")
+    assert headline(html) == ("SHARED r=8 lost 0.30 F1 on the languages it had learned earlier; NON-SHARED r=8 lost 0.00 F1.")
     runs.append(fake_run("shared", order, R=worse, seed=1))
     html = report(tmp_path, fake_scores(order, runs=runs))
     assert headline(html).startswith("SHARED r=8 lost 0.35 F1 (0.30 to 0.40) on the languages")
     assert "Change of F1 under SHARED r=8" in html
     en, de, ru = (re.search(rf"<td>{m} .*?</tr>", html)[0] for m in order)
-    assert [text_of(row).split()[-2:] for row in (en, de, ru)] == [["0.300", "−0.500"], ["0.400", "−0.200"],
-                                                                   ["0.500", "–"]]
+    assert [text_of(row).split()[-2:] for row in (en, de, ru)] == [
+        ["0.300", "−0.500"],
+        ["0.400", "−0.200"],
+        ["0.500", "–"],
+    ]
     gained = [[0, 0], [0.5, 0], [0.6, 0.5]]
     html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
     assert headline(html).startswith("SHARED r=8 gained 0.10 F1")
@@ -192,7 +232,7 @@ def test_cells_not_measured_and_locales_not_known(tmp_path):
 
 
 def test_many_strategies_and_rates(tmp_path):
-    runs = [fake_run("shared", FIVE, label=f"SHARED r={2 ** n}", seed=n) for n in range(6)]
+    runs = [fake_run("shared", FIVE, label=f"SHARED r={2**n}", seed=n) for n in range(6)]
     runs.append({**runs[0], "lr": 1e-4})
     html = report(tmp_path, fake_scores(FIVE, runs=runs))
     assert "SHARED r=1, lr 0.002" in html and "SHARED r=1, lr 0.0001" in html and "1 more" in html
@@ -212,8 +252,13 @@ def test_levels_compare_only_with_the_same_backbone_and_corpus(tmp_path):
     assert "Levels do not compare" in report(tmp_path, scores)
     scores["corpus"]["name"] = "MASSIVE 1.1"
     assert "Levels do not compare" in report(tmp_path, scores)
-    scores["backbone"] = {"name": "xlm-roberta-base", "parameters": 278e6, "layers": 12, "hidden": 768,
-                          "vocabulary": 250002}
+    scores["backbone"] = {
+        "name": "xlm-roberta-base",
+        "parameters": 278e6,
+        "layers": 12,
+        "hidden": 768,
+        "vocabulary": 250002,
+    }
     html = report(tmp_path, scores)
     assert "Levels do not compare" not in html and "not measured here" in html and "75.03" in html
 

@@ -13,9 +13,31 @@ import pytest
 from kloss.run import main
 
 SMALL = (
-    "--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8",
-    "--tiny-layers", "1", "--tiny-hidden", "32", "--pretrain-steps", "3", "--seeds", "1", "--rank", "2", "--warmup", "2",
-)  # fmt: skip
+    "--languages",
+    "en-US",
+    "de-DE",
+    "ja-JP",
+    "--limit",
+    "24",
+    "--eval-limit",
+    "8",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--tiny-layers",
+    "1",
+    "--tiny-hidden",
+    "32",
+    "--pretrain-steps",
+    "3",
+    "--seeds",
+    "1",
+    "--rank",
+    "2",
+    "--warmup",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +218,14 @@ def test_backbone_with_too_small_a_vocabulary(small, tmp_path, capsys):
     assert main(arguments) == 0  # its corpus and tokenizer are in the cache now
     tokenizer = next(Path(arguments[arguments.index("--cache") + 1]).glob("tokenizer-*"))
     capsys.readouterr()
-    other = [*arguments[:-1], str(tmp_path / "other"), "--backbone", str(tmp_path / "model"), "--tokenizer", str(tokenizer)]
+    other = [
+        *arguments[:-1],
+        str(tmp_path / "other"),
+        "--backbone",
+        str(tmp_path / "model"),
+        "--tokenizer",
+        str(tokenizer),
+    ]
     assert "more than the 40 of backbone" in one_line_error(other, capsys)
 
 
@@ -218,8 +247,11 @@ def test_full_disk(small, tmp_path):
     assert main([*arguments, "--dry-run"]) == 0
     done = subprocess.run(
         [sys.executable, "-m", "kloss.run", *arguments, "--checkpoint-seconds", "0"],
-        env=environment, capture_output=True, text=True, preexec_fn=small_files,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=small_files,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
     assert not [file for file in folder.rglob("*") if "partial" in file.name] if folder.exists() else True

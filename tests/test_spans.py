@@ -12,7 +12,7 @@ from kloss.errors import UserError
 from kloss.kernels import reference, span_counts
 
 IGNORED = -100
-PAIRS = ("O", "B-a", "I-a", "B-b", "I-b", "B-c", "I-c")          # the layout taken when no names are given
+PAIRS = ("O", "B-a", "I-a", "B-b", "I-b", "B-c", "I-c")  # the layout taken when no names are given
 SORTED = ("O", "B-a", "B-b", "B-date-time", "I-b", "I-c", "I-a")  # c has no B, date-time no I
 
 
@@ -78,11 +78,11 @@ def test_counts_equal_seqeval_sequence_by_sequence(labels, counts):
 
 
 MALFORMED = [  # gold, predicted, counts that conlleval gives
-    ("O I-a I-a", "O B-a I-a", [1, 1, 1]),         # I behind O opens a span
-    ("B-a I-b", "B-a O", [1, 1, 2]),               # I of another type opens a span
-    ("I-a B-a", "I-a I-a", [0, 1, 2]),             # B always opens one
-    ("B-a I-a I-a", "B-a I-a O", [0, 1, 1]),       # same start, other end
-    ("B-a I-a", "B-b I-b", [0, 1, 1]),             # same place, other type
+    ("O I-a I-a", "O B-a I-a", [1, 1, 1]),  # I behind O opens a span
+    ("B-a I-b", "B-a O", [1, 1, 2]),  # I of another type opens a span
+    ("I-a B-a", "I-a I-a", [0, 1, 2]),  # B always opens one
+    ("B-a I-a I-a", "B-a I-a O", [0, 1, 1]),  # same start, other end
+    ("B-a I-a", "B-b I-b", [0, 1, 1]),  # same place, other type
     ("O O", "O O", [0, 0, 0]),
 ]
 

@@ -37,7 +37,12 @@ def test_partially_shared_cells():
     layout, rows = cells("partial", order, groups)
     assert layout.streams == [[["en-US"], ["de-DE"]], [["ru-RU"]], [["ja-JP"]]]
     assert rows[1] == [(0, 1), (0, 1), (0, 1), (0, 1)]
-    assert rows[2] == [(0, 1), (1, 1), (0, 1), (1, 1)]  # de-DE has its group's adapter before its own turn, ja-JP the last
+    assert rows[2] == [
+        (0, 1),
+        (1, 1),
+        (0, 1),
+        (1, 1),
+    ]  # de-DE has its group's adapter before its own turn, ja-JP the last
     assert rows[3] == [(0, 2), (1, 1), (0, 2), (0, 2)]
     assert rows[4] == [(0, 2), (1, 1), (0, 2), (2, 1)]
 

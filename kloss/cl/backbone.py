@@ -21,10 +21,19 @@ MASKED, RATE, WARMUP = 0.15, 2e-3, 0.1
 
 
 def load_backbone(
-    name: str, corpus: Corpus, *, layers: int = 4, hidden: int = 128, steps: int = 600, batch: int = 128, seed: int = 0,
-    cache: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    name: str,
+    corpus: Corpus,
+    *,
+    layers: int = 4,
+    hidden: int = 128,
+    steps: int = 600,
+    batch: int = 128,
+    seed: int = 0,
+    cache: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     report: Callable[[int, int, str], None] | None = None,
-) -> XLMRForTokenClassification:  # fmt: skip
+) -> XLMRForTokenClassification:
     """The model to adapt, with a head as wide as the corpus has labels.
 
     name: "tiny", or a folder or hub name. layers, hidden, steps, batch, seed: of the tiny one. Raises UserError for a
@@ -40,16 +49,24 @@ def load_backbone(
             "use the tokenizer that belongs to the backbone (--tokenizer)"
         )
     if corpus.max_length > model.config.max_position_embeddings - 2:
-        raise UserError(f"--max-length {corpus.max_length} is beyond backbone {name}'s {model.config.max_position_embeddings - 2}")
+        raise UserError(
+            f"--max-length {corpus.max_length} is beyond backbone {name}'s {model.config.max_position_embeddings - 2}"
+        )
     return model
 
 
 def tiny_config(corpus: Corpus, layers: int, hidden: int) -> XLMRConfig:
     """Sizes of the tiny backbone for a corpus: heads of 32, feed-forward layers four times as wide as the rest."""
     return replace(
-        TINY, vocab_size=corpus.vocab_size, num_labels=len(corpus.labels), num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden,
-        num_attention_heads=max(1, hidden // 32), pad_token_id=corpus.pad_id,
-    )  # fmt: skip
+        TINY,
+        vocab_size=corpus.vocab_size,
+        num_labels=len(corpus.labels),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_attention_heads=max(1, hidden // 32),
+        pad_token_id=corpus.pad_id,
+    )
 
 
 def tiny_backbone(

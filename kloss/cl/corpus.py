@@ -80,9 +80,7 @@ class Corpus:
         last = last if limit is None else min(last, first + limit)
         offsets = self._arrays["offsets"][first : last + 1]
         tokens = slice(int(offsets[0]), int(offsets[-1]))
-        return Sentences(
-            self._arrays["input_ids"][tokens], self._arrays["labels"][tokens], offsets - offsets[0]
-        )
+        return Sentences(self._arrays["input_ids"][tokens], self._arrays["labels"][tokens], offsets - offsets[0])
 
     def tokens_per_word(self, locale: str) -> float:
         """Pieces per word over the locale's whole training split, before truncation, without <s> and </s>."""

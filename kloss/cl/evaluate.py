@@ -27,11 +27,10 @@ def evaluate(
         batch = pack(parts, bank.adapters if bank else 1, device)
         logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank)
         group = torch.repeat_interleave(
-            torch.tensor([job for job, _ in chunk], device=device), torch.tensor([len(i) for _, i in chunk], device=device)
+            torch.tensor([job for job, _ in chunk], device=device),
+            torch.tensor([len(i) for _, i in chunk], device=device),
         )
-        counts += span_counts(
-            logits.argmax(-1), batch.labels, batch.cu_seqlens, group, len(pairs), tags=tags, types=types
-        )
+        counts += span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, group, len(pairs), tags=tags, types=types)
     return counts.cpu().numpy()
 
 
@@ -53,5 +52,3 @@ def _passes(corpus: Corpus, pairs: Sequence[tuple[int, str]], partition: str, pa
             first = end
     if chunk:
         yield chunk
-
-

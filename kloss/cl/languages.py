@@ -81,9 +81,7 @@ _TABLE = (
 
 LANGUAGES: dict[str, Language] = {language.locale: language for language in _TABLE}
 LOCALES: tuple[str, ...] = tuple(LANGUAGES)
-CHARACTER_LOCALES = frozenset(
-    {"ja-JP", "zh-CN", "zh-TW"}
-)  # one label per character, as in MASSIVE's own code
+CHARACTER_LOCALES = frozenset({"ja-JP", "zh-CN", "zh-TW"})  # one label per character, as in MASSIVE's own code
 
 
 def check_locales(names: Iterable[str]) -> tuple[str, ...]:
@@ -112,9 +110,7 @@ def groups(locales: Iterable[str], by: str | Mapping[str, str]) -> dict[str, str
             raise UserError(f"the grouping has no group for {', '.join(missing)}")
         return {locale: by[locale] for locale in locales}
     if by not in ("script", "family"):
-        raise UserError(
-            f"cannot group languages by {by!r}; allowed: 'script', 'family', or a mapping locale -> group"
-        )
+        raise UserError(f"cannot group languages by {by!r}; allowed: 'script', 'family', or a mapping locale -> group")
     return {locale: getattr(LANGUAGES[locale], by) for locale in locales}
 
 

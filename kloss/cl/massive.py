@@ -144,9 +144,7 @@ def _read_files(files: list[Path]) -> Iterator[tuple[Place, dict]]:
             yield from _read_lines(str(file), lines)
 
 
-def _read_archive(
-    path: Path, unpack: Callable, wanted: frozenset[str] | None
-) -> Iterator[tuple[Place, dict]]:
+def _read_archive(path: Path, unpack: Callable, wanted: frozenset[str] | None) -> Iterator[tuple[Place, dict]]:
     try:
         with unpack(path, "rb") as stream:
             with tarfile.open(fileobj=stream, mode="r|") as archive:

@@ -235,20 +235,29 @@ def summarise(R):
     R = np.array(R, dtype=np.float64)
     last = R[-1]
     worst = None if np.isnan(last).all() else int(np.nanargmin(last))
-    result = {"f1": measured_mean(last),
-              "f1_per_step": f1_per_step(R) if sequential else [measured_mean(last)],
-              "worst": None if worst is None else last[worst],
-              "worst_position": None if worst is None else worst + 1}
-    metrics = {"cft": forward_transfer, "cbt": backward_transfer, "bwt": backward_transfer,
-               "fwt": gem_forward_transfer, "forgetting": forgetting,
-               "forgetting_last": lambda R: forgetting_per_step(R)[-1],
-               "forgetting_including_last": lambda R: forgetting(R, include_last=True),
-               "cbt_per_step": backward_transfer_per_step,
-               "mft_impact": multi_hop_forward_transfer, "mbt_impact": multi_hop_backward_transfer,
-               "mft_retention": lambda R: multi_hop_forward_transfer(R, "retention"),
-               "mbt_retention": lambda R: multi_hop_backward_transfer(R, "retention"),
-               "forgetting_by_cause": forgetting_by_cause, "retention_curve": retention_curve,
-               "retention_curve_forward": lambda R: retention_curve(R, "forward")}
+    result = {
+        "f1": measured_mean(last),
+        "f1_per_step": f1_per_step(R) if sequential else [measured_mean(last)],
+        "worst": None if worst is None else last[worst],
+        "worst_position": None if worst is None else worst + 1,
+    }
+    metrics = {
+        "cft": forward_transfer,
+        "cbt": backward_transfer,
+        "bwt": backward_transfer,
+        "fwt": gem_forward_transfer,
+        "forgetting": forgetting,
+        "forgetting_last": lambda R: forgetting_per_step(R)[-1],
+        "forgetting_including_last": lambda R: forgetting(R, include_last=True),
+        "cbt_per_step": backward_transfer_per_step,
+        "mft_impact": multi_hop_forward_transfer,
+        "mbt_impact": multi_hop_backward_transfer,
+        "mft_retention": lambda R: multi_hop_forward_transfer(R, "retention"),
+        "mbt_retention": lambda R: multi_hop_backward_transfer(R, "retention"),
+        "forgetting_by_cause": forgetting_by_cause,
+        "retention_curve": retention_curve,
+        "retention_curve_forward": lambda R: retention_curve(R, "forward"),
+    }
     result |= {name: metric(R) if sequential else None for name, metric in metrics.items()}
     return {name: _json(value) for name, value in result.items()}
 
@@ -283,7 +292,7 @@ def bootstrap_interval(values, *, level=0.95, samples=10000, seed=0):
 
 class Comparison(NamedTuple):
     difference: float  # mean(a) - mean(b)
-    p_value: float     # two-sided
+    p_value: float  # two-sided
 
 
 def permutation_test(a, b, *, samples=10000, seed=0):

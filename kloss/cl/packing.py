@@ -28,10 +28,15 @@ def pooled(parts: Sequence[Sentences]) -> Sentences:
         return parts[0]
     starts = np.cumsum([0] + [len(part.input_ids) for part in parts])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)] + [starts[-1:]]
-    return Sentences(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("input_ids", "labels")), np.concatenate(offsets))
+    return Sentences(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("input_ids", "labels")),
+        np.concatenate(offsets),
+    )
 
 
-def pack(parts: Sequence[tuple[Sentences, np.ndarray, int]], num_adapters: int, device: str | torch.device = "cpu") -> PackedBatch:
+def pack(
+    parts: Sequence[tuple[Sentences, np.ndarray, int]], num_adapters: int, device: str | torch.device = "cpu"
+) -> PackedBatch:
     """Packs sentences of several parts.
 
     parts: for each, the sentences, the indices of those to take, and the adapter that they go through.

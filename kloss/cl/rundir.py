@@ -83,11 +83,14 @@ class RunFolder:
         write_json(
             self.path / "env.json",
             {
-                "command": " ".join(["python -m kloss.run", *sys.argv[1:]]), **_commit(), "python": platform.python_version(),
+                "command": " ".join(["python -m kloss.run", *sys.argv[1:]]),
+                **_commit(),
+                "python": platform.python_version(),
                 **{name: _version(name) for name in ("kloss", "torch", "triton", "transformers", "datasets", "numpy")},
-                "device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
+                "device": f"{device.type} ({name})",
+                "threads": torch.get_num_threads(),
             },
-        )  # fmt: skip
+        )
 
 
 def _version(name: str) -> str | None:

@@ -37,9 +37,13 @@ def cohorts_of(study: Study, together: int) -> list[list[int]]:
 
 
 def train_study(
-    config: Config, corpus: Corpus, study: Study, load: Callable[[], XLMRForTokenClassification], folder: RunFolder,
+    config: Config,
+    corpus: Corpus,
+    study: Study,
+    load: Callable[[], XLMRForTokenClassification],
+    folder: RunFolder,
     progress: Progress,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Trains and scores every learner, from the folder's checkpoint on where there is one. load: gives a fresh backbone."""
     saved = folder.load_checkpoint()
     finished = {} if saved is None else saved[1]["finished"]
@@ -66,7 +70,13 @@ class _Watch:
     """Called behind every round: moves the progress bar, writes the log and, now and then, a checkpoint."""
 
     def __init__(self, cohort: Cohort, number: int, finished: dict, folder: RunFolder, interval: float, progress: Progress):
-        self.number, self.finished, self.folder, self.interval, self.progress = number, finished, folder, interval, progress
+        self.number, self.finished, self.folder, self.interval, self.progress = (
+            number,
+            finished,
+            folder,
+            interval,
+            progress,
+        )
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
         alone = len(cohort.learners) == 1
         self.name = cohort.learners[0].name if alone else f"{len(cohort.learners)} learners"
@@ -83,9 +93,13 @@ class _Watch:
         if self.first or now - self.logged > 1:
             speed = (cohort.tokens - self.tokens) / max(now - self.logged, 1e-9)
             self.folder.log(
-                phase=self.name, step=int(cohort.steps.max()), tokens=cohort.tokens, learners=active,
-                loss=round(loss, 5) if loss == loss else None, tokens_per_second=round(speed),
-            )  # fmt: skip
+                phase=self.name,
+                step=int(cohort.steps.max()),
+                tokens=cohort.tokens,
+                learners=active,
+                loss=round(loss, 5) if loss == loss else None,
+                tokens_per_second=round(speed),
+            )
             self.logged, self.tokens, self.first = now, cohort.tokens, False
         if now - self.saved > self.interval:
             tensors, state = cohort.state()

@@ -116,8 +116,16 @@ def plan(config: Config, locales: Sequence[str]) -> Study:
 
 def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, lr: float, seed: int) -> Learner:
     return Learner(
-        experiences=tuple(tuple(experience) for experience in stream), rank=rank, lr=lr, seed=seed,
-        alpha=float(config.alpha or rank or 1), epochs=config.epochs, batch_size=config.batch_size, warmup=config.warmup,
-        lora_dropout=0.0 if rank is None else config.lora_dropout, dropout=config.dropout,
-        weight_decay=config.weight_decay, max_norm=config.max_norm,
-    )  # fmt: skip
+        experiences=tuple(tuple(experience) for experience in stream),
+        rank=rank,
+        lr=lr,
+        seed=seed,
+        alpha=float(config.alpha or rank or 1),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        warmup=config.warmup,
+        lora_dropout=0.0 if rank is None else config.lora_dropout,
+        dropout=config.dropout,
+        weight_decay=config.weight_decay,
+        max_norm=config.max_norm,
+    )

@@ -49,9 +49,7 @@ _SCRIPTS = {
     "Han": "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要"
            "下以生会自着去之过家学对可她里后小么心多天而能好都然没日于起还发成事只作当想看文无开手十用主",
 }  # fmt: skip
-_TRADITIONAL = str.maketrans(
-    "这来国个说们为时会着过学对里后么没于还发当无开", "這來國個說們為時會著過學對裡後麼沒於還發當無開"
-)
+_TRADITIONAL = str.maketrans("这来国个说们为时会着过学对里后么没于还发当无开", "這來國個說們為時會著過學對裡後麼沒於還發當無開")
 _ACCENTS = "áàâäåæéèêëíîïóôöøúùûüāēīōūăőűọẹ"  # the vowels of Latin endings, some per language
 
 # where families have the verb ("second": after the first phrase) and the adposition; the rest comes by seed
@@ -181,9 +179,7 @@ def generate(
     for locale in locales:
         lexicon, grammar = _lexicons(overlap, relatedness, seed)[locale], structure(locale, relatedness, seed)
         for i, (meaning, partition) in enumerate(zip(meanings, partitions, strict=True)):
-            chunks = [
-                (slot, [lexicon[c] for c in concepts]) for slot, concepts in _linearise(meaning, grammar)
-            ]
+            chunks = [(slot, [lexicon[c] for c in concepts]) for slot, concepts in _linearise(meaning, grammar)]
             utt, annot_utt = _write(chunks, locale, _uniform(seed, "segmented", locale, i) < SEGMENTED)
             yield {"id": str(i), "locale": locale, "partition": partition, "utt": utt, "annot_utt": annot_utt}
 
@@ -227,9 +223,7 @@ def structure(locale: str, relatedness: float, seed: int) -> Structure:
         article=pick("article", "before", "after"),
         unit=pick("unit", "before", "after"),
         modifier=pick("modifier", "before", "after"),
-        roles=tuple(
-            sorted(("", *_MARKERS), key=lambda role: _uniform(seed, owner(f"role {role}"), "role", role))
-        ),
+        roles=tuple(sorted(("", *_MARKERS), key=lambda role: _uniform(seed, owner(f"role {role}"), "role", role))),
     )
 
 
@@ -287,9 +281,7 @@ def _lexicons(overlap: float, relatedness: float, seed: int) -> dict[str, dict[s
     taken: set[str] = set()
 
     def fresh(write: Callable[..., str], *key) -> str:
-        form = next(
-            form for form in (write(seed, *key, attempt) for attempt in range(1000)) if form not in taken
-        )
+        form = next(form for form in (write(seed, *key, attempt) for attempt in range(1000)) if form not in taken)
         taken.add(form)
         return form
 
@@ -359,9 +351,7 @@ def _write(chunks, locale: str, segmented: bool) -> tuple[str, str]:
             parts.append((slot, list(words)))
     glued = not LANGUAGES[locale].spaced and (locale in CHARACTER_LOCALES or not segmented)
     texts = [_glue(words, locale in CHARACTER_LOCALES) if glued else " ".join(words) for _, words in parts]
-    annot_utt = " ".join(
-        text if slot is None else f"[{slot} : {text}]" for (slot, _), text in zip(parts, texts, strict=True)
-    )
+    annot_utt = " ".join(text if slot is None else f"[{slot} : {text}]" for (slot, _), text in zip(parts, texts, strict=True))
     if locale in CHARACTER_LOCALES:
         return _glue(texts, True), annot_utt
     return " ".join(texts), annot_utt

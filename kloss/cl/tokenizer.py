@@ -41,9 +41,7 @@ def hash_tokenizer(folder: Path) -> str:
     return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS))
 
 
-def tokenizer_folder(
-    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]
-) -> Path:
+def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]) -> Path:
     """The folder of a tokenizer: the one given, a copy in the cache of a hub's, or one trained here for None.
 
     digest: names the texts, so that a tokenizer trained on them before is found in the cache.
@@ -97,9 +95,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
         raise UserError(f"cannot train a tokenizer of {vocab_size} entries on {len(counted)} distinct words")
     words = dict(sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS])
     pieces = train_unigram(words, vocab_size - len(SPECIAL) - 1)
-    vocabulary = [(piece, 0.0) for piece in SPECIAL] + sorted(
-        pieces.items(), key=lambda item: (-item[1], item[0])
-    )
+    vocabulary = [(piece, 0.0) for piece in SPECIAL] + sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>")))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")

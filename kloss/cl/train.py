@@ -25,9 +25,14 @@ class Cohort:
     """
 
     def __init__(
-        self, model: XLMRForTokenClassification, corpus: Corpus, learners: Sequence[Learner],
-        wanted: Sequence[dict[int, Sequence[str]]], *, pass_tokens: int = 8192,
-    ):  # fmt: skip
+        self,
+        model: XLMRForTokenClassification,
+        corpus: Corpus,
+        learners: Sequence[Learner],
+        wanted: Sequence[dict[int, Sequence[str]]],
+        *,
+        pass_tokens: int = 8192,
+    ):
         self.model, self.corpus, self.learners, self.wanted = model, corpus, learners, wanted
         self.pass_tokens = pass_tokens
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -43,9 +48,14 @@ class Cohort:
         else:
             model.freeze_backbone()
             self.bank = AdapterBank(
-                model, len(learners), [learner.rank for learner in learners], alpha=[learner.alpha for learner in learners],
-                seeds=[learner.seed for learner in learners], dtype=dtype, device=self.device,
-            )  # fmt: skip
+                model,
+                len(learners),
+                [learner.rank for learner in learners],
+                alpha=[learner.alpha for learner in learners],
+                seeds=[learner.seed for learner in learners],
+                dtype=dtype,
+                device=self.device,
+            )
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.bank.param), torch.zeros_like(self.bank.param)
         self.steps = torch.zeros(len(learners), dtype=torch.long)
         self.streams = [Stream.of(corpus, learner) for learner in learners]
@@ -62,7 +72,12 @@ class Cohort:
         """Tensors and JSON of everything that decides how this goes on."""
         if self._team is not None:
             self._team.give_back()
-        tensors = {"param": self.bank.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
+        tensors = {
+            "param": self.bank.param,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "steps": self.steps,
+        }
         counters = [stream.counters() for stream in self.streams]
         scores = [{str(experience): row for experience, row in table.items()} for table in self.scores]
         failed = {str(g): reason for g, reason in self.failed.items()}
@@ -139,9 +154,11 @@ class _Team:
         passes, first, room = [], 0, self.cohort.pass_tokens
         for i, (learner, g) in enumerate(zip(learners, self.rows, strict=True)):
             stream = self.cohort.streams[g]
-            tokens = learner.batch_size * stream.tokens() / sum(
-                stream.epochs * stream.sentences(k) for k in range(len(stream.experiences))
-            )  # fmt: skip
+            tokens = (
+                learner.batch_size
+                * stream.tokens()
+                / sum(stream.epochs * stream.sentences(k) for k in range(len(stream.experiences)))
+            )
             if i > first and tokens > room:
                 passes.append((first, i))
                 first, room = i, self.cohort.pass_tokens
@@ -171,9 +188,18 @@ class _Team:
         learners = [cohort.learners[g] for g in self.rows]
         lr = torch.tensor([x.rate(int(step)) for x, step in zip(learners, self.steps, strict=True)])
         norms = adapter_adamw_(
-            self.bank.param, self.bank.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr, betas=BETAS, eps=EPS,
-            weight_decay=self.weight_decay, max_norm=self.max_norm, active=torch.ones(len(self.rows), dtype=torch.bool),
-        )  # fmt: skip
+            self.bank.param,
+            self.bank.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            lr,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=self.weight_decay,
+            max_norm=self.max_norm,
+            active=torch.ones(len(self.rows), dtype=torch.bool),
+        )
         self.bank.refresh()
         cohort.steps[self.rows] = self.steps
         loss = torch.cat(losses).cpu()

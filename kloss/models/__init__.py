@@ -4,4 +4,13 @@ from .bank import AdapterBank
 from .flat import FlatModel
 from .xlmr import BASE, LARGE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
 
-__all__ = ["BASE", "LARGE", "TINY", "AdapterBank", "FlatModel", "StepDropout", "XLMRConfig", "XLMRForTokenClassification"]
+__all__ = [
+    "BASE",
+    "LARGE",
+    "TINY",
+    "AdapterBank",
+    "FlatModel",
+    "StepDropout",
+    "XLMRConfig",
+    "XLMRForTokenClassification",
+]

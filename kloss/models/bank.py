@@ -40,10 +40,18 @@ class AdapterBank:
     """
 
     def __init__(
-        self, model_or_config, adapters: int = 52, rank: int | Sequence[int] = 32, targets: str | Sequence[str] = "all-linear",
-        *, alpha: float | Sequence[float] | None = None, head: bool = True, seeds: Sequence[int] | None = None,
-        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-    ):  # fmt: skip
+        self,
+        model_or_config,
+        adapters: int = 52,
+        rank: int | Sequence[int] = 32,
+        targets: str | Sequence[str] = "all-linear",
+        *,
+        alpha: float | Sequence[float] | None = None,
+        head: bool = True,
+        seeds: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
         self.config: XLMRConfig = getattr(model_or_config, "config", model_or_config)
         self.targets = TARGETS if targets == "all-linear" else tuple(targets)
         unknown = set(self.targets) - set(TARGETS)
@@ -182,10 +190,17 @@ class AdapterBank:
         # A pattern, since the plain name output.dense would also match attention.output.dense.
         wanted = "|".join(names[target] for target in self.targets)
         config = {
-            "peft_type": "LORA", "task_type": "TOKEN_CLS", "r": rank, "lora_alpha": float(self.scaling[g]) * rank,
-            "target_modules": rf".*encoder\.layer\.\d+\.({wanted})", "modules_to_save": ["classifier"] if self.has_head else None,
-            "lora_dropout": 0.0, "bias": "none", "inference_mode": True, "base_model_name_or_path": None,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "task_type": "TOKEN_CLS",
+            "r": rank,
+            "lora_alpha": float(self.scaling[g]) * rank,
+            "target_modules": rf".*encoder\.layer\.\d+\.({wanted})",
+            "modules_to_save": ["classifier"] if self.has_head else None,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "base_model_name_or_path": None,
+        }
         tensors = {name: tensor.cpu().clone() for name, tensor in self._peft_tensors(g).items()}
         write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(Path(folder) / "adapter_config.json", config)

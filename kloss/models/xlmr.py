@@ -95,9 +95,16 @@ class Layer(nn.Module):
             if adapters is None:
                 return F.linear(x, base.weight, base.bias)
             return multi_lora_linear(
-                x, base.weight, base.bias, *adapters, bank.scaling, segments,
-                slices=slices, ranks=bank.ranks_if_mixed, dropout=drop("lora", name),
-            )  # fmt: skip
+                x,
+                base.weight,
+                base.bias,
+                *adapters,
+                bank.scaling,
+                segments,
+                slices=slices,
+                ranks=bank.ranks_if_mixed,
+                dropout=drop("lora", name),
+            )
 
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, place: str) -> Tensor:
             return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", place))
@@ -122,9 +129,14 @@ class XLMRForTokenClassification(nn.Module):
         self.classifier = nn.Linear(width, config.num_labels)
 
     def encode(
-        self, input_ids: Tensor, cu_seqlens: Tensor, segments: Segments | None = None, bank=None,
-        *, dropout: StepDropout | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        segments: Segments | None = None,
+        bank=None,
+        *,
+        dropout: StepDropout | None = None,
+    ) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T]; arguments as in `forward`."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         position = torch.arange(input_ids.shape[0], device=input_ids.device)
@@ -135,7 +147,11 @@ class XLMRForTokenClassification(nn.Module):
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position.clamp(max=longest - 1) + FIRST_POSITION)
         x = F.layer_norm(
-            embedded, (embedded.shape[-1],), self.embedding_norm.weight, self.embedding_norm.bias, self.embedding_norm.eps
+            embedded,
+            (embedded.shape[-1],),
+            self.embedding_norm.weight,
+            self.embedding_norm.bias,
+            self.embedding_norm.eps,
         )
         sites = len(Layer.SITES) * len(self.layers)
         x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites))
@@ -144,9 +160,14 @@ class XLMRForTokenClassification(nn.Module):
         return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites + 1))
 
     def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor, segments: Segments | None = None, bank=None,
-        *, dropout: StepDropout | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        segments: Segments | None = None,
+        bank=None,
+        *,
+        dropout: StepDropout | None = None,
+    ) -> Tensor:
         """Label logits of packed tokens.
 
         input_ids: int [T]. cu_seqlens: int32 [S+1]. segments, bank: which adapter each sequence uses, and the adapters with
@@ -225,9 +246,14 @@ class XLMRForTokenClassification(nn.Module):
         config = {key.name: getattr(self.config, key.name) for key in fields(XLMRConfig)}
         labels = {str(i): f"LABEL_{i}" for i in range(config.pop("num_labels"))}
         config |= {
-            "model_type": "xlm-roberta", "architectures": ["XLMRobertaForTokenClassification"], "hidden_act": "gelu",
-            "bos_token_id": 0, "eos_token_id": 2, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()},
-        }  # fmt: skip
+            "model_type": "xlm-roberta",
+            "architectures": ["XLMRobertaForTokenClassification"],
+            "hidden_act": "gelu",
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "id2label": labels,
+            "label2id": {v: int(k) for k, v in labels.items()},
+        }
         tensors = to_transformers(self.state_dict(), self.config.num_hidden_layers)
         write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         write_json(Path(folder) / "config.json", config)
