@@ -14,9 +14,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises UserError where the file system refuses (full disk, no permission).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
 
 
@@ -41,11 +41,14 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises UserError where it is missing, unreadable or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds JSON of type {type(value).__name__}, an object is needed")
+    return value
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:

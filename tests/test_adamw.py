@@ -12,9 +12,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 class Rows:
     """A bank of random rows with every row's own hyper-parameters and optimiser state."""
 
-    def __init__(
-        self, width=37, rates=(1e-3, 3e-2, 1e-4, 0.5), decays=(0.01, 0.0, 0.3, 0.1), clips=(1.0, 0.5, torch.inf, 2.0)
-    ):
+    def __init__(self, width=37, rates=(1e-3, 3e-2, 1e-4, 0.5), decays=(0.01, 0.0, 0.3, 0.1), clips=(1.0, 0.5, torch.inf, 2.0)):
         generator = torch.Generator().manual_seed(0)
         self.groups = len(rates)
         self.param = torch.randn(self.groups, width, generator=generator)
@@ -43,9 +41,7 @@ def test_100_steps_equal_torch_adamw_with_clipping():
     clipped = torch.zeros(4, dtype=torch.long)
     for step in range(100):
         # Gradients from far above to far below the clip norms; rows take part in different steps.
-        grad = torch.randn(rows.param.shape, generator=generator) * 10 ** float(
-            torch.randint(-4, 2, (), generator=generator)
-        )
+        grad = torch.randn(rows.param.shape, generator=generator) * 10 ** float(torch.randint(-4, 2, (), generator=generator))
         active = torch.tensor([True, step % 2 == 0, step % 7 != 3, step > 40])
         norms = rows.update(grad, active)
         for g in range(4):

@@ -161,9 +161,7 @@ def test_gradients_land_in_the_bank_as_on_plain_tensors():
     plain = Plain()
     token_loss(model(IDS, OFFSETS, segments, plain), labels, segments)[0].sum().backward()
     for name, leaf in plain.leaves.items():
-        torch.testing.assert_close(
-            bank.view(bank.grad, name), 2 * leaf.grad, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(bank.view(bank.grad, name), 2 * leaf.grad, msg=lambda text, name=name: f"{name}: {text}")
     assert bank.grad[[0, 2]].any(1).all() and not bank.grad[1].any()
     bank.zero_grad()
     assert not bank.grad.any()
@@ -211,6 +209,9 @@ def test_copy_row_takes_rank_and_scaling_along():
     wanted = AdapterBank(CONFIG, 1, [4])
     wanted.copy_row_(0, other, 0)
     torch.testing.assert_close(logits_of(model, bank, 1), logits_of(model, wanted, 0))
+    half = make_bank(2, dtype=torch.bfloat16)
+    half.copy_row_(1, other, 0)
+    assert torch.equal(half.work, half.param.bfloat16())
     with pytest.raises(ValueError, match="differ"):
         bank.copy_row_(0, make_bank(1, 8), 0)
 
@@ -322,9 +323,7 @@ def save_with_peft(folder, model, task_type="TOKEN_CLS", **options):
     """A random adapter that peft makes and saves; returns peft's model."""
     from peft import LoraConfig, get_peft_model
 
-    theirs = get_peft_model(
-        transformers_model(model), LoraConfig(task_type=task_type, init_lora_weights=False, **options)
-    ).eval()
+    theirs = get_peft_model(transformers_model(model), LoraConfig(task_type=task_type, init_lora_weights=False, **options)).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad:
@@ -409,9 +408,7 @@ def test_a_bad_adapter_is_refused_and_nothing_changes(tmp_path, fault):
     with pytest.raises(UserError) as error:
         bank.load_peft(tmp_path, 1)
     assert str(tmp_path) in str(error.value)
-    assert all(
-        torch.equal(a, b) for a, b in zip((bank.param, bank.work, bank.ranks, bank.scaling), before, strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip((bank.param, bank.work, bank.ranks, bank.scaling), before, strict=True))
 
 
 def test_saving_over_an_adapter_that_cannot_be_written_leaves_it(tmp_path):

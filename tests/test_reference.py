@@ -212,14 +212,10 @@ def test_lora_linear_is_one_adapter_for_all_rows():
     mask = torch.tensor([[scalar_keep(3, t, 2, k, 0.5) for k in range(5)] for t in range(6)], dtype=torch.float64)
     torch.testing.assert_close(run(x, weight, bias, a, b), x @ weight.T + bias + 0.5 * (x * mask) @ a.T @ b.T)
     assert torch.autograd.gradcheck(run, (x, weight, bias, a, b))
-    torch.testing.assert_close(
-        lora_linear(x, weight, None, a, b, torch.tensor([2.0])), x @ weight.T + 2 * x @ a.T @ b.T
-    )
+    torch.testing.assert_close(lora_linear(x, weight, None, a, b, torch.tensor([2.0])), x @ weight.T + 2 * x @ a.T @ b.T)
 
 
-def lora_terms(
-    parts: list[tuple[int, Tensor, Tensor]], a: Tensor, b: Tensor, ranks: Tensor, poison=()
-) -> dict[int, list]:
+def lora_terms(parts: list[tuple[int, Tensor, Tensor]], a: Tensor, b: Tensor, ranks: Tensor, poison=()) -> dict[int, list]:
     """Runs sequences (adapter, x, dy) as one batch; what each adapter got: its rows of y and dx, its dA and dB."""
     cu_seqlens = F.pad(torch.tensor([len(x) for _, x, _ in parts]).cumsum(0), (1, 0)).int()
     adapter = torch.tensor([g for g, _, _ in parts], dtype=torch.int32)
@@ -370,8 +366,7 @@ def test_packed_attention_of_a_sequence_does_not_depend_on_the_others():
 def test_add_norm():
     generator = torch.Generator().manual_seed(0)
     x, residual, weight, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in ((4, 6), (4, 6), (6,), (6,))
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((4, 6), (4, 6), (6,), (6,))
     )
     owner = torch.tensor([1, -1, 0, 1], dtype=torch.int32)
     dropout = Dropout(torch.tensor([0.5, 0.3]), torch.tensor([8, 9]), torch.tensor([1, 2, 3, 2**40]), 6, owner)
@@ -401,16 +396,13 @@ def test_dropped_elements_are_selected_away_not_multiplied():
 
 def test_gelu_is_the_exact_form():
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    torch.testing.assert_close(
-        gelu(x), torch.tensor([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()]).double()
-    )
+    torch.testing.assert_close(gelu(x), torch.tensor([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.tolist()]).double())
 
 
 def adapter_linear_case():
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in ((9, 4), (3, 5, 4), (3, 5))
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((9, 4), (3, 5, 4), (3, 5))
     )
     return x, weight, bias, torch.tensor([0, 2, 2, 5, 6, 8], dtype=torch.int32)
 

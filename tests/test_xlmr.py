@@ -31,9 +31,7 @@ def make_model(config: XLMRConfig = SMALL, seed: int = 0, deviation: float = 0.2
 def transformers_model(model: XLMRForTokenClassification, **options):
     from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
 
-    config = XLMRobertaConfig(
-        **vars(model.config), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options
-    )
+    config = XLMRobertaConfig(**vars(model.config), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
     theirs = XLMRobertaForTokenClassification(config)
     theirs.load_state_dict(to_transformers(model.state_dict(), config.num_hidden_layers))
     return theirs
@@ -132,9 +130,7 @@ def test_a_sequence_uses_its_learners_adapter_and_head_or_the_models_own():
     model = make_model()
     bank = AdapterBank(SMALL, 2, 3)
     for name in bank.slots:
-        bank.view(bank.param, name).add_(
-            torch.randn(bank.slots[name].shape, generator=torch.Generator().manual_seed(3)) * 0.3
-        )
+        bank.view(bank.param, name).add_(torch.randn(bank.slots[name].shape, generator=torch.Generator().manual_seed(3)) * 0.3)
     ids, offsets = make_batch([4, 6, 5], 60)
     segments = make_segments(offsets, torch.tensor([1, -1, 0], dtype=torch.int32), 2)
     mixed = model(torch.cat([ids, ids[:2]]), offsets, segments, bank)
@@ -147,9 +143,7 @@ def test_a_sequence_uses_its_learners_adapter_and_head_or_the_models_own():
         assert not torch.allclose(mixed[place], own[place], atol=0.1)
 
 
-def dropped_logits(
-    model, bank, parts: list[tuple[int, int, Tensor]], p: float = 0.3, step: int = 4
-) -> dict[int, Tensor]:
+def dropped_logits(model, bank, parts: list[tuple[int, int, Tensor]], p: float = 0.3, step: int = 4) -> dict[int, Tensor]:
     """Logits of each learner in a training batch of (learner, number within its batch, ids)."""
     offsets = torch.tensor([0, *torch.tensor([len(ids) for *_, ids in parts]).cumsum(0).tolist()], dtype=torch.int32)
     adapter = torch.tensor([g for g, *_ in parts], dtype=torch.int32)

@@ -2,13 +2,13 @@
 
     z   = mix64(mix64(seed + (site + 1) * GOLDEN) + row_key * ODD)        one 64-bit key per row and site
     h   = c * 0x9E3779B1 ^ low32(z);  h ^= h >> 16;  h *= 0x7FEB352D;  h ^= h >> 15
-    h  ^= high32(z);  h *= 0x846CA68B;  h ^= h >> 16                      one 32-bit draw per pair of features, c = feature // 2
+    h  ^= high32(z);  h *= 0x846CA68B;  h ^= h >> 16              one 32-bit draw per pair of features, c = feature // 2
     u   = low 16 bits of h for the even feature, high 16 bits for the odd one
     keep = u >= round(p * 65536);   kept values are divided by 1 - round(p * 65536) / 65536
 
-`mix64` is the finaliser of splitmix64 (Steele, Lea, Flood 2014), the 32-bit rounds are C. Wellons' `lowbias32` with a second
-key between its multiplications. All arithmetic wraps. Nothing depends on the batch, so a learner draws the same masks
-alone and among others, forward and backward.
+`mix64` is the finaliser of splitmix64 (Steele, Lea, Flood 2014), the 32-bit rounds are C. Wellons'
+`lowbias32` with a second key between its multiplications. All arithmetic wraps. Nothing depends on the batch,
+so a learner draws the same masks alone and among others, forward and backward.
 """
 
 from typing import NamedTuple
@@ -26,9 +26,9 @@ ROUND_1, ROUND_2 = 0x7FEB352D, 0x846CA68B
 class Dropout(NamedTuple):
     """The keys of one dropout site.
 
-    p: fp32 [G], probability in [0, 1), rounded to 1/65536. seed: int64 [G]. row_key: int64 [T], from `row_keys`.
-    site: which place of the network. adapter: int32 [T], the row of p and seed that each row uses (-1: no dropout);
-    None: the segments' in `multi_lora_linear`, row 0 elsewhere.
+    p: fp32 [G], probability in [0, 1), rounded to 1/65536. seed: int64 [G]. row_key: int64 [T], from
+    `row_keys`. site: which place of the network. adapter: int32 [T], the row of p and seed that each row uses
+    (-1: no dropout); None: the segments' in `multi_lora_linear`, row 0 elsewhere.
     """
 
     p: Tensor
@@ -38,15 +38,21 @@ class Dropout(NamedTuple):
     adapter: Tensor | None = None
 
 
-def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
+def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | None = None) -> Tensor:
     """Key of every packed row: step << 32 | sequence within its learner's batch << 16 | position.
 
-    step, sequence: int64 [S]. cu_seqlens: int32 [S+1]. Returns int64 [T]. Steps below 2^31; sequences and positions below 2^16.
+    step, sequence: int64 [S]. cu_seqlens: int32 [S+1]. Steps below 2^31; sequences and positions below 2^16.
+    rows: T; rows behind cu_seqlens[-1] get key 0. Returns int64 [T]. Without rows T is cu_seqlens[-1], which
+    on a GPU waits for the device.
     """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    start = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    position = torch.arange(start.numel(), device=start.device) - start
-    return torch.repeat_interleave(step << 32 | sequence << 16, lengths) + position
+    rows = int(cu_seqlens[-1]) if rows is None else rows
+    row = torch.arange(rows, device=cu_seqlens.device)
+    s = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
+    of_sequence = (step << 32 | sequence << 16) - cu_seqlens[:-1]
+    behind = s >= of_sequence.numel()
+    if not of_sequence.numel():
+        return torch.zeros_like(row)
+    return torch.where(behind, 0, of_sequence[s.clamp(max=of_sequence.numel() - 1)] + row)
 
 
 def _signed(value: int, bits: int) -> int:
@@ -66,7 +72,9 @@ def stream_keys(seed: Tensor, row_key: Tensor, site: int) -> Tensor:
 
 
 def draws(keys: Tensor, counter: Tensor) -> Tensor:
-    """The 32-bit draw h of (row, pair of features). keys: int64, counter: int32, broadcastable. Returns int32, the bits of h."""
+    """The 32-bit draw h of (row, pair of features). keys: int64, counter: int32, broadcastable. Returns
+    int32, the bits of h.
+    """
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)  # conversions keep the low 32 bits
     h = counter * _signed(COUNTER, 32) ^ low
     h.bitwise_xor_(h >> 16 & 0xFFFF).mul_(_signed(ROUND_1, 32))
@@ -82,8 +90,8 @@ def thresholds(p: Tensor) -> Tensor:
 def keep_mask(dropout: Dropout, features: Tensor, adapter: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which elements stay, and by what kept ones are multiplied.
 
-    features: int32 [..., F], even length, in pairs (2c, 2c+1), broadcast behind the rows. adapter: int32 [T], overrides
-    dropout.adapter. Returns keep bool [T, ..., F] and scale fp32 [T].
+    features: int32 [..., F], even length, in pairs (2c, 2c+1), broadcast behind the rows. adapter: int32 [T],
+    overrides dropout.adapter. Returns keep bool [T, ..., F] and scale fp32 [T].
     """
     adapter = dropout.adapter if adapter is None else adapter
     rows = dropout.row_key
@@ -101,7 +109,9 @@ def keep_mask(dropout: Dropout, features: Tensor, adapter: Tensor | None = None)
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:
-    """drop(x) for x [T, K]: dropped elements are 0 whatever they held, kept ones are scaled. None returns x."""
+    """drop(x) for x [T, K]: dropped elements are 0 whatever they held, kept ones are scaled. None returns
+    x.
+    """
     if dropout is None:
         return x
     width = x.shape[1]

@@ -20,39 +20,53 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in at least fp32, but for bf16 on a CPU with AVX-512: one without has products in 16 bits at 1/7 to 1/100 of
+    fp32's rate."""
+    if tensor is None or tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at a 64-byte address: BLAS may sum in another order elsewhere, and a row's bits must not follow its place."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
 class _MultiLoraLinear(Function):
     """y = x Wᵀ + b + s_g (drop(x) A_gᵀ) B_gᵀ, one adapter's rows at a time; the gradients are written out below."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout):
-        y = F.linear(x, weight, bias)
+        wide = _wide(x)
+        y = F.linear(wide, _wide(weight), _wide(bias))
         total = segments.row_adapter.numel()
-        dropped, keep, scale = x, None, None
+        dropped, keep, scale = wide, None, None
         if dropout is not None:
             width = x.shape[1]
             features = torch.arange(width + width % 2, dtype=torch.int32)
             keep, scale = keep_mask(dropout._replace(row_key=dropout.row_key[:total]), features, segments.row_adapter)
-            keep, scale = keep[:, :width], scale[:, None].to(x.dtype)
-            dropped = torch.where(keep, x[:total] * scale, x.new_zeros(()))
+            keep, scale = keep[:, :width], scale[:, None].to(wide.dtype)
+            dropped = torch.where(keep, wide[:total] * scale, wide.new_zeros(()))
         full = lora_b.shape[-1]
         columns = weight.shape[0] // slices
         shrunk = []
         for g, start, end in segments.runs:
             rank = full if ranks is None else int(ranks[g])
             rows = segments.rows(start, end)
-            s = torch.mm(dropped[rows], _live_rows(lora_a[g], slices, rank).t())  # [n, slices*rank]
-            out = y[rows]
+            s = torch.mm(_aligned(dropped[rows]), _live_rows(_aligned(_wide(lora_a[g])), slices, rank).t())  # [n, slices*rank]
+            out, b_g = _aligned(y[rows]), _aligned(_wide(lora_b[g]))
             for i in range(slices):
-                b = lora_b[g, i * columns : (i + 1) * columns, :rank]
-                out[:, i * columns : (i + 1) * columns].addmm_(
-                    s[:, i * rank : (i + 1) * rank], b.t(), alpha=float(scaling[g])
-                )
-            if not segments.sorted:
+                b = b_g[i * columns : (i + 1) * columns, :rank]
+                out[:, i * columns : (i + 1) * columns].addmm_(s[:, i * rank : (i + 1) * rank], b.t(), alpha=float(scaling[g]))
+            if not segments.sorted or out.data_ptr() != y[rows].data_ptr():
                 y[rows] = out
             shrunk.append(s)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, dropped, keep, scale, *shrunk)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight, lora_a, lora_b, scaling, dropped, keep, scale, *shrunk
+        )
         ctx.segments, ctx.slices, ctx.ranks, ctx.has_bias = segments, slices, ranks, bias is not None
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -62,33 +76,42 @@ class _MultiLoraLinear(Function):
         need_x, need_w, need_b, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
         full, columns = lora_b.shape[-1], weight.shape[0] // slices
         total = segments.row_adapter.numel()
-        dx = dy @ weight if need_x else None
+        dtype, dy = dy.dtype, _wide(dy)
+        dx = dy @ _wide(weight) if need_x else None
         d_dropped = torch.zeros_like(dropped) if need_x and keep is not None else None
-        d_a = torch.zeros_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
-        d_b = torch.zeros_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
+        d_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
+        d_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
+        present = {g for g, _, _ in segments.runs}
+        for g in range(lora_a.shape[0]):
+            # An adapter that fills its rank is written whole below.
+            if g not in present or ranks is not None and int(ranks[g]) < full:
+                for gradient in (d_a, d_b):
+                    if gradient is not None:
+                        gradient[g].zero_()
         for (g, start, end), s in zip(segments.runs, shrunk, strict=True):
             rank = full if ranks is None else int(ranks[g])
             rows = segments.rows(start, end)
-            dy_g, scaled = dy[rows], float(scaling[g])
-            ds = torch.empty_like(s)
+            dy_g, scaled = _aligned(dy[rows]), float(scaling[g])
+            ds, b_g = torch.empty_like(s), _aligned(_wide(lora_b[g]))
             for i in range(slices):
                 block, part = slice(i * columns, (i + 1) * columns), slice(i * rank, (i + 1) * rank)
-                ds[:, part] = torch.mm(dy_g[:, block], lora_b[g, block, :rank])
+                ds[:, part] = torch.mm(dy_g[:, block], b_g[block, :rank])
                 if need_lora_b:
                     d_b[g, block, :rank] = torch.mm(dy_g[:, block].t(), s[:, part]).mul_(scaled)
             ds.mul_(scaled)
             if need_lora_a:
-                d_a[g].view(slices, full, -1)[:, :rank] = torch.mm(ds.t(), dropped[rows]).view(slices, rank, -1)
+                d_a[g].view(slices, full, -1)[:, :rank] = torch.mm(ds.t(), _aligned(dropped[rows])).view(slices, rank, -1)
             if need_x:
-                d_g = torch.mm(ds, _live_rows(lora_a[g], slices, rank))
+                d_g = torch.mm(ds, _live_rows(_aligned(_wide(lora_a[g])), slices, rank))
                 if d_dropped is None:
                     dx[rows] += d_g
                 else:
                     d_dropped[rows] = d_g
         if d_dropped is not None:
-            dx[:total] += torch.where(keep, d_dropped * scale, dx.new_zeros(()))
-        dw = dy.t() @ x if need_w else None
-        db = dy.sum(0) if need_b and ctx.has_bias else None
+            dx[:total] += torch.where(keep, d_dropped.mul_(scale), dx.new_zeros(()))
+        dx = dx.to(dtype) if need_x else None
+        dw = (dy.t() @ _wide(x)).to(weight.dtype) if need_w else None
+        db = dy.sum(0).to(weight.dtype) if need_b and ctx.has_bias else None
         return dx, dw, db, d_a, d_b, None, None, None, None, None
 
 
@@ -112,6 +135,8 @@ def multi_lora_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
 
@@ -150,9 +175,10 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 
     x: [T, K]. weight: [G, N, K]. bias: [G, N]. Returns [T, N], differentiable in x, weight, bias.
     """
+    dtype, x, weight, bias = x.dtype, _wide(x), _wide(weight), _wide(bias)
     runs = [torch.addmm(bias[g], x[segments.rows(start, end)], weight[g].t()) for g, start, end in segments.runs]
     taken = segments.runs[-1][2] if segments.runs else 0
-    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, weight.shape[1])])
+    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, weight.shape[1])]).to(dtype)
     if segments.sorted:
         return y
     rest = torch.arange(segments.order.numel(), x.shape[0])
@@ -214,7 +240,7 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout
     for part, mask, first in outputs:
         block = gathered[first : first + part.numel()].view(*part.shape, 3, num_heads, -1)
         q, k, v = block.permute(2, 0, 3, 1, 4)  # each [n, heads, length, D]
-        attended = _attend(q, k, v, mask, part, dropout)
+        attended = _attend(_wide(q), _wide(k), _wide(v), mask, part, dropout).to(qkv.dtype)
         blocks.append(attended.transpose(1, 2).reshape(-1, width))
     out = _Gather.apply(torch.cat(blocks), slot_of_row, index, live)
     return out if total == rows else torch.cat([out, out.new_zeros(rows - total, width)])
@@ -236,9 +262,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, index: Tensor, dropou
     return kept.to(v.dtype) @ v
 
 
-def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None
-) -> Tensor:
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None) -> Tensor:
     """LayerNorm(drop(x) + residual) over the last dimension. x, residual: [T, H]. weight, bias: [H]. Returns [T, H]."""
     return F.layer_norm(apply_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
 
@@ -302,8 +326,8 @@ def span_counts(
     """Counts for micro span F1 of every group: true positives, predicted spans, gold spans.
 
     pred, gold: int [T], label ids; rows whose gold is -100 do not count. cu_seqlens: int32 [S+1]. group: int [S].
-    tags: int [C], 0 for O, 1 for B, 2 for I, and types: int [C], the slot of each label; None: O, then B and I of each slot in turn.
-    Returns int64 [num_groups, 3]. Spans are conlleval's, which seqeval's default mode follows: a span starts at B, at an I
+    tags: int [C], 0 for O, 1 for B, 2 for I, and types: int [C], the slot of each label; None: O, then B and I of each slot
+    in turn. Returns int64 [num_groups, 3]. Spans are conlleval's, which seqeval's default mode follows: a span starts at B, at an I
     behind O or behind another slot, and at the start of a sequence; it never crosses sequences.
     """
     sequence = torch.repeat_interleave(torch.arange(cu_seqlens.numel() - 1), (cu_seqlens[1:] - cu_seqlens[:-1]).long())

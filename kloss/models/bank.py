@@ -213,11 +213,16 @@ class AdapterBank:
         """
         config = read_json(Path(folder) / "adapter_config.json")
         tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-        rank = config.get("r", 0)
-        if config.get("peft_type") != "LORA" or not 1 <= rank <= self.rank:
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not 1 <= rank <= self.rank:
             raise UserError(f"{folder}: a LORA adapter of rank 1 to {self.rank} is needed, got {config.get('peft_type')} {rank}")
         if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
             raise UserError(f"{folder}: DoRA and per-module ranks or alphas are not supported")
+        if not isinstance(alpha, int | float):
+            raise UserError(f"{folder}: lora_alpha must be a number, got {alpha!r}")
+        a, b = ({name.replace(kind, "") for name in tensors if kind in name} for kind in (".lora_A", ".lora_B"))
+        if a != b:
+            raise UserError(f"{folder}: {min(a ^ b)} has only one of lora_A and lora_B")
         before = self.param[g].clone(), self.ranks[g].clone()
         head = {name: tensor.clone() for name, tensor in self._peft_tensors(g).items() if ".classifier." in name}
         self.ranks[g] = rank
@@ -231,7 +236,7 @@ class AdapterBank:
         for name, tensor in (head | tensors).items():
             places[name].copy_(tensor)
         scale = math.sqrt(rank) if config.get("use_rslora") else rank
-        self.scaling[g] = config["lora_alpha"] / scale
+        self.scaling[g] = alpha / scale
         self.ranks_if_mixed = None if bool((self.ranks == self.rank).all()) else self.ranks
         self.refresh(g)
 

@@ -43,8 +43,8 @@ def read_weights(paths: dict[str, Path], name: str) -> dict[str, Tensor]:
 
     try:
         return torch.load(paths["pytorch_model.bin"], map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # foreign bytes fail in many ways
         raise UserError(f"{paths['pytorch_model.bin']} is damaged, cut short or holds code: {reason}") from error
 
 

@@ -38,6 +38,10 @@ class XLMRConfig:
     pad_token_id: int = 1
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not type(field.default) and not (type(value) is int and type(field.default) is float):
+                raise UserError(f"{field.name} must be a number like {field.default}, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
 
@@ -224,6 +228,9 @@ class XLMRForTokenClassification(nn.Module):
         stored = read_json(paths["config.json"])
         if stored.get("model_type") not in ("xlm-roberta", "roberta"):
             raise UserError(f"{name} holds a {stored.get('model_type')!r} model, not xlm-roberta")
+        for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if stored.get(key, wanted) != wanted:
+                raise UserError(f"{name}: {key} is {stored[key]!r}, only {wanted!r} is supported")
         known = {field.name for field in fields(XLMRConfig)}
         config = XLMRConfig(**{key: value for key, value in stored.items() if key in known})
         state = from_transformers(read_weights(paths, name), config.num_hidden_layers, name)

@@ -1,0 +1,71 @@
+"""Launch configurations of all kernels: one table, keyed by (op, architecture, shape bucket).
+
+Sources of the entries: resource reports of ahead-of-time compilation (`python -m bench.kernels_report`), not
+yet timings. An architecture without an entry gets DEFAULT, whose shared memory fits every chip since sm_80.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """Tile sizes and resources of one launch. BK: step of the contraction. BC: columns of the output tile.
+    BR: rank step.
+    """
+
+    BK: int
+    BC: int
+    BR: int
+    num_warps: int
+    num_stages: int
+
+
+# Buckets: "half" (fp16, bf16: tensor cores) and "single" (fp32, exact products, no tensor cores).
+DEFAULT = {
+    ("shrink", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=3),
+    ("shrink", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
+    ("fused", "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=2),
+    ("fused", "single"): Launch(BK=16, BC=64, BR=16, num_warps=8, num_stages=2),
+    ("expand", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=2),
+    ("expand", "single"): Launch(BK=16, BC=64, BR=16, num_warps=4, num_stages=2),
+    ("reduce", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=2),
+    ("reduce", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
+}
+
+TABLE: dict[tuple[str, int, str], Launch] = {
+    ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),
+}
+
+# From here on a base product in the fused kernel pays; below, or with a longer contraction, the vendor's product and a
+# separate expand. Roofline estimates: the expand reads and writes y again, the fused kernel has part-filled tiles.
+FUSED_ROWS_PER_ADAPTER, FUSED_CONTRACTION = 96, 1536
+
+
+def launch(op: str, arch: int, dtype: torch.dtype, columns: int | None = None) -> Launch:
+    """The configuration for an op on an architecture (80, 90, 100; 0: unknown), its BC no wider than
+    `columns` need.
+    """
+    bucket = "single" if dtype == torch.float32 else "half"
+    chosen = TABLE.get((op, arch, bucket), DEFAULT[op, bucket])
+    return chosen if columns is None else chosen._replace(BC=min(chosen.BC, power_of_two(columns)))
+
+
+def fuse(rows: int, num_adapters: int, contraction: int) -> bool:
+    """Whether the base product belongs into the LoRA kernel for this shape."""
+    return rows >= FUSED_ROWS_PER_ADAPTER * num_adapters and contraction <= FUSED_CONTRACTION
+
+
+def arch_of(device: torch.device) -> int:
+    """80, 90, 100, ... of a CUDA device; 0 for anything else."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size` and 16, the least that a tensor-core product
+    takes.
+    """
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,380 @@
+"""The multi-adapter linear's kernels against the reference: values, every gradient, and isolation to the
+bit.
+"""
+
+import pytest
+import torch
+from helpers import DEVICES, PLACES, assert_no_worse, on_cpu, outputs, problem
+
+import kloss.kernels as kernels
+from kloss.kernels import Dropout, make_segments, reference, segments, tuned
+from kloss.kernels.dropout import keep_mask
+from kloss.kernels.multi_lora import lora_linear, multi_lora_linear
+
+CASES = {
+    "odd": dict(lengths=[5, 0, 1, 70, 3], adapter=[2, 1, 0, 2, -1], adapters=4, k=41, n=23, rank=8, behind=3),
+    "one adapter": dict(lengths=[9, 60], adapter=[0, 0], adapters=1, k=17, n=5, rank=1, bias=False),
+    "mixed ranks": dict(
+        lengths=[3, 4, 67, 2, 9], adapter=[3, 1, 2, 0, 1], adapters=4, k=32, n=3 * 20, rank=64, slices=3,
+        ranks=[1, 64, 17, 8],
+    ),
+    "several column blocks": dict(lengths=[3, 9], adapter=[1, 0], adapters=2, k=140, n=150, rank=8),
+    "nobody": dict(lengths=[4, 0], adapter=[-1, 1], adapters=2, k=16, n=16, rank=17),
+}
+MANY = dict(lengths=[1, 0, 2] * 6, adapter=[i * 37 % 130 for i in range(18)], adapters=130, k=24, n=12, rank=17)
+LONG = dict(lengths=[1500, 90, 1100], adapter=[1, 0, 1], adapters=3, k=12, n=8, rank=3)
+
+
+def check(case, **more):
+    got, plain = outputs(multi_lora_linear, case, **more), outputs(reference.multi_lora_linear, on_cpu(case))
+    oracle = outputs(reference.multi_lora_linear, on_cpu(case), torch.float64)
+    assert got.keys() == plain.keys()
+    for name in got:
+        whole = torch.zeros(got[name].shape[0])
+        group = {"y": case.group, "x": case.group, "weight": whole, "bias": whole}.get(name)
+        assert_no_worse(got[name].cpu(), plain[name], oracle[name], group)
+    return got
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("exact", [False, True], ids=["vendor", "fused"])
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name, exact, p, device, dtype, monkeypatch):
+    monkeypatch.setattr(tuned, "fuse", lambda *shape: False)
+    check(problem(**CASES[name], p=p, dtype=dtype, device=device), exact=exact)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES[:1] + PLACES[2:])
+@pytest.mark.parametrize("shape", [MANY, LONG], ids=["130 adapters", "several chunks"])
+def test_many_adapters_and_long_ones(shape, device, dtype):
+    check(problem(**shape, p=0.5, dtype=dtype, device=device), exact=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_table_chooses_fused_for_full_tiles(device):
+    assert tuned.fuse(52 * 384, 52, 768) and not tuned.fuse(1024 * 19, 1024, 768) and not tuned.fuse(52 * 384, 52, 3072)
+    case = problem([130], [0], adapters=1, device=device)
+    assert torch.equal(outputs(multi_lora_linear, case)["y"], outputs(multi_lora_linear, case, exact=True)["y"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_inputs_and_gradients(device):
+    case = problem(**CASES["odd"], p=0.5, device=device)
+    g, (a, b) = 4, (case.lora_a[0].numel(), case.lora_b[0].numel())
+    bank = torch.full((g, a + b + 3), float("nan"), device=device)
+    views = bank[:, :a].view(g, -1, 41), bank[:, a : a + b].view(g, 23, -1)
+    for view, values in zip(views, (case.lora_a, case.lora_b), strict=True):
+        view.copy_(values)
+    wide = torch.full((case.x.shape[0], 82), float("nan"), device=device)
+    wide[:, ::2] = case.x
+    strided = case._replace(
+        x=wide[:, ::2], weight=case.weight.t().contiguous().t(), lora_a=views[0], lora_b=views[1],
+        dy=case.dy.t().contiguous().t(),
+    )  # fmt: skip
+    assert not strided.lora_a.is_contiguous() and not strided.x.is_contiguous() and not strided.dy.is_contiguous()
+    for exact in (False, True):
+        plain, got = (outputs(multi_lora_linear, one, exact=exact) for one in (case, strided))
+        assert all(torch.equal(plain[name], got[name]) for name in ("lora_a", "lora_b"))
+        torch.testing.assert_close(got, plain)
+    expanded = case._replace(dy=torch.ones((), device=device).expand(case.dy.shape))
+    torch.testing.assert_close(
+        outputs(multi_lora_linear, expanded), outputs(multi_lora_linear, case._replace(dy=expanded.dy.contiguous()))
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_addresses_past_2_to_the_31(tmp_path, device):
+    """The bank's rows lie 2^30 elements apart, so row 2 is past what 32 bits reach; the file behind them is sparse."""
+    case = problem([3, 4], [2, 0], adapters=3, k=16, n=16, dtype=torch.float16, device=device)
+    far, size = (1 << 30) + 64, case.lora_a[0].numel()
+    if device == "cpu":
+        memory = torch.from_file(str(tmp_path / "bank"), shared=True, size=2 * (far + size), dtype=torch.float16)
+    else:
+        memory = torch.empty(2 * (far + size), dtype=torch.float16, device=device)
+    views = []
+    for start, values in ((0, case.lora_a), (size, case.lora_b)):
+        view = memory.as_strided(values.shape, (far, values.stride(1), 1), start)
+        view.copy_(values)
+        views.append(view)
+    got = outputs(multi_lora_linear, case._replace(lora_a=views[0], lora_b=views[1]), grads=("x",), exact=True)
+    plain = outputs(multi_lora_linear, case, grads=("x",), exact=True)
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp32_masters_beside_half_activations(device):
+    case = problem(**CASES["odd"], p=0.5, dtype=torch.float16, device=device)
+    masters = case._replace(lora_a=case.lora_a.float(), lora_b=case.lora_b.float())
+    half, full = outputs(multi_lora_linear, case), outputs(multi_lora_linear, masters)
+    assert full["lora_a"].dtype == full["lora_b"].dtype == torch.float32
+    assert torch.equal(full["y"], half["y"]) and torch.equal(full["x"], half["x"])
+    assert torch.equal(full["lora_a"].half(), half["lora_a"]) and torch.equal(full["lora_b"].half(), half["lora_b"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_absent_adapters_and_rank_tails_get_zeros(device):
+    """The tails and the absent adapters hold NaN, to show that nothing reads them."""
+    shape = dict(adapters=4, k=20, n=18, rank=64, slices=3, ranks=[3, 64, 17, 64])
+    case = problem([9, 66], [2, 0], **shape, p=0.5, device=device)
+    tail = torch.arange(64, device=device) >= case.keywords["ranks"][:, None]
+    tail[[1, 3]] = True
+    lora_a = case.lora_a.unflatten(1, (3, 64)).masked_fill(tail[:, None, :, None], float("nan")).flatten(1, 2)
+    lora_b = case.lora_b.masked_fill(tail[:, None, :], float("nan"))
+    scaling = case.scaling.clone()
+    scaling[[1, 3]] = float("nan")
+    got = outputs(multi_lora_linear, case._replace(lora_a=lora_a, lora_b=lora_b, scaling=scaling), exact=True)
+    assert all(values.isfinite().all() for values in got.values())
+    assert not got["lora_a"].unflatten(1, (3, 64)).masked_select(tail[:, None, :, None]).count_nonzero()
+    assert not got["lora_b"].masked_select(tail[:, None, :]).count_nonzero()
+    clean = outputs(multi_lora_linear, case, exact=True)
+    assert all(torch.equal(got[name], clean[name]) for name in clean)
+
+
+def sub_problem(case, sequences, device):
+    """The problem with only these sequences, in this order, and the rows of x they are; the same adapters,
+    keys and values.
+    """
+    cu, adapter = case.segments.cu_seqlens.tolist(), case.segments.adapter
+    rows = torch.cat([torch.arange(cu[s], cu[s + 1]) for s in sequences]).to(device)
+    lengths = torch.tensor([0, *(cu[s + 1] - cu[s] for s in sequences)]).cumsum(0).to(torch.int32)
+    keywords = dict(case.keywords)
+    keywords["dropout"] = case.keywords["dropout"]._replace(row_key=case.keywords["dropout"].row_key[rows])
+    adapter = adapter[torch.tensor(sequences, device=device)]
+    part = make_segments(lengths.to(device), adapter, case.segments.num_adapters)
+    return case._replace(x=case.x[rows], dy=case.dy[rows], segments=part, keywords=keywords), rows
+
+
+def only_adapter(case, g):
+    """The problem in a bank that holds nothing but adapter g."""
+    dropout = case.keywords["dropout"]
+    own = {**case.keywords, "dropout": dropout._replace(p=dropout.p[g : g + 1], seed=dropout.seed[g : g + 1])}
+    part = make_segments(case.segments.cu_seqlens, torch.zeros_like(case.segments.adapter), 1)
+    values = {name: getattr(case, name)[g : g + 1] for name in ("lora_a", "lora_b", "scaling")}
+    return case._replace(segments=part, keywords=own, **values)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_alone_together_shuffled_and_beside_nan_to_the_bit(device, dtype):
+    """Learner 1 in six companies; its rows of y and dx and its gradients never change a bit."""
+    sequences = [4, 20, 7, 50, 9, 1, 2], [0, 1, 2, 1, 3, 1, -1]
+    case = problem(*sequences, adapters=5, k=27, n=24, rank=8, p=0.5, dtype=dtype, device=device)
+    sick = case._replace(x=case.x.clone(), lora_a=case.lora_a.clone(), lora_b=case.lora_b.clone(), dy=case.dy.clone())
+    others = (case.group != 1).to(device)
+    sick.x[others], sick.dy[others] = float("nan"), float("inf")
+    sick.lora_a[[0, 2, 3]] = sick.lora_b[[0, 2, 3]] = float("nan")
+    companies = {
+        "together": (case, range(7)),
+        "alone": (case, [1, 3, 5]),
+        "shuffled": (case, [6, 4, 1, 2, 0, 3, 5]),
+        "beside NaN": (sick, range(7)),
+        "with one neighbour": (case, [1, 3, 2, 5]),
+        "in a bank of its own": (case, [1, 3, 5]),
+    }
+    wanted = None
+    for name, (source, sequences) in companies.items():
+        part, rows = sub_problem(source, list(sequences), device)
+        index = 1
+        if name == "in a bank of its own":
+            part, index = only_adapter(part, 1), 0
+        got = outputs(multi_lora_linear, part, grads=("x", "lora_a", "lora_b"), exact=True)
+        mine = (case.group.to(device)[rows] == 1).nonzero()[:, 0]
+        mine = mine[rows[mine].argsort()]
+        bits = got["y"][mine], got["x"][mine], got["lora_a"][index], got["lora_b"][index]
+        assert all(one.isfinite().all() for one in bits), name
+        wanted = wanted or bits
+        assert all(torch.equal(one, other) for one, other in zip(bits, wanted, strict=True)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rank_tails_are_skipped_not_computed(device):
+    """S is never written beyond an adapter's rank: the poison of fresh memory is still there."""
+    case = problem([9, 66], [1, 0], adapters=2, k=20, n=18, rank=64, slices=3, ranks=[3, 64], device=device)
+    work = segments.with_work(case.segments).work
+    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work
+    _, s, _ = torch.ops.kloss.multi_lora(*tensors, case.keywords["ranks"], None, None, None, 0, 3, True)
+    rank = case.keywords["ranks"][case.segments.row_adapter[case.segments.order].long()]
+    live = torch.arange(64, device=device) < rank[:, None]
+    assert torch.equal(s.unflatten(1, (3, 64)).isfinite(), live[:, None, :].expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropped_elements_are_selected_away(device):
+    """A dropped element may hold anything: NaN in x does not reach S, NaN in A does not reach its dx."""
+    case = problem([70], [0], adapters=1, k=20, p=0.5, device=device)
+    dropout = Dropout(*(t.cpu() if torch.is_tensor(t) else t for t in case.keywords["dropout"]))
+    keep = keep_mask(dropout, torch.arange(20, dtype=torch.int32), torch.zeros(70, dtype=torch.int32))[0].to(device)
+    case.x.masked_fill_(~keep, float("nan"))
+    _, s, _ = torch.ops.kloss.multi_lora(*operator_arguments(case))
+    got = outputs(multi_lora_linear, case, grads=("lora_a",))
+    assert s.isfinite().all() and got["lora_a"].isfinite().all()
+    case.lora_a[:, :, 7] = float("nan")
+    dx = outputs(multi_lora_linear, case, grads=("x",))["x"]
+    assert torch.equal(dx[:, 7].isnan(), keep[:, 7]) and dx[:, :7].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rank_of_the_bank_does_not_reach_a_smaller_adapter(device):
+    """An adapter of rank 8 in a bank of rank 16 gives the bits of the same adapter in a bank of rank 8."""
+    small = problem([30, 5], [0, 1], adapters=2, rank=8, device=device)
+    lora_a, lora_b = torch.randn(2, 16, 20, device=device), torch.randn(2, 24, 16, device=device)
+    lora_a[:, :8], lora_b[:, :, :8] = small.lora_a, small.lora_b
+    ranks = {"ranks": torch.tensor([8, 8], device=device)}
+    big = small._replace(lora_a=lora_a, lora_b=lora_b, keywords={**small.keywords, **ranks})
+    one, other = (outputs(multi_lora_linear, case, exact=True) for case in (small, big))
+    assert torch.equal(one["y"], other["y"]) and torch.equal(one["x"], other["x"])
+    assert torch.equal(one["lora_a"], other["lora_a"][:, :8]) and torch.equal(one["lora_b"], other["lora_b"][:, :, :8])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_behind_the_last_offset_get_the_base_value(device):
+    case = problem([5, 3], [0, 1], adapters=2, behind=4, device=device)
+    padded = make_segments(case.segments.cu_seqlens, case.segments.adapter, 2, rows=12)
+    base = torch.nn.functional.linear(case.x, case.weight, case.bias)
+    for part in (case.segments, padded):
+        for exact in (False, True):
+            got = outputs(multi_lora_linear, case._replace(segments=part), exact=exact)
+            torch.testing.assert_close(got["y"][8:], base[8:])
+            torch.testing.assert_close(got["x"][8:], case.dy[8:] @ case.weight)
+    case.x[8:] = float("nan")
+    got = outputs(multi_lora_linear, case._replace(segments=padded), grads=("x", "lora_a", "lora_b"), exact=True)
+    assert all(got[name].isfinite().all() for name in ("lora_a", "lora_b")) and got["y"][:8].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_subset_may_require_gradients(device):
+    case = problem([5, 30], [1, 0], adapters=2, p=0.5, device=device)
+    full = outputs(multi_lora_linear, case)
+    for subset in ((), ("x",), ("lora_a",), ("lora_b",), ("weight",), ("bias",), ("x", "lora_b"), ("lora_a", "weight")):
+        got = outputs(multi_lora_linear, case, grads=subset)
+        assert got.keys() == {"y", *subset}
+        assert all(torch.equal(got[name], full[name]) for name in got)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_runs_in_the_asked_dtype(device):
+    case = problem([5, 30], [1, 0], adapters=2, device=device)
+    half = problem([5, 30], [1, 0], adapters=2, dtype=torch.float16, device=device)
+    with torch.autocast(device, dtype=torch.float16):
+        got = outputs(multi_lora_linear, case, exact=True)
+    assert got["y"].dtype == torch.float16 and got["x"].dtype == got["lora_a"].dtype == torch.float32
+    assert torch.equal(got["y"], outputs(multi_lora_linear, half, exact=True)["y"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_adapter_is_the_plain_lora_linear(device):
+    case = problem([20], [0], adapters=1, device=device)
+    wanted = outputs(multi_lora_linear, case)["y"]
+    one = lora_linear(case.x, case.weight, case.bias, case.lora_a[0], case.lora_b[0], float(case.scaling[0]))
+    assert torch.equal(one, wanted)
+
+
+def test_the_kernel_draws_the_mask_of_the_reference():
+    """With A = 1 in one feature at a time, S shows which elements were kept, across K's blocks."""
+    k, rows = 70, 9
+    row_key = torch.arange(rows) * 65536 + 11
+    dropout = Dropout(torch.tensor([0.3, 0.5]), torch.tensor([-5, 1 << 40]), row_key, 7)
+    part = make_segments(torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32), 2)
+    eye = torch.eye(k).expand(2, k, k)
+    seen = multi_lora_linear(
+        torch.ones(rows, k), torch.zeros(k, k), None, eye, eye.contiguous(), torch.ones(2), part, dropout=dropout
+    )
+    keep, scale = keep_mask(dropout, torch.arange(k, dtype=torch.int32), part.row_adapter)
+    assert torch.equal(seen != 0, keep)
+    torch.testing.assert_close(seen, torch.where(keep, scale[:, None], 0.0))
+
+
+def operator_arguments(case, exact=False):
+    work = segments.with_work(case.segments).work
+    p, seed, row_key, site, _ = case.keywords["dropout"]
+    return (
+        case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work, None,
+        p, seed, row_key, site, 1, exact,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    case = problem([3, 4], [1, 0], adapters=2, k=16, n=16, p=0.5, device=device)
+    for tensor in (case.x, case.lora_a, case.lora_b, case.weight):
+        tensor.requires_grad_()
+    arguments = operator_arguments(case)
+    torch.library.opcheck(torch.ops.kloss.multi_lora, arguments)
+    with torch.no_grad():
+        _, s, keys = torch.ops.kloss.multi_lora(*arguments)
+    x, weight, _, lora_a, lora_b, scaling, *lists = (t.detach() if torch.is_tensor(t) else t for t in arguments)
+    backward = case.dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists[:6], lists[6], 1, False
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(torch.ops.kloss.multi_lora_backward, (*backward, *needs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fullgraph_forward_and_backward_at_two_lengths(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def layer(*arguments, **keywords):
+        return multi_lora_linear(*arguments, **keywords) * 2
+
+    def eager(*arguments, **keywords):
+        return multi_lora_linear(*arguments, **keywords) * 2
+
+    for lengths in ([5, 30], [6, 47]):
+        case = problem(lengths, [1, 0], adapters=2, p=0.5, device=device)
+        case = case._replace(segments=segments.with_work(case.segments))
+        got, wanted = outputs(layer, case, exact=True), outputs(eager, case, exact=True)
+        assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in got)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_other_contents():
+    """One capture, then other values, other lengths and another assignment of adapters within the same
+    capacity.
+    """
+    rows, static = 64, problem([30, 20], [1, 0], adapters=3, p=0.5, behind=14, device="cuda")
+    cu, adapter = static.segments.cu_seqlens.clone(), static.segments.adapter.clone()
+    x, keys = static.x.clone(), torch.zeros(rows, dtype=torch.int64, device="cuda")
+
+    def step():
+        dropout = static.keywords["dropout"]._replace(row_key=keys)
+        part = make_segments(cu, adapter, 3, rows=rows)
+        rest = static.weight, static.bias, static.lora_a, static.lora_b, static.scaling, part
+        return multi_lora_linear(x, *rest, dropout=dropout, exact=True)
+
+    for _ in range(2):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for lengths, names in (([30, 20], [1, 0]), ([1, 60], [2, 1]), ([0, 64], [0, 2])):
+        cu.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        adapter.copy_(torch.tensor(names))
+        x.normal_()
+        keys.random_(1 << 40)
+        graph.replay()
+        assert torch.equal(y, step())
+
+
+def test_faults_are_named():
+    case = problem([5], [0], adapters=1, p=0.5)
+    arguments = case.x, case.weight.half(), None, case.lora_a, case.lora_b, case.scaling, case.segments
+    with pytest.raises(ValueError, match="one dtype"):
+        multi_lora_linear(*arguments)
+    with pytest.raises(ValueError, match="lora_b has shape"):
+        multi_lora_linear(case.x, case.weight, None, case.lora_a, case.lora_b[:, :3], case.scaling, case.segments)
+    short = case.keywords["dropout"]._replace(row_key=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="row_key has 2 entries"):
+        outputs(multi_lora_linear, case._replace(keywords={**case.keywords, "dropout": short}))
+
+
+def test_a_cpu_tensor_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(reference, "multi_lora_linear", lambda *arguments, **keywords: "reference")
+    case = problem([5], [0], adapters=1)
+    assert outputs_of_public(case) == "reference"
+
+
+def outputs_of_public(case):
+    return kernels.multi_lora_linear(
+        case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments, **case.keywords
+    )

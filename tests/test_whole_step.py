@@ -1,0 +1,64 @@
+"""The whole-step benchmark at toy size: it measures, it does not record a wrong result, its data look like MASSIVE."""
+
+import json
+
+import pytest
+import torch
+
+from bench import whole_step
+from bench.whole_step import main, make_batch, massive_lengths, pad
+from kloss.models import TINY
+
+SIZES = {
+    "layers": 1, "hidden": 32, "heads": 2, "vocabulary": 60, "labels": 5, "adapters": 3, "rank": 4, "utterances": 2,
+    "rounds": 2, "checked": 2,
+}  # fmt: skip
+TOY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+
+
+def test_lengths_match_massive():
+    lengths = massive_lengths(100_000, torch.Generator().manual_seed(0))
+    assert abs(float(lengths.double().mean()) - 11.6) < 0.1 and lengths.min() >= 3 and lengths.max() <= 97
+    at = lengths.double().quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+    assert at == [11, 18, 28]
+
+
+def test_padding_keeps_every_token():
+    batch = make_batch(TINY, 3, 4, torch.Generator().manual_seed(0))
+    rows = torch.repeat_interleave(batch.adapter, batch.cu_seqlens.diff())
+    for g in range(3):
+        padded = pad(batch, g, 1)
+        real = padded.attention_mask.bool()
+        assert torch.equal(padded.input_ids[real], batch.input_ids[rows == g])
+        assert torch.equal(padded.labels[real], batch.labels[rows == g]) and (padded.labels[~real] == -100).all()
+        assert (padded.input_ids[~real] == 1).all() and (padded.labels >= 0).any(1).all()
+
+
+@pytest.mark.parametrize("options", [["--dtype", "fp32"], ["--dropout", "0", "--peft-adapters", "2"]], ids=["fp32", "bf16"])
+def test_a_row_is_written(tmp_path, options, capsys):
+    out = tmp_path / "results" / "whole_step.jsonl"
+    for count in (1, 2):
+        row = main([*TOY, *options, "--out", str(out)])
+        lines = out.read_text().splitlines()
+        assert len(lines) == count and json.loads(lines[-1]) == row
+    assert {
+        "commit",
+        "dirty",
+        "versions",
+        "device",
+        "shape",
+        "dtype",
+        "ratio",
+        "baseline",
+        "peak_rss_gib",
+    } <= row.keys()
+    assert row["seconds"]["p50"] > 0 and row["ratio"]["p20"] <= row["ratio"]["p50"] <= row["ratio"]["p80"]
+    assert "ratio p20" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_recorded(tmp_path, monkeypatch):
+    right = whole_step.token_loss
+    monkeypatch.setattr(whole_step, "token_loss", lambda *args: (right(*args)[0] * 1.001, None))
+    with pytest.raises(AssertionError, match="ours is off"):
+        main([*TOY, "--dtype", "fp32", "--out", str(tmp_path / "rows.jsonl")])
+    assert not (tmp_path / "rows.jsonl").exists()
