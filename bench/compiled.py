@@ -88,17 +88,13 @@ def multi_lora_launches(
     order, row_key, seed = (empty(size, dtype=torch.int64) for size in (rows, rows, adapters))
     scaling, p = (empty(adapters, dtype=torch.float32) for _ in range(2))
     ranks = empty(adapters, dtype=torch.int64) if mixed else None
-    short, long = (
-        empty(tile_capacity(rows, adapters, size), 3, dtype=torch.int32) for size in (SHORT_TILE, LONG_TILE)
-    )
+    short, long = (empty(tile_capacity(rows, adapters, size), 3, dtype=torch.int32) for size in (SHORT_TILE, LONG_TILE))
     chunks = empty(adapters + rows // CHUNK, 4, dtype=torch.int32)
     lists = order, short, long, chunks, empty(adapters + 1, dtype=torch.int32), ranks
     random = (p, seed, row_key) if dropout else (None, None, None)
     with recorded(arch) as launches:
         _, s, keys = multi_lora._forward(x, weight, bias, lora_a, lora_b, scaling, *lists, *random, 3, slices, exact)
-        multi_lora._backward(
-            dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists, random[0], slices, exact, True, True, True
-        )
+        multi_lora._backward(dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists, random[0], slices, exact, True, True, True)
     return launches
 
 

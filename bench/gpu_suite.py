@@ -130,9 +130,7 @@ def together(one: Problem, *, exact: bool = False, backward: bool = True) -> Cal
 
     def call():
         rest = one.scaling, one.segments
-        y = multi_lora_linear(
-            x, one.weight, one.bias, lora_a, lora_b, *rest, slices=one.slices, dropout=one.dropout, exact=exact
-        )
+        y = multi_lora_linear(x, one.weight, one.bias, lora_a, lora_b, *rest, slices=one.slices, dropout=one.dropout, exact=exact)
         return torch.autograd.grad(y, (x, lora_a, lora_b), one.dy) if backward else y
 
     return call
@@ -213,9 +211,7 @@ def check(linear: cases.Linear, batch: cases.Batch, rank: int, *, device: str, d
         )
         leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
         scaling = one.scaling.cpu()
-        y = reference.multi_lora_linear(
-            x, weight, bias, lora_a, lora_b, scaling, part, slices=one.slices, dropout=dropout
-        )
+        y = reference.multi_lora_linear(x, weight, bias, lora_a, lora_b, scaling, part, slices=one.slices, dropout=dropout)
         return torch.autograd.grad(y, leaves, dy)
 
     wanted, torchs = plain(torch.float64), plain(dtype)

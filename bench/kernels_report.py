@@ -40,13 +40,17 @@ def variants() -> Iterator[dict]:
                 yield dict(k=k, n=n, rank=rank, exact=True)
         yield dict(k=768, n=2304, rank=rank, slices=3, exact=True)
     for rank in (cases.RANKS[0], *cases.STUDY_RANKS):
-        yield dict(k=768, n=768, rank=rank, exact=False)
-        yield dict(k=768, n=2304, rank=rank, slices=3, exact=False)
+        for mixed in (False, True):
+            yield dict(k=768, n=768, rank=rank, exact=False, mixed=mixed)
+            yield dict(k=768, n=2304, rank=rank, slices=3, exact=False, mixed=mixed)
     for rank in (32, 256):
-        yield dict(k=768, n=2304, rank=rank, slices=3, exact=True, dropout=False, mixed=True, master=torch.float32)
+        yield dict(k=768, n=768, rank=rank, exact=True, mixed=True)
+        yield dict(k=768, n=2304, rank=rank, slices=3, exact=True, mixed=True)
+        for dropout in (False, True):
+            yield dict(k=768, n=2304, rank=rank, slices=3, exact=True, dropout=dropout, mixed=True, master=torch.float32)
+        for exact in (True, False):
+            yield dict(k=768, n=768, rank=rank, exact=exact, dtype=torch.float32)
     yield dict(k=768, n=768, rank=32, exact=True, dtype=torch.float16)
-    for exact in (True, False):
-        yield dict(k=768, n=768, rank=32, exact=exact, dtype=torch.float32)
 
 
 def launches_of(variant: dict, arch: int) -> dict[str, LaunchRecord]:

@@ -1,6 +1,6 @@
-"""One frozen dataclass configures a run; a preset is a function that returns one; a flag overrides it; nothing else does."""
+"""What configures a run: one frozen dataclass. A preset (`presets.py`) returns one, a flag overrides it, nothing else does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .errors import UserError
 
@@ -127,39 +127,3 @@ class Config:
         if self.max_length < 3:
             raise UserError(f"--max-length must leave room for <s>, a subword and </s>, got {self.max_length}")
         return self
-
-
-DEMO_LANGUAGES = ("en-US", "de-DE", "es-ES", "ru-RU", "ar-SA", "hi-IN", "ja-JP", "th-TH", "ko-KR", "tr-TR")
-
-
-def demo() -> Config:
-    """Ten synthetic languages in a few minutes of two CPU cores: does one shared adapter forget what one of its own keeps?"""
-    return Config(languages=DEMO_LANGUAGES, limit=150, eval_limit=50, seeds=3)
-
-
-def paper() -> Config:
-    """The study's main table: XLM-R base, 52 locales, every strategy. What the paper leaves open is our choice (see report)."""
-    return Config(
-        data="AmazonScience/massive",
-        backbone="xlm-roberta-base",
-        strategies=("non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"),
-        rank=(32, 64, 256),
-        lr=(5e-6,),
-        full_lr=5e-6,
-        epochs=100, batch_size=32,
-        orders=3,
-        seeds=3,
-        warmup=100,
-        dtype="bf16",
-        pass_tokens=65536,
-        checkpoint_seconds=900,
-        preset="paper",
-    )
-
-
-def first_five() -> Config:
-    """SHARED r=64 on the first five languages of Order 1, CBT after each step."""
-    return replace(paper(), strategies=("shared",), rank=(64,), orders=1, preset="first-five")
-
-
-PRESETS = {"demo": demo, "paper": paper, "first-five": first_five}

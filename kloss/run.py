@@ -21,10 +21,11 @@ from .cl.runner import cohorts_of, train_study
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study, plan
-from .config import PRESETS, Config
+from .config import Config
 from .errors import UserError
 from .files import write_json
 from .models import AdapterBank
+from .presets import PRESETS
 from .report import summary_rows, write_report
 from .results import results
 

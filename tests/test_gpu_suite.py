@@ -64,8 +64,7 @@ def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite, caps
     suite.kernels(batches=(BATCH, cases.Batch(1, 8)), ranks=(4,), linears=(SMALL,))
     rows = written(suite)
     assert [row["case"] for row in rows] == [
-        f"small, {batch} rows, r=4, {how}"
-        for batch in ("2 x 4", "1 x 8") for how in ("chosen", "exact")
+        f"small, {batch} rows, r=4, {how}" for batch in ("2 x 4", "1 x 8") for how in ("chosen", "exact")
     ]
     needed = {"commit", "torch", "triton", "device", "p20", "p50", "p80", "baseline", "ratio", "ceiling_share", "dtype"}
     for row in rows:

@@ -80,6 +80,7 @@ def test_dry_run_writes_nothing(small, capsys):
 # Imports once, then forks a child for every attempt, so that twenty kills cost seconds and not minutes.
 ATTEMPTS = """
 import os, random, signal, sys, time
+import matplotlib.backends.backend_svg, matplotlib.pyplot, rich.progress, tyro
 from kloss.run import main
 arguments, folder, cache, seed = eval(sys.argv[1])
 chance = random.Random(seed)
@@ -120,7 +121,7 @@ print(kills, runs)
 
 
 def test_killed_twenty_times_and_resumed_gives_the_same_scores(cache, tmp_path):
-    arguments = [*SMALL, "--strategies", "non-shared", "shared", "vanilla"]
+    arguments = [*SMALL, "--strategies", "non-shared", "shared", "vanilla", "--epochs", "6"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     given = repr((arguments, str(tmp_path), cache, 0))
     done = subprocess.run([sys.executable, "-c", ATTEMPTS, given], env=environment, capture_output=True, text=True)

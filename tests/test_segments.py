@@ -12,9 +12,7 @@ from kloss.kernels.segments import LONG_TILE, SHORT_TILE, slot_capacity, tile_ca
 BATCHES = st.integers(0, 5).flatmap(
     lambda adapters: st.tuples(
         st.just(adapters),
-        st.lists(
-            st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 300)), st.integers(-1, adapters - 1)), max_size=8
-        ),
+        st.lists(st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 300)), st.integers(-1, adapters - 1)), max_size=8),
         st.integers(0, 9),
     )
 )

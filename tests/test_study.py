@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from kloss.cl.languages import LOCALES as ALL_LOCALES
 from kloss.cl.strategies import STRATEGIES
 from kloss.cl.study import make_orders, plan
-from kloss.config import Config, paper
+from kloss.config import Config
 from kloss.errors import UserError
+from kloss.presets import first_five, paper
 
 LOCALES = ("en-US", "de-DE", "ru-RU", "ja-JP")
 
@@ -97,3 +99,11 @@ def test_paper_preset_is_the_papers_where_it_is_known():
     config = paper().checked()
     assert (config.rank, config.lr, config.epochs, config.dropout) == ((32, 64, 256), (5e-6,), 100, 0.1)
     assert set(config.strategies) == set(STRATEGIES)
+
+
+def test_first_five_are_those_of_the_papers_order_1():
+    config = first_five().checked()
+    assert make_orders(config, config.languages)["Order 1"] == make_orders(paper(), ALL_LOCALES)["Order 1"][:5]
+    study = plan(config, config.languages)
+    assert len(study.learners) == config.seeds and {x.rank for x in study.learners} == {64}
+    assert all(x.experiences == tuple((locale,) for locale in config.order) for x in study.learners)

@@ -181,9 +181,9 @@ def test_every_site_draws_its_own_mask_and_each_kind_can_be_left_out():
     seen = []
 
     class Spy(StepDropout):
-        def at(self, kind, site):
+        def at(self, kind, site, sites):
             seen.append((kind, site))
-            return super().at(kind, site)
+            return super().at(kind, site, sites)
 
     ids, offsets = make_batch([6], 60)
     segments = make_segments(offsets, torch.zeros(1, dtype=torch.int32), 1)
@@ -193,7 +193,7 @@ def test_every_site_draws_its_own_mask_and_each_kind_can_be_left_out():
     model(ids, offsets, segments, bank, dropout=spy)
     sites = [site for _, site in seen]
     assert len(set(sites)) == len(sites) == 2 * 7 + 2
-    assert [kind for kind, _ in seen].count("lora") == 8 and spy.at("attention", 1) is None
+    assert [kind for kind, _ in seen].count("lora") == 8 and spy.at("attention", 1, 16) is None
 
 
 # Files

@@ -59,6 +59,6 @@ def pack(
         torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device),
         torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(device),
         cu_seqlens,
-        make_segments(cu_seqlens, adapter, num_adapters),
+        make_segments(cu_seqlens, adapter, num_adapters, rows=sum(map(len, ids))),
         torch.from_numpy(np.concatenate(positions)).to(device),
     )

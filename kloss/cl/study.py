@@ -58,13 +58,16 @@ class Study(NamedTuple):
     wanted: list[dict[int, list[str]]]
 
 
+def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
+    """The languages of Order `number` (from 1) as the seed draws them."""
+    order = list(locales)
+    random.Random(f"{seed} order {number}").shuffle(order)
+    return tuple(order)
+
+
 def make_orders(config: Config, locales: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The orders by name: random ones drawn from the seed, the first replaced by config.order if that is given."""
-    found = {}
-    for number in range(1, config.orders + 1):
-        order = list(locales)
-        random.Random(f"{config.seed} order {number}").shuffle(order)
-        found[f"Order {number}"] = tuple(order)
+    found = {f"Order {number}": random_order(locales, config.seed, number) for number in range(1, config.orders + 1)}
     if config.order:
         order = check_locales(config.order)
         if sorted(order) != sorted(locales):

@@ -176,7 +176,7 @@ class _Team:
             parts = [(pool, index, i) for i, (pool, index, _) in enumerate(drawn)]
             batch = pack(parts, last - first, cohort.device)
             steps = self.steps[first:last].to(cohort.device)[batch.segments.adapter.long()]
-            keys = row_keys(steps, batch.sequence, batch.cu_seqlens)
+            keys = row_keys(steps, batch.sequence, batch.cu_seqlens, rows=batch.input_ids.numel())
             hidden, lora = (p if p is None else p[first:last] for p in self.dropout.values())
             dropout = StepDropout(hidden, hidden, lora, self.seeds[first:last], keys, batch.segments.row_adapter)
             bank = self.bank.span(first, last) if isinstance(self.bank, AdapterBank) else None
@@ -202,7 +202,7 @@ class _Team:
         )
         self.bank.refresh()
         cohort.steps[self.rows] = self.steps
-        loss = torch.cat(losses).cpu()
+        loss, norms = torch.cat(losses).cpu(), norms.cpu()
         for i in (~(torch.isfinite(loss) & torch.isfinite(norms))).nonzero()[:, 0].tolist():
             g = self.rows[i]
             reason = f"loss {float(loss[i]):g}, gradient norm {float(norms[i]):g}"

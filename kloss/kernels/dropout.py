@@ -28,7 +28,8 @@ class Dropout(NamedTuple):
 
     p: fp32 [G], probability in [0, 1), rounded to 1/65536. seed: int64 [G]. row_key: int64 [T], from
     `row_keys`. site: which place of the network. adapter: int32 [T], the row of p and seed that each row uses
-    (-1: no dropout); None: the segments' in `multi_lora_linear`, row 0 elsewhere.
+    (-1: no dropout); None: the segments' in `multi_lora_linear`, row 0 elsewhere. rows: what follows from these for
+    each row, where a caller has it already (`RowDropout`); Triton's kernels work it out themselves.
     """
 
     p: Tensor
@@ -36,6 +37,20 @@ class Dropout(NamedTuple):
     row_key: Tensor
     site: int
     adapter: Tensor | None = None
+    rows: "RowDropout | None" = None
+
+
+class RowDropout(NamedTuple):
+    """What a site's draws need of each row. keys: int64 [T], z. least: int16 [T], the smallest u - 32768 that is kept.
+    scale: fp32 [T], of what is kept."""
+
+    keys: Tensor
+    least: Tensor
+    scale: Tensor
+
+    def take(self, index: Tensor | slice) -> "RowDropout":
+        """Those of some rows."""
+        return RowDropout(*(tensor[index] for tensor in self))
 
 
 def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | None = None) -> Tensor:
@@ -65,10 +80,13 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
-def stream_keys(seed: Tensor, row_key: Tensor, site: int) -> Tensor:
-    """The 64-bit key z of each row at a site. seed, row_key: int64 [T]. Returns int64 [T]."""
-    site_term = _signed((site + 1) * GOLDEN % (1 << 64), 64)
-    return _mix64(_mix64(seed + site_term) + row_key * _signed(ODD, 64))
+def stream_keys(seed: Tensor, row_key: Tensor, site: int | Tensor) -> Tensor:
+    """The 64-bit key z of each row at a site. seed, row_key: int64 [T] or [1]. site: a number, or int64 [n, 1] for n sites at
+    once. Returns int64 [T] or [n, T]."""
+    place = (site + 1) * _signed(GOLDEN, 64)
+    if isinstance(place, int):  # a number does not wrap by itself
+        place = _signed(place % (1 << 64), 64)
+    return _mix64(_mix64(seed + place) + row_key * _signed(ODD, 64))
 
 
 def draws(keys: Tensor, counter: Tensor) -> Tensor:
@@ -87,25 +105,37 @@ def thresholds(p: Tensor) -> Tensor:
     return (p.double() * 65536).round().clamp(0, 65535).to(torch.int32)
 
 
-def keep_mask(dropout: Dropout, features: Tensor, adapter: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def row_chances(p: Tensor, adapter: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """`least` and `scale` of `RowDropout` for rows whose entries of p [G] are adapter [T] (-1: keep all), or row 0 for None."""
+    threshold = torch.cat([thresholds(p), torch.zeros(1, dtype=torch.int32, device=p.device)])  # -1 finds the zero behind
+    least, scale = (threshold - 32768).to(torch.int16), (1 / (1 - threshold.double() / 65536)).float()
+    if adapter is None:
+        return least[:1].expand(rows), scale[:1].expand(rows)
+    return least[adapter.long()], scale[adapter.long()]
+
+
+def row_dropout(dropout: Dropout, adapter: Tensor | None = None) -> RowDropout:
+    """What a site's draws need of each row, from its keys. adapter: int32 [T], overrides dropout.adapter."""
+    if dropout.rows is not None:
+        return dropout.rows
+    adapter = dropout.adapter if adapter is None else adapter
+    seed = dropout.seed[:1] if adapter is None else dropout.seed[adapter.clamp(min=0).long()]
+    chances = row_chances(dropout.p, adapter, dropout.row_key.numel())
+    return RowDropout(stream_keys(seed, dropout.row_key, dropout.site), *chances)
+
+
+def keep_mask(dropout: Dropout | RowDropout, features: Tensor, adapter: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which elements stay, and by what kept ones are multiplied.
 
     features: int32 [..., F], even length, in pairs (2c, 2c+1), broadcast behind the rows. adapter: int32 [T],
     overrides dropout.adapter. Returns keep bool [T, ..., F] and scale fp32 [T].
     """
-    adapter = dropout.adapter if adapter is None else adapter
-    rows = dropout.row_key
-    index = torch.zeros_like(rows) if adapter is None else adapter.clamp(min=0).long()
-    threshold = thresholds(dropout.p)[index]
-    if adapter is not None:
-        threshold = threshold.masked_fill(adapter < 0, 0)
+    rows = dropout if isinstance(dropout, RowDropout) else row_dropout(dropout, adapter)
     counter = features[..., ::2] >> 1
-    keys = stream_keys(dropout.seed[index], rows, dropout.site)
     behind = (-1,) + (1,) * counter.dim()
     # Flipping the top bit of each half turns the unsigned comparison into the signed one that int16 has.
-    u = draws(keys.view(behind), counter).bitwise_xor_(_signed(0x80008000, 32)).view(torch.int16)
-    keep = u >= (threshold - 32768).to(torch.int16).view(behind)
-    return keep, 1 / (1 - threshold.double() / 65536).float()
+    u = draws(rows.keys.view(behind), counter).bitwise_xor_(_signed(0x80008000, 32)).view(torch.int16)
+    return u >= rows.least.view(behind), rows.scale
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:

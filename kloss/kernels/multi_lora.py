@@ -161,7 +161,7 @@ def multi_lora_linear(
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x {x.dtype}, weight {weight.dtype}, bias {bias if bias is None else bias.dtype}"
         raise ValueError(f"expected one dtype for the base layer, got {given}")
-    p, seed, row_key, site, _ = dropout or (None, None, None, 0, None)
+    p, seed, row_key, site = dropout[:4] if dropout else (None, None, None, 0)
     if row_key is not None and row_key.numel() < segments.order.numel():
         raise ValueError(f"row_key has {row_key.numel()} entries, the segments cover {segments.order.numel()} rows")
     work = with_work(segments).work
@@ -182,6 +182,4 @@ def lora_linear(
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * x.shape[0]
     segments = make_segments(cu_seqlens, torch.zeros(1, dtype=torch.int32, device=device), 1, rows=x.shape[0])
     scaling = scaling.reshape(1) if isinstance(scaling, Tensor) else torch.full((1,), scaling, device=device)
-    return multi_lora_linear(
-        x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout, exact=exact
-    )
+    return multi_lora_linear(x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout, exact=exact)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dropout import Dropout, apply_dropout, keep_mask
+from .dropout import Dropout, apply_dropout, keep_mask, row_dropout
 from .segments import Segments, make_segments
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in at least fp32, but for bf16 on a CPU with AVX-512: one without has products in 16 bits at 1/7 to 1/100 of
-    fp32's rate."""
-    if tensor is None or tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    """On a CPU the tensor in at least fp32, but for bf16 with AVX-512: without it products in bf16 have 1/7 to 1/100 of fp32's
+    rate."""
+    if tensor is None or tensor.device.type != "cpu":
+        return tensor
+    if tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -45,7 +47,8 @@ class _MultiLoraLinear(Function):
         if dropout is not None:
             width = x.shape[1]
             features = torch.arange(width + width % 2, dtype=torch.int32)
-            keep, scale = keep_mask(dropout._replace(row_key=dropout.row_key[:total]), features, segments.row_adapter)
+            cut = dropout._replace(row_key=dropout.row_key[:total], rows=dropout.rows and dropout.rows.take(slice(total)))
+            keep, scale = keep_mask(cut, features, segments.row_adapter)
             keep, scale = keep[:, :width], scale[:, None].to(wide.dtype)
             dropped = torch.where(keep, wide[:total] * scale, wide.new_zeros(()))
         full = lora_b.shape[-1]
@@ -123,7 +126,7 @@ def _live_rows(a: Tensor, slices: int, rank: int) -> Tensor:
 
 def multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, segments: Segments,
-    *, slices: int = 1, ranks: Tensor | None = None, dropout: Dropout | None = None,
+    *, slices: int = 1, ranks: Tensor | None = None, dropout: Dropout | None = None, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """Linear layer with the LoRA update of each row's own adapter: y[t] = W x[t] + b + s_g B_g (A_g drop(x[t])).
 
@@ -175,13 +178,14 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 
     x: [T, K]. weight: [G, N, K]. bias: [G, N]. Returns [T, N], differentiable in x, weight, bias.
     """
-    dtype, x, weight, bias = x.dtype, _wide(x), _wide(weight), _wide(bias)
-    runs = [torch.addmm(bias[g], x[segments.rows(start, end)], weight[g].t()) for g, start, end in segments.runs]
-    taken = segments.runs[-1][2] if segments.runs else 0
-    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, weight.shape[1])]).to(dtype)
+    dtype, x, weight, bias = x.dtype, _wide(x), _wide(weight).unbind(), _wide(bias).unbind()
+    bounds = segments.host_runs()
+    runs = [torch.addmm(bias[g], x[segments.rows(start, end)], weight[g].t()) for g, start, end in bounds]
+    taken = bounds[-1][2] if bounds else 0
+    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, bias[0].shape[0])]).to(dtype)
     if segments.sorted:
         return y
-    rest = torch.arange(segments.order.numel(), x.shape[0])
+    rest = torch.arange(segments.order.numel(), x.shape[0], device=x.device)
     return y[torch.argsort(torch.cat([segments.order, rest]))]
 
 
@@ -213,7 +217,7 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    outputs, slot_of_row, used = [], torch.empty(rows, dtype=torch.long), 0
+    outputs, slot_of_row, used = [], torch.empty(rows, dtype=torch.long, device=qkv.device), 0
     longest = int(lengths.max()) if lengths.numel() else 0
     padded, below = 8, 0
     while below < longest:
@@ -221,11 +225,11 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout
         below, length, padded = padded, padded, padded * 2
         if not chosen.numel():
             continue
-        position = torch.arange(length)
+        position = torch.arange(length, device=qkv.device)
         live = position < lengths[chosen, None]
         # A slot without a row repeats the last row of its own sequence, so nothing of another sequence ever comes near.
         index = starts[chosen, None] + torch.minimum(position, lengths[chosen, None] - 1)
-        slots = used + torch.arange(index.numel()).view_as(index)
+        slots = used + torch.arange(index.numel(), device=qkv.device).view_as(index)
         slot_of_row[index[live]] = slots[live]
         outputs.append((index, live, used))
         used += index.numel()
@@ -253,10 +257,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, index: Tensor, dropou
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~live[:, None, None, :], -torch.inf)
     probabilities = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     (n, length), heads = index.shape, q.shape[1]
-    features = torch.arange(heads, dtype=torch.int32)[:, None] << 16 | torch.arange(length, dtype=torch.int32)
-    flat = index.reshape(-1)
-    adapter = None if dropout.adapter is None else dropout.adapter[flat]
-    keep, scale = keep_mask(dropout._replace(row_key=dropout.row_key[flat], adapter=adapter), features)
+    head, key = (torch.arange(size, dtype=torch.int32, device=q.device) for size in (heads, length))
+    features = head[:, None] << 16 | key
+    keep, scale = keep_mask(row_dropout(dropout).take(index.reshape(-1)), features)
     keep = keep.view(n, length, heads, length).transpose(1, 2)
     kept = torch.where(keep, probabilities * scale.view(n, 1, length, 1), probabilities.new_zeros(()))
     return kept.to(v.dtype) @ v
@@ -282,7 +285,7 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     bins = torch.where(segments.row_adapter < 0, groups, segments.row_adapter).long()
     labels = labels[:total]
     row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=-100)
-    count = torch.zeros(groups + 1, dtype=torch.long).index_add(0, bins, (labels >= 0).long())
+    count = bins.new_zeros(groups + 1).index_add(0, bins, (labels >= 0).long())
     loss = row_loss.new_zeros(groups + 1).index_add(0, bins, row_loss) / count.clamp(min=1)
     return loss[:groups], count[:groups]
 
@@ -299,14 +302,14 @@ def adapter_adamw_(
     before clipping (0 for inactive rows). A row that is inactive, or whose norm is not finite, is left untouched to the bit.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """
-    norms = torch.zeros(param.shape[0])
-    beta_1, beta_2 = betas
-    for g in active.nonzero()[:, 0].tolist():
-        row = grad[g].float()
-        norm = norms[g] = torch.linalg.vector_norm(row)
-        if not torch.isfinite(norm):
+    rows, (beta_1, beta_2) = active.nonzero()[:, 0].tolist(), betas
+    norms = torch.zeros(param.shape[0], device=param.device)
+    for g in rows:
+        norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
+    for g, norm in zip(rows, norms[rows].tolist(), strict=True):  # read back at once: on a GPU one wait, not one for each row
+        if not math.isfinite(norm):
             continue
-        clip = float(max_norm[g]) / (float(norm) + 1e-6)
+        row, clip = grad[g].float(), float(max_norm[g]) / (norm + 1e-6)
         if clip < 1:
             row = row * clip
         step[g] += 1
@@ -327,16 +330,17 @@ def span_counts(
 
     pred, gold: int [T], label ids; rows whose gold is -100 do not count. cu_seqlens: int32 [S+1]. group: int [S].
     tags: int [C], 0 for O, 1 for B, 2 for I, and types: int [C], the slot of each label; None: O, then B and I of each slot
-    in turn. Returns int64 [num_groups, 3]. Spans are conlleval's, which seqeval's default mode follows: a span starts at B, at an I
-    behind O or behind another slot, and at the start of a sequence; it never crosses sequences.
+    in turn. Returns int64 [num_groups, 3]. Spans are conlleval's, which seqeval's default mode follows: a span starts at B,
+    at an I behind O or behind another slot, and at the start of a sequence; it never crosses sequences.
     """
-    sequence = torch.repeat_interleave(torch.arange(cu_seqlens.numel() - 1), (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    sequence = torch.repeat_interleave(index, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
     total = sequence.numel()
     counted = gold[:total] >= 0
     pred, gold, sequence = pred[:total][counted].long(), gold[:total][counted].long(), sequence[counted]
     if tags is None or types is None:
         top = int(torch.cat([pred, gold]).max()) + 1 if pred.numel() else 1
-        label = torch.arange(top)
+        label = torch.arange(top, device=pred.device)
         tags, types = torch.where(label == 0, 0, 2 - label % 2), (label - 1) // 2
     new_sequence = torch.ones_like(sequence, dtype=torch.bool)
     new_sequence[1:] = sequence[1:] != sequence[:-1]

@@ -57,6 +57,13 @@ class Segments(NamedTuple):
         """Index of the rows of one run: a slice where the batch is sorted."""
         return slice(start, end) if self.sorted else self.order[start:end]
 
+    def host_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """`runs`, read back from the device where they are not on the host."""
+        if self.runs is not None:
+            return self.runs
+        bounds = [0, *self.ends.tolist()]
+        return tuple((g, *bounds[g : g + 2]) for g in range(self.num_adapters) if bounds[g] < bounds[g + 1])
+
 
 def make_segments(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, *, rows: int | None = None) -> Segments:
     """Group the rows of packed sequences by adapter.
@@ -79,12 +86,8 @@ def make_segments(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, *, row
     ranked, order = (key, torch.arange(rows)) if in_order else torch.sort(key, stable=True)
     last = torch.arange(num_adapters + 1, dtype=key.dtype, device=key.device)
     ends = torch.searchsorted(ranked, last, right=True)
-    runs = None
-    if on_cpu:
-        bounds = [0, *ends.tolist()]
-        runs = tuple((g, bounds[g], bounds[g + 1]) for g in range(num_adapters) if bounds[g] < bounds[g + 1])
-    segments = Segments(cu_seqlens, adapter, num_adapters, row_adapter, order, runs, in_order, ends)
-    return segments if on_cpu else with_work(segments)
+    segments = Segments(cu_seqlens, adapter, num_adapters, row_adapter, order, None, in_order, ends)
+    return segments._replace(runs=segments.host_runs()) if on_cpu else with_work(segments)
 
 
 def with_work(segments: Segments) -> Segments:

@@ -34,6 +34,8 @@ DEFAULT = {
 }
 
 TABLE: dict[tuple[str, int, str], Launch] = {
+    ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
+    ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
     ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),
 }
 

@@ -63,7 +63,7 @@ class AdapterBank:
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
         self.rank, self.has_head = max(ranks), head
         self.slots = _slots(self.config, self.targets, self.rank, head)
-        self.ranks = torch.tensor(ranks)
+        self.ranks = torch.tensor(ranks, device=device)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
         param = torch.zeros(adapters, _width(self.slots), device=device)
         self._bind(param, param if dtype == torch.float32 else param.to(dtype), None)

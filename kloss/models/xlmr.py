@@ -6,7 +6,6 @@ Source of the architecture: Conneau et al. 2020, arXiv 1911.02116; the arithmeti
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
 from ..kernels import Dropout, Segments, adapter_linear, add_norm, gelu, multi_lora_linear, packed_attention
-from ..kernels.dropout import apply_dropout
+from ..kernels.dropout import RowDropout, apply_dropout, row_chances, stream_keys
 from .convert import find_checkpoint, from_transformers, read_weights, to_transformers
 
 FIRST_POSITION = 2  # XLM-R counts positions from padding_idx + 1
@@ -51,24 +50,36 @@ LARGE = XLMRConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=1
 TINY = XLMRConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
 
 
-class StepDropout(NamedTuple):
+class StepDropout:
     """The dropout of one training step at every site of the network.
 
     hidden, attention, lora: fp32 [G], probabilities, or None where nobody drops. seed: int64 [G]. row_key: int64 [T].
     adapter: int32 [T].
     """
 
-    hidden: Tensor | None
-    attention: Tensor | None
-    lora: Tensor | None
-    seed: Tensor
-    row_key: Tensor
-    adapter: Tensor
+    def __init__(
+        self,
+        hidden: Tensor | None,
+        attention: Tensor | None,
+        lora: Tensor | None,
+        seed: Tensor,
+        row_key: Tensor,
+        adapter: Tensor,
+    ):
+        self.p = {"hidden": hidden, "attention": attention, "lora": lora}
+        self.seed, self.row_key, self.adapter = seed, row_key, adapter
+        self._keys: Tensor | None = None
+        self._chances = {name: row_chances(p, adapter, row_key.numel()) for name, p in self.p.items() if p is not None}
 
-    def at(self, kind: str, site: int) -> Dropout | None:
-        """Keys of the site, kind one of hidden, attention, lora."""
-        p = getattr(self, kind)
-        return None if p is None else Dropout(p, self.seed, self.row_key, site, self.adapter)
+    def at(self, kind: str, site: int, sites: int) -> Dropout | None:
+        """Keys of a site out of `sites`; kind is one of hidden, attention, lora."""
+        if self.p[kind] is None:
+            return None
+        if self._keys is None:  # those of all sites at once: one by one they take longer than the draws of a small batch
+            every = torch.arange(sites, device=self.seed.device)[:, None]
+            self._keys = stream_keys(self.seed[self.adapter.clamp(min=0).long()], self.row_key, every)
+        rows = RowDropout(self._keys[site], *self._chances[kind])
+        return Dropout(self.p[kind], self.seed, self.row_key, site, self.adapter, rows)
 
 
 class Layer(nn.Module):
@@ -79,6 +90,7 @@ class Layer(nn.Module):
     def __init__(self, config: XLMRConfig, index: int):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        self.sites = len(self.SITES) * config.num_hidden_layers + 2  # the network's, two of them outside the layers
         self.index, self.heads, self.eps = index, config.num_attention_heads, config.layer_norm_eps
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -91,7 +103,8 @@ class Layer(nn.Module):
         """x: [T, H] -> [T, H]."""
 
         def drop(kind: str, place: str) -> Dropout | None:
-            return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[place])
+            site = len(self.SITES) * self.index + self.SITES[place]
+            return None if dropout is None else dropout.at(kind, site, self.sites)
 
         def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
             base = getattr(self, name)
@@ -118,16 +131,22 @@ class Layer(nn.Module):
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding that is not drawn yet: nn.Embedding's own draw on the meta device imports all of torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class XLMRForTokenClassification(nn.Module):
     """XLM-R with a tagging head, over packed sequences."""
 
     def __init__(self, config: XLMRConfig):
+        """The structure; `random` and `from_pretrained` give it weights."""
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_embeddings = _embedding(config.vocab_size, width)
+        self.position_embeddings = _embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = _embedding(config.type_vocab_size, width)
         self.embedding_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.classifier = nn.Linear(width, config.num_labels)
@@ -157,11 +176,11 @@ class XLMRForTokenClassification(nn.Module):
             self.embedding_norm.bias,
             self.embedding_norm.eps,
         )
-        sites = len(Layer.SITES) * len(self.layers)
-        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites))
+        sites = len(Layer.SITES) * len(self.layers) + 2
+        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 2, sites))
         for layer in self.layers:
             x = layer(x, cu_seqlens, segments, bank, dropout)
-        return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites + 1))
+        return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 1, sites))
 
     def forward(
         self,
