@@ -236,24 +236,32 @@ def test_long_utterances_are_counted(small, capsys):
     assert "utterances are longer than 6 subwords and were cut" in " ".join(capsys.readouterr().out.split())
 
 
-def test_full_disk(small, tmp_path):
-    arguments, folder = small
-    limit = 100_000  # bytes a file may have: the checkpoint of this run is larger, as on a disk that fills up
+def run_with_small_files(arguments, limit):
+    """The command where no file may have more than `limit` bytes, as on a disk that fills up: its one line of error."""
 
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    assert main([*arguments, "--dry-run"]) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "kloss.run", *arguments, "--checkpoint-seconds", "0"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=small_files,
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "kloss.run", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=small_files)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr
-    assert not [file for file in folder.rglob("*") if "partial" in file.name] if folder.exists() else True
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_full_disk(small):
+    arguments, folder = small
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "cannot write" in run_with_small_files([*arguments, "--checkpoint-seconds", "0"], 100_000)
+    assert not [file for file in folder.rglob("*") if "partial" in file.name]
     assert main(arguments) == 0  # with room again, it goes on
+
+
+@pytest.mark.parametrize("limit", [1_000, 4_000, 100_000])  # the tokenizer, the corpus, the backbone is too large
+def test_full_disk_under_the_cache(small, tmp_path, limit):
+    arguments = [*small[0], "--cache", str(tmp_path / "cache")]
+    assert "cannot write" in run_with_small_files(arguments, limit)
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+    assert main(arguments) == 0

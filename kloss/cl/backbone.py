@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import TINY, XLMRConfig, XLMRForTokenClassification
-from .cache import cache_folder, publish, temporary_folder
+from .cache import cache_folder, written
 from .corpus import Corpus
 from .packing import pack, pooled
 
@@ -97,9 +97,8 @@ def tiny_backbone(
         rows[torch.from_numpy(used).long()] = small.word_embeddings.weight
         trained = {name: value for name, value in small.state_dict().items() if name != "word_embeddings.weight"}
         model.load_state_dict(trained | {"word_embeddings.weight": rows})
-    temporary = temporary_folder(folder.parent)
-    model.save_pretrained(temporary)
-    publish(temporary, folder)
+    with written(folder) as temporary:
+        model.save_pretrained(temporary)
     return folder
 
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -50,15 +52,25 @@ def temporary_folder(cache: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=cache, prefix=".tmp-"))
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to its place; where another was first, its folder stays and ours goes."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+@contextmanager
+def written(final: Path) -> Iterator[Path]:
+    """A fresh folder to write in, which is `final` behind the block; where another process was first, its folder stays.
+
+    What a failed block wrote is removed. Raises UserError where the file system refuses (full disk, no permission).
+    """
+    temporary = temporary_folder(final.parent)
     try:
-        os.rename(temporary, final)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not final.is_dir():
-            raise
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import UserError
 from . import massive, synthetic
-from .cache import cache_folder, key, publish, temporary_folder
+from .cache import cache_folder, key, temporary_folder, written
 from .languages import LOCALES, check_locales
 from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_folder
 
@@ -312,13 +312,12 @@ def _build(final: Path, source, folder: Path, locales, max_length, report) -> No
                 index[locale] |= {"pieces": piece_count, "words": word_count}
     arrays = {name: np.concatenate(values).astype(_DTYPES[name]) for name, values in columns.items()}
     arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays["offsets"])]).astype(np.int64)
-    temporary = temporary_folder(final.parent)
-    for name, values in arrays.items():
-        np.save(temporary / f"{name}.npy", values)
     vocab_size = max(len(tokenizer), int(pieces.max()) + 1)
     sizes = {name: len(values) for name, values in arrays.items()}
     special["vocab_size"] = vocab_size
     meta = {"labels": labels, "tokenizer": special, "index": index, "sizes": sizes}
-    (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    publish(temporary, final)
+    with written(final) as temporary:
+        for name, values in arrays.items():
+            np.save(temporary / f"{name}.npy", values)
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     report(len(found), len(found), "putting sentences together")

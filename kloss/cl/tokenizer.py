@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import UserError
-from .cache import hash_files, key, publish, temporary_folder
+from .cache import hash_files, key, written
 
 FORMAT = 1  # part of a trained tokenizer's cache key; one more whenever the same texts give another
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
@@ -49,9 +49,8 @@ def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: C
     if name is None:
         folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
         if not folder.is_dir():
-            temporary = temporary_folder(cache)
-            train_tokenizer(texts(), temporary)
-            publish(temporary, folder)
+            with written(folder) as temporary:
+                train_tokenizer(texts(), temporary)
         return folder
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser().resolve()
@@ -60,7 +59,8 @@ def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: C
         tokenizer.save_pretrained(saved)
         folder = cache / f"tokenizer-{hash_tokenizer(Path(saved))}"
         if not folder.is_dir():
-            publish(shutil.copytree(saved, temporary_folder(cache), dirs_exist_ok=True), folder)
+            with written(folder) as temporary:
+                shutil.copytree(saved, temporary, dirs_exist_ok=True)
     return folder
 
 
@@ -106,7 +106,13 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     tokenizer.add_special_tokens([*SPECIAL, AddedToken("<mask>", lstrip=True, special=True)])
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     names |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names).save_pretrained(folder)
+    trained = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
+    try:
+        trained.save_pretrained(folder)
+    except Exception as error:  # `tokenizers` has one kind for all; of the file system's it gives the number in the text
+        if "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise
 
 
 def train_unigram(words: dict[str, int], size: int) -> dict[str, float]:
