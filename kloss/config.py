@@ -18,9 +18,9 @@ class Config:
     languages: tuple[str, ...] = ()
     """Locales such as en-US; none named means all that the data holds."""
     limit: int | None = None
-    """Training utterances of each language: the first so many."""
+    """Training utterances of each language: so many, at even distances."""
     eval_limit: int | None = None
-    """Test utterances of each language: the first so many."""
+    """Test utterances of each language: so many, at even distances."""
     max_length: int = 128
     """Subwords of an utterance, `<s>` and `</s>` included; longer ones are cut, counted and reported."""
 
