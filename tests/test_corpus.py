@@ -1,5 +1,6 @@
 """Parsing of utterances, the tokenised corpus against transformers' own encoding, the cache, the errors."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -365,15 +366,17 @@ def test_damaged_cache_is_made_anew(data, tokenizer, tmp_path, damage):
 
 def build(data, tokenizer, cache, signals, pause):
     """In another process: load, stopping at `pause` until told to go on."""
-    publish = corpus_module.publish
+    written = corpus_module.written
 
-    def wait(*folders):
-        signals[0].set()
-        assert signals[1].wait(60)
-        publish(*folders)
+    @contextlib.contextmanager
+    def wait(final):
+        with written(final) as temporary:
+            yield temporary
+            signals[0].set()
+            assert signals[1].wait(60)
 
     if pause:
-        corpus_module.publish = wait
+        corpus_module.written = wait
     load_corpus(data, tokenizer=tokenizer, cache=cache)
 
 

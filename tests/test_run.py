@@ -70,6 +70,10 @@ def test_all_strategies_end_to_end(small, capsys):
     assert "is complete already" in " ".join(capsys.readouterr().out.split())
 
 
+def test_backbone_without_warm_up(small):
+    assert main([*small[0], "--pretrain-steps", "0", "--strategies", "non-shared"]) == 0
+
+
 def test_dry_run_writes_nothing(small, capsys):
     arguments, folder = small
     assert main([*arguments, "--dry-run"]) == 0

@@ -91,7 +91,8 @@ def tiny_backbone(
     compact = text._replace(input_ids=np.searchsorted(used, text.input_ids).astype(np.int32))
     special = np.searchsorted(used, [i for i in (corpus.bos_id, corpus.eos_id) if i in used])
     mask = int(np.searchsorted(used, corpus.mask_id)) if steps else 0
-    _masked_language_modelling(small, compact, torch.from_numpy(special), mask, steps, batch, seed, report)
+    if steps:
+        _masked_language_modelling(small, compact, torch.from_numpy(special), mask, steps, batch, seed, report)
     with torch.no_grad():
         rows = model.word_embeddings.weight
         rows[torch.from_numpy(used).long()] = small.word_embeddings.weight
