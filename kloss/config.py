@@ -77,6 +77,8 @@ class Config:
     """fp32, bf16 or fp16: backbone and activations. Master weights and moments are always fp32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    exact: bool = False
+    """A learner's figures are the same to the bit whichever learners advance beside it; slower. Else equal to rounding."""
     together: int = 0
     """At most so many LoRA learners advance together; 0: all."""
     pass_tokens: int = 8192

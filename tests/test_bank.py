@@ -149,7 +149,7 @@ def test_gradients_land_in_the_bank_as_on_plain_tensors():
     class Plain:
         """The bank's views as ordinary leaves."""
 
-        scaling, ranks_if_mixed = bank.scaling, bank.ranks
+        scaling, ranks_if_mixed, exact = bank.scaling, bank.ranks, False
         leaves = {name: bank.view(bank.param, name).clone().requires_grad_() for name in bank.slots}
         head = leaves["head.weight"], leaves["head.bias"]
 

@@ -215,8 +215,13 @@ def test_lora_linear_is_one_adapter_for_all_rows():
     torch.testing.assert_close(lora_linear(x, weight, None, a, b, torch.tensor([2.0])), x @ weight.T + 2 * x @ a.T @ b.T)
 
 
-def lora_terms(parts: list[tuple[int, Tensor, Tensor]], a: Tensor, b: Tensor, ranks: Tensor, poison=()) -> dict[int, list]:
-    """Runs sequences (adapter, x, dy) as one batch; what each adapter got: its rows of y and dx, its dA and dB."""
+def lora_terms(
+    parts: list[tuple[int, Tensor, Tensor]], a: Tensor, b: Tensor, ranks: Tensor, poison=(), exact=False
+) -> dict[int, list]:
+    """Runs sequences (adapter, x, dy) as one batch; what each adapter got: its rows of y and dx, its dA and dB.
+
+    The base product takes part where it is exact; else the weight is zero, and only the LoRA terms are seen.
+    """
     cu_seqlens = F.pad(torch.tensor([len(x) for _, x, _ in parts]).cumsum(0), (1, 0)).int()
     adapter = torch.tensor([g for g, _, _ in parts], dtype=torch.int32)
     seen: dict[int, int] = {}
@@ -236,14 +241,17 @@ def lora_terms(parts: list[tuple[int, Tensor, Tensor]], a: Tensor, b: Tensor, ra
     segments = make_segments(cu_seqlens, adapter, groups)
     scaling = 1 + torch.arange(groups) / 4
     weight = torch.zeros(b.shape[1], x.shape[1])
-    y = multi_lora_linear(x, weight, None, a, b, scaling, segments, slices=3, ranks=ranks, dropout=dropout)
+    if exact:
+        weight.normal_(generator=torch.Generator().manual_seed(9))
+    y = multi_lora_linear(x, weight, None, a, b, scaling, segments, slices=3, ranks=ranks, dropout=dropout, exact=exact)
     y.backward(dy)
     mine = {g: torch.repeat_interleave(adapter, cu_seqlens.diff()) == g for g in seen}
     return {g: [y.detach()[m], x.grad[m], a.grad[g], b.grad[g]] for g, m in mine.items()}
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("inputs,columns,rank", [(24, 8, 4), (64, 33, 16), (129, 64, 17)])
-def test_an_adapter_among_others_is_the_adapter_alone(inputs, columns, rank):
+def test_an_adapter_among_others_is_the_adapter_alone(inputs, columns, rank, exact):
     generator = torch.Generator().manual_seed(inputs)
     groups = 5
     a = torch.randn(groups, 3 * rank, inputs, generator=generator)
@@ -254,16 +262,16 @@ def test_an_adapter_among_others_is_the_adapter_alone(inputs, columns, rank):
         (g, torch.randn(n, inputs, generator=generator), torch.randn(n, 3 * columns, generator=generator))
         for g, all_lengths in lengths.items() for n in all_lengths
     ]  # fmt: skip
-    together = lora_terms(parts, a, b, ranks)
+    together = lora_terms(parts, a, b, ranks, exact=exact)
     order = torch.randperm(len(parts), generator=generator).tolist()
     order = [order[i] for i in torch.tensor([parts[k][0] for k in order]).argsort(stable=True)]
     order.sort(key=lambda k: (parts[k][0], k))  # each learner's own order stays, ...
     lanes = {g: [k for k in order if parts[k][0] == g] for g in lengths}
     mixed = [lanes[g].pop(0) for _ in range(3) for g in (3, 1, 4, 0, 2) if lanes[g]]  # ... others' is mixed in
-    shuffled = lora_terms([parts[k] for k in mixed], a, b, ranks)
-    poisoned = lora_terms([parts[k] for k in mixed], a, b, ranks, poison=(1, 4))
+    shuffled = lora_terms([parts[k] for k in mixed], a, b, ranks, exact=exact)
+    poisoned = lora_terms([parts[k] for k in mixed], a, b, ranks, (1, 4), exact)
     for g in lengths:
-        alone = lora_terms([part for part in parts if part[0] == g], a, b, ranks)[g]
+        alone = lora_terms([part for part in parts if part[0] == g], a, b, ranks, exact=exact)[g]
         others = [together[g], shuffled[g]] + ([] if g in (1, 4) else [poisoned[g]])
         for result in others:
             for name, mine, wanted in zip(("y", "dx", "dA", "dB"), result, alone, strict=True):

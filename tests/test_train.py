@@ -21,9 +21,9 @@ SIX = (
 ALL = ("aa", "bb", "cc")
 
 
-def cohort_of(learners, corpus, **options):
+def cohort_of(learners, corpus, sizes={}, **options):
     wanted = [{i: ALL for i in range(len(learner.experiences) + 1)} for learner in learners]
-    return Cohort(toy_model(), corpus, learners, wanted, **options)
+    return Cohort(toy_model(**sizes), corpus, learners, wanted, **options)
 
 
 def weights(cohort, g):
@@ -57,6 +57,22 @@ def test_together_equals_alone(pass_tokens):
             error = (one - other).norm() / other.norm().clamp(min=1e-30)
             assert error < 2e-5, f"learner {g}, {name}: {error:.1e}"  # some dozens of AdamW steps on fp32 rounding
     assert set(together.failed) == {3}
+
+
+def test_exact_is_together_alone_and_reordered_to_the_bit():
+    corpus = ToyCorpus()
+    learners = [replace(learner, rank=4) for learner in SIX]
+    sizes = {"hidden_size": 72, "intermediate_size": 200}  # the toy's own products are too small for BLAS to sum otherwise
+    together, reordered = (cohort_of(some, corpus, sizes, exact=True) for some in (learners, learners[::-1]))
+    together.train()
+    reordered.train()
+    for g, learner in enumerate(learners):
+        if g == 3:
+            continue
+        alone = cohort_of([learner], corpus, sizes, exact=True)
+        alone.train()
+        assert torch.equal(together.bank.param[g], alone.bank.param[0]), f"learner {g} alone"
+        assert torch.equal(together.bank.param[g], reordered.bank.param[len(learners) - 1 - g]), f"learner {g} reordered"
 
 
 def test_training_learns_and_moves_only_the_learner():

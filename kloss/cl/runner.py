@@ -51,7 +51,7 @@ def train_study(
     for number, members in enumerate(cohorts_of(study, config.together)):
         if str(number) not in finished:
             learners, wanted = ([table[g] for g in members] for table in (study.learners, study.wanted))
-            cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens)
+            cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens, exact=config.exact)
             if saved is not None and saved[1]["cohort"] == number:
                 cohort.load_state(saved[0], saved[1]["state"])
             cohort.train(_Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress))

@@ -20,7 +20,8 @@ class Cohort:
     """Learners that advance together: a row of weights, a row of moments, a stream and a table of scores each.
 
     learners: all of them LoRA, or one that trains the whole model. wanted: for each learner, what to score after how many
-    experiences: {experience: locales}. Attributes: scores, for each learner {experience: {locale: [TP, predicted, gold]}};
+    experiences: {experience: locales}. exact: as in AdapterBank; then a learner's weights are the same to the bit whoever is
+    here, as long as the largest rank is. Attributes: scores, for each learner {experience: {locale: [TP, predicted, gold]}};
     failed, {learner: what happened}; steps int64 [G].
     """
 
@@ -32,9 +33,10 @@ class Cohort:
         wanted: Sequence[dict[int, Sequence[str]]],
         *,
         pass_tokens: int = 8192,
+        exact: bool = False,
     ):
         self.model, self.corpus, self.learners, self.wanted = model, corpus, learners, wanted
-        self.pass_tokens = pass_tokens
+        self.pass_tokens, self.exact = pass_tokens, exact
         self.device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
         if learners[0].rank is None:
             assert len(learners) == 1, "models are trained one at a time"
@@ -55,6 +57,7 @@ class Cohort:
                 seeds=[learner.seed for learner in learners],
                 dtype=dtype,
                 device=self.device,
+                exact=exact,
             )
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.bank.param), torch.zeros_like(self.bank.param)
         self.steps = torch.zeros(len(learners), dtype=torch.long)
@@ -146,7 +149,8 @@ class _Team:
         self.weight_decay, self.max_norm = each("weight_decay"), each("max_norm")
         self.seeds = torch.tensor([learner.seed for learner in learners], device=cohort.device)
         drop = {name: each(name).to(cohort.device) for name in ("dropout", "lora_dropout")}
-        self.dropout = {name: p if bool(p.any()) else None for name, p in drop.items()}
+        # Without dropout an op may sum in another order; so an exact learner goes through with p = 0, as it would with neighbours.
+        self.dropout = {name: p if cohort.exact or bool(p.any()) else None for name, p in drop.items()}
         self.passes = self._passes(learners)
 
     def _passes(self, learners: Sequence[Learner]) -> list[tuple[int, int]]:

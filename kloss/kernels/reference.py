@@ -35,13 +35,26 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
+def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, exact: bool) -> Tensor:
+    """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, for BLAS chooses how it sums by the whole product's shape."""
+    if not exact:
+        return F.linear(x, weight, bias)
+    runs = segments.host_runs()
+    taken = runs[-1][2] if runs else 0
+    behind = torch.arange(segments.order.numel(), x.shape[0], device=x.device)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in (*(segments.rows(start, end) for _, start, end in runs), torch.cat([segments.order[taken:], behind])):
+        y[rows] = F.linear(_aligned(x[rows]), weight, bias)
+    return y
+
+
 class _MultiLoraLinear(Function):
     """y = x Wᵀ + b + s_g (drop(x) A_gᵀ) B_gᵀ, one adapter's rows at a time; the gradients are written out below."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout):
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact):
         wide = _wide(x)
-        y = F.linear(wide, _wide(weight), _wide(bias))
+        y = _base_product(wide, _wide(weight), _wide(bias), segments, exact)
         total = segments.row_adapter.numel()
         dropped, keep, scale = wide, None, None
         if dropout is not None:
@@ -68,7 +81,7 @@ class _MultiLoraLinear(Function):
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, lora_a, lora_b, scaling, dropped, keep, scale, *shrunk
         )
-        ctx.segments, ctx.slices, ctx.ranks, ctx.has_bias = segments, slices, ranks, bias is not None
+        ctx.segments, ctx.slices, ctx.ranks, ctx.has_bias, ctx.exact = segments, slices, ranks, bias is not None, exact
         return y.to(x.dtype)
 
     @staticmethod
@@ -80,7 +93,7 @@ class _MultiLoraLinear(Function):
         full, columns = lora_b.shape[-1], weight.shape[0] // slices
         total = segments.row_adapter.numel()
         dtype, dy = dy.dtype, _wide(dy)
-        dx = dy @ _wide(weight) if need_x else None
+        dx = _base_product(dy, _wide(weight).t(), None, segments, ctx.exact) if need_x else None
         d_dropped = torch.zeros_like(dropped) if need_x and keep is not None else None
         d_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
         d_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
@@ -115,7 +128,7 @@ class _MultiLoraLinear(Function):
         dx = dx.to(dtype) if need_x else None
         dw = (dy.t() @ _wide(x)).to(weight.dtype) if need_w else None
         db = dy.sum(0).to(weight.dtype) if need_b and ctx.has_bias else None
-        return dx, dw, db, d_a, d_b, None, None, None, None, None
+        return dx, dw, db, d_a, d_b, *(None,) * 6
 
 
 def _live_rows(a: Tensor, slices: int, rank: int) -> Tensor:
@@ -134,6 +147,7 @@ def multi_lora_linear(
     slices: the N rows are that many equal blocks, block i uses rows i*R..(i+1)*R of A (fused q, k, v).
     ranks: int [G] or None, adapters that use only the first ranks[g] of R; their tails are skipped and get zero gradients.
     dropout: of x on the LoRA path only. Rows behind segments.cu_seqlens[-1] get the base model's value.
+    exact: the base product too is the same to the bit whoever shares the batch.
     Returns [T, N], differentiable in x, weight, bias, lora_a, lora_b. Raises ValueError for shapes that do not fit.
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
@@ -141,7 +155,7 @@ def multi_lora_linear(
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
+    return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact)
 
 
 def check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices) -> None:
@@ -164,13 +178,48 @@ def check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices) -> N
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | float,
-    *, dropout: Dropout | None = None,
+    *, dropout: Dropout | None = None, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or fp32 [1]."""
     cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32)
     segments = make_segments(cu_seqlens, torch.zeros(1, dtype=torch.int32), 1)
     scaling = torch.as_tensor(scaling, dtype=torch.float32).reshape(1)
-    return multi_lora_linear(x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout)
+    return multi_lora_linear(x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout, exact=exact)
+
+
+class _AdapterLinear(Function):
+    """y = W_g x + b_g, one adapter's rows at a time, so that no neighbour is in its sums."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, segments):
+        wide, wide_weight, wide_bias = _wide(x), _wide(weight), _wide(bias)
+        y = wide.new_zeros(x.shape[0], weight.shape[1])
+        for g, start, end in segments.host_runs():
+            rows = segments.rows(start, end)
+            y[rows] = torch.addmm(wide_bias[g], _aligned(wide[rows]), _aligned(wide_weight[g]).t())
+        ctx.save_for_backward(x, weight)
+        ctx.segments, ctx.bias_dtype = segments, bias.dtype
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        wide, wide_weight, dy = _wide(x), _wide(weight), _wide(dy)
+        dx = torch.zeros_like(wide) if need_x else None
+        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_w else None
+        db = weight.new_zeros(weight.shape[:2], dtype=ctx.bias_dtype) if need_b else None
+        for g, start, end in ctx.segments.host_runs():
+            rows = ctx.segments.rows(start, end)
+            dy_g = _aligned(dy[rows])
+            if need_x:
+                dx[rows] = torch.mm(dy_g, _aligned(wide_weight[g]))
+            if need_w:
+                dw[g] = torch.mm(dy_g.t(), _aligned(wide[rows]))
+            if need_b:
+                db[g] = dy_g.sum(0)
+        return dx.to(x.dtype) if need_x else None, dw, db, None
 
 
 def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
@@ -178,15 +227,7 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 
     x: [T, K]. weight: [G, N, K]. bias: [G, N]. Returns [T, N], differentiable in x, weight, bias.
     """
-    dtype, x, weight, bias = x.dtype, _wide(x), _wide(weight).unbind(), _wide(bias).unbind()
-    bounds = segments.host_runs()
-    runs = [torch.addmm(bias[g], x[segments.rows(start, end)], weight[g].t()) for g, start, end in bounds]
-    taken = bounds[-1][2] if bounds else 0
-    y = torch.cat([*runs, x.new_zeros(x.shape[0] - taken, bias[0].shape[0])]).to(dtype)
-    if segments.sorted:
-        return y
-    rest = torch.arange(segments.order.numel(), x.shape[0], device=x.device)
-    return y[torch.argsort(torch.cat([segments.order, rest]))]
+    return _AdapterLinear.apply(x, weight, bias, segments)
 
 
 class _Gather(Function):
@@ -206,6 +247,18 @@ class _Gather(Function):
         back, live = ctx.saved_tensors
         dx = dy[back]
         return (dx if live is None else torch.where(live[:, None], dx, dx.new_zeros(()))), None, None, None
+
+
+class _ContiguousGradient(Function):
+    """The tensor itself; its gradient arrives contiguous."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.contiguous()
 
 
 def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None) -> Tensor:
@@ -243,8 +296,9 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout
     blocks = []
     for part, mask, first in outputs:
         block = gathered[first : first + part.numel()].view(*part.shape, 3, num_heads, -1)
-        q, k, v = block.permute(2, 0, 3, 1, 4)  # each [n, heads, length, D]
-        attended = _attend(_wide(q), _wide(k), _wide(v), mask, part, dropout).to(qkv.dtype)
+        # Contiguous both ways, as a bucket of more than one sequence would be made anyway: BLAS sums by the strides it sees.
+        q, k, v = block.permute(2, 0, 3, 1, 4).contiguous()  # each [n, heads, length, D]
+        attended = _ContiguousGradient.apply(_attend(_wide(q), _wide(k), _wide(v), mask, part, dropout).to(qkv.dtype))
         blocks.append(attended.transpose(1, 2).reshape(-1, width))
     out = _Gather.apply(torch.cat(blocks), slot_of_row, index, live)
     return out if total == rows else torch.cat([out, out.new_zeros(rows - total, width)])

@@ -35,6 +35,7 @@ class AdapterBank:
     largest, and an adapter's tail stays zero. alpha: LoRA's, one or one per adapter; None means the rank, so that the scaling
     alpha / rank is 1. targets: "all-linear" or some of qkv, out, up, down. head: whether rows end in a tagging head.
     dtype: of the working copy that the model computes with; the master copy `param` is fp32. seeds: one per adapter.
+    exact: the base products under the adapters are the same to the bit whoever shares the batch.
     Attributes: param fp32 [G, P]; work [G, P]; grad [G, P], where the gradients of the working copy land; ranks int64 [G];
     scaling fp32 [G]. Raises UserError for a rank below 1 or an unknown target.
     """
@@ -51,6 +52,7 @@ class AdapterBank:
         seeds: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        exact: bool = False,
     ):
         self.config: XLMRConfig = getattr(model_or_config, "config", model_or_config)
         self.targets = TARGETS if targets == "all-linear" else tuple(targets)
@@ -61,7 +63,7 @@ class AdapterBank:
         if len(ranks) != adapters or any(r < 1 for r in ranks):
             raise UserError(f"rank must be a positive number, or one for each of the {adapters} adapters; got {rank}")
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
-        self.rank, self.has_head = max(ranks), head
+        self.rank, self.has_head, self.exact = max(ranks), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
         self.ranks = torch.tensor(ranks, device=device)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
@@ -141,7 +143,8 @@ class AdapterBank:
     def _like(self, rows, param: Tensor, work: Tensor, grad: Tensor | None) -> "AdapterBank":
         other = object.__new__(AdapterBank)
         other.config, other.targets, other.rank, other.slots = self.config, self.targets, self.rank, self.slots
-        other.has_head, other.ranks, other.scaling = self.has_head, self.ranks[rows], self.scaling[rows]
+        other.has_head, other.exact = self.has_head, self.exact
+        other.ranks, other.scaling = self.ranks[rows], self.scaling[rows]
         other._bind(param, work, grad)
         return other
 

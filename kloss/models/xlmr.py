@@ -121,6 +121,7 @@ class Layer(nn.Module):
                 slices=slices,
                 ranks=bank.ranks_if_mixed,
                 dropout=drop("lora", name),
+                exact=bank.exact,
             )
 
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, place: str) -> Tensor:
