@@ -18,11 +18,10 @@ SIX = (
     replace(BASE, experiences=(("aa", "bb", "cc"),), rank=1, alpha=1.0, dropout=0.2, weight_decay=0.1),
     replace(BASE, experiences=(("bb",), ("cc",), ("aa",)), lora_dropout=0.5, batch_size=3),
 )
-ALL = ("aa", "bb", "cc")
 
 
 def cohort_of(learners, corpus, sizes={}, **options):
-    wanted = [{i: ALL for i in range(len(learner.experiences) + 1)} for learner in learners]
+    wanted = [{i: corpus.locales for i in range(len(learner.experiences) + 1)} for learner in learners]
     return Cohort(toy_model(**sizes), corpus, learners, wanted, **options)
 
 
@@ -73,6 +72,32 @@ def test_exact_is_together_alone_and_reordered_to_the_bit():
         alone.train()
         assert torch.equal(together.bank.param[g], alone.bank.param[0]), f"learner {g} alone"
         assert torch.equal(together.bank.param[g], reordered.bank.param[len(learners) - 1 - g]), f"learner {g} reordered"
+
+
+def test_training_goes_through_the_kernels_where_they_are(monkeypatch):
+    """As on a GPU, in Triton's interpreter: the same training to rounding, and each learner alone to the bit."""
+    from kloss import kernels
+    from kloss.kernels import multi_lora
+
+    corpus, sizes = ToyCorpus(("aa",), sentences=6), {"num_hidden_layers": 1}
+    learners = [replace(SIX[0], experiences=(("aa",),), epochs=1), replace(SIX[1], experiences=(("aa",),), epochs=1, rank=8)]
+    plain = cohort_of(learners, corpus, sizes)
+    plain.train()
+    calls = []
+
+    def home(x):
+        calls.append(tuple(x.shape))
+        return multi_lora
+
+    monkeypatch.setattr(kernels, "_home", home)
+    together = cohort_of(learners, corpus, sizes, exact=True)
+    together.train()
+    assert len(calls) >= 4 * 2, "four linears in each of two rounds"
+    assert (together.bank.param - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()
+    for g, learner in enumerate(learners):
+        alone = cohort_of([learner], corpus, sizes, exact=True)
+        alone.train()
+        assert torch.equal(together.bank.param[g], alone.bank.param[0]), f"learner {g}"
 
 
 def test_training_learns_and_moves_only_the_learner():
