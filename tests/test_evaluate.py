@@ -5,6 +5,7 @@ import pytest
 import torch
 from toy import LABELS, ToyCorpus, toy_model
 
+from kloss.cl import evaluate as module
 from kloss.cl.evaluate import evaluate
 from kloss.kernels import make_segments
 from kloss.models import AdapterBank
@@ -34,6 +35,23 @@ def test_pairs_equal_seqeval_one_by_one(pass_tokens):
             pred.append([LABELS[i] for i in best.numpy()[kept]])
         f1 = 2 * count[0] / max(count[1] + count[2], 1)
         assert f1 == pytest.approx(seqeval.f1_score(gold, pred), abs=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 5, 9, 30, 10_000])
+def test_a_pass_holds_no_more_tokens_than_allowed(monkeypatch, most):
+    corpus, sizes = ToyCorpus(), []
+
+    def pack(parts, *rest):
+        batch = module_pack(parts, *rest)
+        sizes.append((batch.input_ids.numel(), len(batch.cu_seqlens) - 1))
+        return batch
+
+    module_pack = module.pack
+    monkeypatch.setattr(module, "pack", pack)
+    evaluate(toy_model(), None, corpus, [(0, "aa"), (0, "bb")], pass_tokens=most)
+    assert sum(tokens for tokens, _ in sizes) == sum(len(corpus.sentences(name, "test").input_ids) for name in ("aa", "bb"))
+    assert all(tokens <= most or sentences == 1 for tokens, sentences in sizes)
+    assert all(one + two > most for (one, _), (two, _) in zip(sizes, sizes[1:], strict=False)), "neighbours that would fit in one"
 
 
 def test_without_a_bank_the_model_is_scored():

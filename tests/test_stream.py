@@ -46,9 +46,10 @@ def test_counters_are_all_there_is(start):
         assert np.array_equal(one, other)
 
 
-def test_other_seed_other_order():
-    orders = [Stream(CORPUS, [["aa"]], epochs=1, batch_size=7, seed=seed).next()[1].tolist() for seed in (0, 1)]
-    assert orders[0] != orders[1]
+def test_every_seed_experience_and_epoch_has_an_order_of_its_own():
+    streams = [Stream(CORPUS, [["aa"], ["bb"]], epochs=2, batch_size=7, seed=seed) for seed in (0, 1)]
+    orders = [tuple(index) for stream in streams for _, _, index, _ in drain(stream)]
+    assert len(orders) == len(set(orders)) == 8
 
 
 @settings(deadline=None, max_examples=30)

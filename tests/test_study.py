@@ -39,12 +39,7 @@ def test_partially_shared_cells():
     layout, rows = cells("partial", order, groups)
     assert layout.streams == [[["en-US"], ["de-DE"]], [["ru-RU"]], [["ja-JP"]]]
     assert rows[1] == [(0, 1), (0, 1), (0, 1), (0, 1)]
-    assert rows[2] == [
-        (0, 1),
-        (1, 1),
-        (0, 1),
-        (1, 1),
-    ]  # de-DE has its group's adapter before its own turn, ja-JP the last
+    assert rows[2] == [(0, 1), (1, 1), (0, 1), (1, 1)]  # de-DE has its group's before its own turn, ja-JP the last trained
     assert rows[3] == [(0, 2), (1, 1), (0, 2), (0, 2)]
     assert rows[4] == [(0, 2), (1, 1), (0, 2), (2, 1)]
 
@@ -56,11 +51,12 @@ def test_joint_cells():
 
 
 def test_equal_learners_are_trained_once():
-    config = Config(strategies=("non-shared", "shared", "mono"), orders=3, seeds=2, rank=(4, 8))
+    config = Config(strategies=("non-shared", "shared", "mono", "lora-multi"), orders=3, seeds=2, rank=(4, 8))
     study = plan(config, LOCALES)
-    assert len(study.trials) == 3 * 2 * (2 + 2 + 1)
-    # NON-SHARED and MONO do not depend on the order; SHARED does.
-    assert len(study.learners) == 4 * 2 * 2 + 3 * 2 * 2 + 4 * 2
+    assert len(study.trials) == 3 * 2 * (2 + 2 + 1) + 2 * 2
+    # NON-SHARED and MONO have the same learners in every order, SHARED has not; joint training has no order.
+    assert len(study.learners) == 4 * 2 * 2 + 3 * 2 * 2 + 4 * 2 + 2 * 2
+    assert {trial.order_name for trial in study.trials if trial.strategy == "lora-multi"} == {"all at once"}
     for trial in study.trials:
         for i in range(trial.layout.rows):
             for j, locale in enumerate(trial.order):

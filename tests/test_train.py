@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from toy import ToyCorpus, toy_model
 
+from kloss.cl import train
 from kloss.cl.learner import Learner
 from kloss.cl.train import Cohort
+from kloss.kernels import row_keys
 
 BASE = Learner(experiences=(("aa",), ("bb",)), rank=4, alpha=4.0, lr=1e-2, seed=1, epochs=2, batch_size=4, warmup=3)
 SIX = (
@@ -20,9 +23,9 @@ SIX = (
 )
 
 
-def cohort_of(learners, corpus, sizes={}, **options):
+def cohort_of(learners, corpus, sizes=None, **options):
     wanted = [{i: corpus.locales for i in range(len(learner.experiences) + 1)} for learner in learners]
-    return Cohort(toy_model(**sizes), corpus, learners, wanted, **options)
+    return Cohort(toy_model(**(sizes or {})), corpus, learners, wanted, **options)
 
 
 def weights(cohort, g):
@@ -98,6 +101,59 @@ def test_training_goes_through_the_kernels_where_they_are(monkeypatch):
         alone = cohort_of([learner], corpus, sizes, exact=True)
         alone.train()
         assert torch.equal(together.bank.param[g], alone.bank.param[0]), f"learner {g}"
+
+
+def test_dropout_is_keyed_by_seed_step_and_sequence_of_each_learner(monkeypatch):
+    seen = []
+
+    class Recorded(train.StepDropout):
+        def __init__(self, hidden, attention, lora, seed, row_key, adapter):
+            seen.append((hidden, attention, lora, seed, row_key, adapter))
+            super().__init__(hidden, attention, lora, seed, row_key, adapter)
+
+    monkeypatch.setattr(train, "StepDropout", Recorded)
+    learners = [replace(SIX[0], experiences=(("aa",),)), replace(SIX[4], experiences=(("bb",),), seed=9)]
+    cohort = cohort_of(learners, ToyCorpus())
+    cohort.train()
+    assert len(seen) == int(cohort.steps.max()) == 6
+    for step, (hidden, attention, lora, seed, keys, adapter) in enumerate(seen):
+        torch.testing.assert_close(hidden, torch.tensor([0.1, 0.2]))
+        assert torch.equal(attention, hidden) and lora.tolist() == [pytest.approx(0.3), 0] and seed.tolist() == [1, 9]
+        for g, locale in enumerate(("aa", "bb")):
+            sentences = cohort.corpus.sentences(locale, "train")
+            stream = train.Stream.of(cohort.corpus, learners[g])
+            for _ in range(step + 1):
+                _, index, _ = stream.next()
+            lengths = torch.from_numpy(np.diff(sentences.offsets)[index])
+            ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+            wanted = row_keys(torch.full((len(index),), step), torch.arange(len(index)), ends)
+            assert torch.equal(keys[adapter == g], wanted)
+
+
+def test_optimiser_gets_each_learners_own_settings(monkeypatch):
+    seen = []
+
+    def recorded(*args, **keywords):
+        seen.append((args[5].tolist(), {name: getattr(value, "tolist", lambda v=value: v)() for name, value in keywords.items()}))
+        return adamw(*args, **keywords)
+
+    adamw = train.adapter_adamw_
+    monkeypatch.setattr(train, "adapter_adamw_", recorded)
+    learners = [replace(BASE, weight_decay=0.25, max_norm=0.5), replace(BASE, alpha=6.0, lr=0.5, warmup=0, max_norm=2.0)]
+    cohort = cohort_of(learners, ToyCorpus())
+    assert cohort.bank.scaling.tolist() == [1.0, 1.5]
+    cohort.train()
+    rates = torch.tensor([lr for lr, _ in seen])
+    assert torch.allclose(rates[:4, 0], 1e-2 * torch.tensor([1 / 3, 2 / 3, 1, 1])) and rates[:, 1].unique().tolist() == [0.5]
+    for _, given in seen:
+        assert given["weight_decay"] == [0.25, pytest.approx(0.01)] and given["max_norm"] == [0.5, 2.0]
+        assert given["betas"] == (0.9, 0.999) and given["eps"] == 1e-8 and given["active"] == [True, True]
+
+
+def test_an_experience_that_ends_in_nan_is_not_scored():
+    cohort = cohort_of([replace(SIX[3], experiences=(("aa",), ("bb",)), batch_size=6, epochs=1)], ToyCorpus())
+    cohort.train()
+    assert "diverged at step 2" in cohort.failed[0] and list(cohort.scores[0]) == [0]
 
 
 def test_training_learns_and_moves_only_the_learner():
