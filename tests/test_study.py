@@ -1,10 +1,12 @@
 """Strategies as streams and cells: who learns what, and whose score stands where in R."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kloss.cl.languages import LOCALES as ALL_LOCALES
+from kloss.cl.learner import Learner
 from kloss.cl.strategies import STRATEGIES
 from kloss.cl.study import make_orders, plan
 from kloss.config import Config
@@ -62,6 +64,19 @@ def test_equal_learners_are_trained_once():
             for j, locale in enumerate(trial.order):
                 learner, experience = trial.layout.cell(i, j)
                 assert locale in study.wanted[trial.learners[learner]][experience]
+
+
+def test_learners_have_the_settings_of_the_configuration():
+    shared = dict(epochs=3, batch_size=5, warmup=7, dropout=0.2, weight_decay=0.3, max_norm=2.0)
+    config = Config(
+        strategies=("shared", "vanilla"), order=LOCALES, seed=11, rank=(4,), alpha=6.0, lr=(0.5,), full_lr=0.25,
+        lora_dropout=0.4, **shared,
+    )  # fmt: skip
+    lora, full = plan(config, LOCALES).learners
+    shared |= dict(experiences=tuple((locale,) for locale in LOCALES), seed=11, alpha=6.0)
+    assert lora == Learner(rank=4, lr=0.5, lora_dropout=0.4, **shared)
+    assert full == Learner(rank=None, lr=0.25, lora_dropout=0.0, **shared)
+    assert plan(replace(config, alpha=None), LOCALES).learners[0].alpha == 4.0
 
 
 def test_matrix_reads_the_cells_and_leaves_holes():
