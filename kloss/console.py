@@ -1,7 +1,8 @@
-"""What a person sees in the terminal: progress with time left, the plan, the table at the end, one line for a mistake."""
+"""What a person sees in a terminal or log: progress with time left, the plan, the table at the end, one line for a mistake."""
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import rich.console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+EVERY = 30  # seconds between the lines of a log
 
 
 class Bar:
@@ -29,6 +32,47 @@ class Bar:
         self.progress.console.print(escape(text), style="yellow", highlight=False)
 
 
+class Lines:
+    """Takes what `Bar` takes, where there is no terminal: plain lines, one every 30 s and one at the end of a kind of work."""
+
+    def __init__(self, console: rich.console.Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self.clock = console, clock
+        self.kind, self.done, self.total, self.text, self.ended = None, 0, 0, "", True
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        kind, now = text.split(",")[0], self.clock()
+        other_total = total != self.total and self.done > 0  # a total may become known, or unknown, before anything is done
+        if kind != self.kind or other_total or done < self.done:
+            self.end()
+            self.kind, self.ended = kind, False
+            self.started = self.printed = now
+            self.first = done  # above 0 where a stopped run goes on
+        self.done, self.total, self.text = done, total, text
+        if total and done >= total:
+            self.end()
+        elif now - self.printed >= EVERY:
+            self.printed = now
+            left = (now - self.started) * (total - done) / (done - self.first) if total and done > self.first else None
+            self._print(now, left)
+
+    def end(self) -> None:
+        """Says how far the present kind of work came and how long it took, unless that is said already."""
+        if not self.ended:
+            self.ended = True
+            self._print(self.clock(), None)
+
+    def say(self, text: str) -> None:
+        self.console.out(text, highlight=False)
+
+    def _print(self, now: float, left: float | None) -> None:
+        parts = [_duration(now - self.started)]
+        if self.done:
+            parts.insert(0, f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}")
+        if left is not None:
+            parts.append(f"{_duration(left)} left")
+        self.say(f"{self.text}: {', '.join(parts)}")
+
+
 class Console:
     """The terminal, or a plain log where there is none."""
 
@@ -36,8 +80,15 @@ class Console:
         self.out, self.err = rich.console.Console(), rich.console.Console(stderr=True)
 
     @contextmanager
-    def progress(self) -> Iterator[Bar]:
-        """A progress display, live while the block runs."""
+    def progress(self) -> Iterator[Bar | Lines]:
+        """A progress display, live while the block runs; in a log, lines."""
+        if not (self.out.is_interactive or self.out.is_jupyter):
+            lines = Lines(self.out)
+            try:
+                yield lines
+            finally:
+                lines.end()
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -67,6 +118,13 @@ class Console:
 
     def error(self, text: str) -> None:
         self.err.print(f"kloss: {escape(text)}", style="red", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h"""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _interval(row: dict, name: str, scale: float) -> str:

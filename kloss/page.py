@@ -91,7 +91,7 @@ def count(value):
     if value is None:
         return '<span class="none">–</span>'
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= unit:
+        if value >= 0.9995 * unit:  # three digits would read 1e+03 of the next smaller one
             return f"{value / unit:.3g}{name}"
     return f"{value:g}"
 

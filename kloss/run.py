@@ -16,7 +16,7 @@ import torch
 from .cl.backbone import load_backbone, tiny_config
 from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
-from .cl.rundir import RunFolder
+from .cl.rundir import open_run
 from .cl.runner import cohorts_of, train_study
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
@@ -81,32 +81,32 @@ def run(config: Config, progress) -> tuple[Path, dict]:
         if count:
             progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_RESULTS}
-    folder = RunFolder(config.out or f"runs/{config.preset}", identity | {"corpus": corpus.fingerprint})
-    if not folder.done:
-        load = partial(
-            load_backbone,
-            config.backbone,
-            corpus,
-            layers=config.tiny_layers,
-            hidden=config.tiny_hidden,
-            steps=config.pretrain_steps,
-            batch=config.pretrain_batch,
-            seed=config.seed,
-            cache=config.cache or None,
-            dtype=DTYPES[config.dtype],
-            device=device,
-            report=progress,
-        )
-        model = load()
-        backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
-        del model
-        folder.write_environment(device)
-        outcome = train_study(config, corpus, study, load, folder, progress)
-        write_json(folder.path / "scores.json", results(config, corpus, study, backbone, parameters, outcome))
-    else:
-        progress.say(f"{folder.path} is complete already; its report is made anew")
-    write_report(folder.path)
-    return folder.path, folder.scores()
+    with open_run(config.out or f"runs/{config.preset}", identity | {"corpus": corpus.fingerprint}) as folder:
+        if not folder.done:
+            load = partial(
+                load_backbone,
+                config.backbone,
+                corpus,
+                layers=config.tiny_layers,
+                hidden=config.tiny_hidden,
+                steps=config.pretrain_steps,
+                batch=config.pretrain_batch,
+                seed=config.seed,
+                cache=config.cache or None,
+                dtype=DTYPES[config.dtype],
+                device=device,
+                report=progress,
+            )
+            model = load()
+            backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
+            del model
+            folder.write_environment(device)
+            outcome = train_study(config, corpus, study, load, folder, progress)
+            write_json(folder.path / "scores.json", results(config, corpus, study, backbone, parameters, outcome))
+        else:
+            progress.say(f"{folder.path} is complete already; its report is made anew")
+        write_report(folder.path)
+        return folder.path, folder.scores()
 
 
 def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from kloss import page
 from kloss.cl import metrics
 from kloss.cl.languages import LANGUAGES, LOCALES
 from kloss.errors import UserError
@@ -190,6 +191,10 @@ def test_headline_says_who_lost_and_how_much(tmp_path):
     gained = [[0, 0], [0.5, 0], [0.6, 0.5]]
     html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
     assert headline(html).startswith("SHARED r=8 gained 0.10 F1")
+    assert "For SHARED r=8, which has the lowest CBT" in html  # it gained: nothing was forgotten
+    gained[2][0], gained[1][0] = 0.005, 0.0
+    html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
+    assert headline(html).startswith("SHARED r=8 gained 0.01 F1")
 
 
 def test_joint_training_alone_has_no_sequence(tmp_path):
@@ -202,7 +207,7 @@ def test_one_language_and_one_run(tmp_path):
     runs = [fake_run("shared", FIVE[:1], R=[[0.0], [0.5]])]
     html = report(tmp_path, fake_scores(FIVE[:1], runs=runs))
     assert headline(html).startswith("SHARED r=8 reached 0.50 F1")
-    assert "1 languages" in html and "1 run" in html and " to </span>" not in html
+    assert "1 language of" in html and "1 run ·" in html and " to </span>" not in html
 
 
 def test_a_diverged_run_is_shown_and_in_no_average(tmp_path):
@@ -218,9 +223,20 @@ def test_a_diverged_run_is_shown_and_in_no_average(tmp_path):
     scores["runs"][2]["diverged"] = "too"  # all of SHARED
     html = report(tmp_path, scores)
     assert headline(html).startswith("NON-SHARED r=8 lost 0.00") and headline(html).count("r=8") == 1
-    for run in scores["runs"]:
+    scores["runs"] += [fake_run("multi", FIVE)]
+    for run in scores["runs"][:4]:
         run["diverged"] = "all"
+    text = headline(report(tmp_path, scores))  # languages were learned one after the other, but nobody knows how it ended
+    assert text.startswith("MULTI r=8 reached 0.68 F1. What was lost is not known") and "No two languages" not in text
+    scores["runs"][4]["diverged"] = "all"
     assert headline(report(tmp_path, scores)) == "Every run diverged: there is nothing to compare."
+
+
+def test_orders_of_diverged_runs_do_not_count(tmp_path):
+    runs = [fake_run("shared", FIVE), fake_run("shared", FIVE[::-1], order_name="Order 2")]
+    assert "All runs share one order" not in report(tmp_path, fake_scores(FIVE, runs=runs))
+    runs[1]["diverged"] = "loss nan"
+    assert "All runs share one order" in report(tmp_path, fake_scores(FIVE, runs=runs))
 
 
 def test_cells_not_measured_and_locales_not_known(tmp_path):
@@ -245,6 +261,10 @@ def test_names_are_text_not_markup(tmp_path):
     html = report(tmp_path, scores)
     Balance(html)
     assert "onclick='" not in html and "<script" not in html and "<title>&lt;i&gt;name" in html
+    order = ("en-US", "<s>xx</s>", "ja-JP")
+    html = report(tmp_path, fake_scores(order, runs=[fake_run("shared", order, R=fake_R("shared", FIVE[:3], 0))]))
+    Balance(html)
+    assert "<s>" not in html and "<td>&lt;s&gt;xx&lt;/s&gt; </td>" in html
 
 
 def test_levels_compare_only_with_the_same_backbone_and_corpus(tmp_path):
@@ -259,8 +279,12 @@ def test_levels_compare_only_with_the_same_backbone_and_corpus(tmp_path):
         "hidden": 768,
         "vocabulary": 250002,
     }
+    assert "52 languages with 400 training and 300 test utterances each" in report(tmp_path, scores)  # --limit
+    scores["corpus"] |= {"train_utterances": dict.fromkeys(LOCALES, 11514), "test_utterances": dict.fromkeys(LOCALES, 2974)}
     html = report(tmp_path, scores)
     assert "Levels do not compare" not in html and "not measured here" in html and "75.03" in html
+    scores["corpus"]["test_utterances"]["ja-JP"] = 60
+    assert "11514 training and 60–2974 test utterances" in report(tmp_path, scores)
 
 
 def test_files_beside_the_scores_may_be_missing_or_cut_short(tmp_path):
@@ -270,14 +294,27 @@ def test_files_beside_the_scores_may_be_missing_or_cut_short(tmp_path):
     assert "Training" in write_report(tmp_path).read_text()
     log.write_text("".join(json.dumps({"phase": f"MONO {n}", "step": 1}) + "\n" for n in range(40)))
     assert "Of 40 phases, the 12 with most" in write_report(tmp_path).read_text()
-    log.write_text('{"phase": "lora", "step": 1}\nnot json\n')
     before = (tmp_path / "report.html").read_bytes()
-    with pytest.raises(UserError, match=r"log.jsonl:2 is not JSON"):
-        write_report(tmp_path)
+    for text, words in (
+        (b'{"phase": "lora", "step": 1}\nnot json\n', "log.jsonl:2 is not JSON"),
+        (b"[1, 2]\n", "log.jsonl:1 holds JSON of type list"),
+        (b'{"phase": "\xe9"}\n', "log.jsonl cannot be read"),
+    ):
+        log.write_bytes(text)
+        with pytest.raises(UserError, match=words):
+            write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     for name in ("log.jsonl", "config.json", "env.json"):
         (tmp_path / name).unlink()
     assert "Training" not in write_report(tmp_path).read_text()
+
+
+def test_time_of_a_phase_that_was_stopped_and_taken_up_again(tmp_path):
+    write_run(tmp_path, fake_scores(strategies=("shared",)))
+    times = (10, 40, 100, 7, 30, 61, 5)  # each run counts from its own start
+    entries = [{"phase": "lora", "step": n, "loss": 1.0, "time": time} for n, time in enumerate(times, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert "<td>144 s</td>" in write_report(tmp_path).read_text()
 
 
 def test_scores_missing_or_of_another_format(tmp_path):
@@ -296,3 +333,7 @@ def test_summary_rows_are_means_over_runs_with_their_interval():
     assert (shared["cbt_low"], shared["cbt_high"]) == metrics.bootstrap_interval(values)
     assert multi["cbt"] is None and multi["cbt_low"] is None and multi["f1"] == pytest.approx(0.68)
     assert json.loads(json.dumps([shared, multi], allow_nan=False)) == [shared, multi]
+
+
+def test_counts_have_three_digits_and_a_unit():
+    assert [page.count(value) for value in (12, 999, 999_499, 999_500, 1_234_567)] == ["12", "999", "999 k", "1 M", "1.23 M"]

@@ -10,34 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from kloss.cl.train import _Team
 from kloss.run import main
 
-SMALL = (
-    "--languages",
-    "en-US",
-    "de-DE",
-    "ja-JP",
-    "--limit",
-    "24",
-    "--eval-limit",
-    "8",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--tiny-layers",
-    "1",
-    "--tiny-hidden",
-    "32",
-    "--pretrain-steps",
-    "3",
-    "--seeds",
-    "1",
-    "--rank",
-    "2",
-    "--warmup",
-    "2",
-)
+SMALL = [
+    *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
+    *("--tiny-layers", "1", "--tiny-hidden", "32", "--pretrain-steps", "3", "--seeds", "1", "--rank", "2", "--warmup", "2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +114,32 @@ def test_killed_twenty_times_and_resumed_gives_the_same_scores(cache, tmp_path):
     whole = (tmp_path / "whole" / "scores.json").read_bytes()
     for i in range(runs):
         assert (tmp_path / f"killed-{i}" / "scores.json").read_bytes() == whole
-    leftovers = [file.name for file in (tmp_path / "killed-0").iterdir() if "partial" in file.name]
-    assert len(leftovers) <= 20  # a killed write leaves at most its own temporary file, never a half-written result
+        left = {file.name for file in (tmp_path / f"killed-{i}").iterdir() if not file.name.startswith(".report.html.")}
+        assert left == {".lock", "config.json", "env.json", "log.jsonl", "checkpoint.safetensors", "scores.json", "report.html"}
+
+
+def test_a_stopped_run_goes_on_and_does_not_begin_again(small, monkeypatch, capsys):
+    arguments, folder = [*small[0], "--strategies", "non-shared", "vanilla", "--checkpoint-seconds", "0"], small[1]
+    rounds, stop_at = [], None
+
+    def advance(team):
+        if len(rounds) == stop_at:
+            raise KeyboardInterrupt
+        rounds.append(team)
+        return original(team)
+
+    original = _Team.advance
+    monkeypatch.setattr(_Team, "advance", advance)
+    assert main([*arguments, "--out", str(folder / "whole")]) == 0
+    whole = len(rounds)
+    for stop_at in (4, 9, whole - 2):  # among the adapters, among the whole model's first steps, near the end
+        rounds.clear()
+        out = ["--out", str(folder / f"stopped-{stop_at}")]
+        assert main([*arguments, *out]) == 130
+        assert "continues from the last checkpoint" in capsys.readouterr().err
+        done, stop_at = len(rounds), None
+        assert main([*arguments, *out]) == 0
+        assert len(rounds) == whole and done > 0
 
 
 def one_line_error(arguments, capsys):

@@ -1,11 +1,14 @@
 """A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.json (written last: it means done)."""
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,30 +20,10 @@ from ..files import read_json, write_json, write_tensors
 
 
 class RunFolder:
-    """Opens or creates a run folder for a configuration.
+    """The files of a run. path: a folder that `open_run` has opened."""
 
-    folder: where. config: what decides the results, as JSON. Raises UserError where the folder holds another configuration.
-    """
-
-    def __init__(self, folder: str | Path, config: Mapping):
-        self.path = Path(folder)
-        config = json.loads(json.dumps(config))
-        file = self.path / "config.json"
-        if file.exists():
-            there = read_json(file)
-            differ = [key for key in sorted(config.keys() | there.keys()) if config.get(key) != there.get(key)]
-            differ.sort(key="corpus".__eq__)  # a setting rather than the fingerprint that follows from it
-            if differ:
-                was, now = there.get(differ[0]), config.get(differ[0])
-                raise UserError(
-                    f"{self.path} holds a run of another configuration ({differ[0]} was {was!r}, is {now!r}); "
-                    "choose another --out"
-                )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self.path} exists and is not a run folder; choose another --out")
-        else:
-            write_json(file, config)
-        self.started = time.time()
+    def __init__(self, path: Path):
+        self.path, self.started = path, time.time()
 
     @property
     def done(self) -> bool:
@@ -91,6 +74,74 @@ class RunFolder:
                 "threads": torch.get_num_threads(),
             },
         )
+
+
+@contextmanager
+def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
+    """Opens or creates a run folder for a configuration, for this process alone until the block ends.
+
+    folder: where. config: what decides the results, as JSON. What a killed process left half-written there is removed. Raises
+    UserError where the folder holds another configuration, is not a run folder, or is open in another process.
+    """
+    path, config = Path(folder), json.loads(json.dumps(config))
+    file = path / "config.json"
+    if path.exists() and not file.exists() and not (path.is_dir() and all(map(_before_config, path.iterdir()))):
+        raise UserError(f"{path} exists and is not a run folder; choose another --out")
+    with _locked(path) as alone:
+        if file.exists():
+            there = read_json(file)
+            differ = [key for key in sorted(config.keys() | there.keys()) if config.get(key) != there.get(key)]
+            differ.sort(key="corpus".__eq__)  # a setting rather than the fingerprint that follows from it
+            if differ:
+                was, now = there.get(differ[0]), config.get(differ[0])
+                raise UserError(
+                    f"{path} holds a run of another configuration ({differ[0]} was {was!r}, is {now!r}); choose another --out"
+                )
+        else:
+            write_json(file, config)
+        if alone:
+            _remove_leftovers(path)
+        yield RunFolder(path)
+
+
+def _before_config(file: Path) -> bool:
+    """Whether a run that was killed before it had written its configuration may have left this file."""
+    return file.name == ".lock" or file.name.startswith(".config.json.")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Locks a folder, made if it is not there, against other processes; the system unlocks it when this one dies.
+
+    Gives False on a file system without locks. Raises UserError where another process has the lock.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path / '.lock'}: {error.strerror}") from error
+    with lock:
+        alone = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is open in another process; wait for its end or choose another --out") from None
+        except OSError:
+            alone = False
+        yield alone
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left: temporary files of `write_atomically`, and a last line of the log without its end."""
+    log = path / "log.jsonl"
+    try:
+        for file in path.glob(".*.partial"):
+            if not file.name.startswith(".report.html."):  # write_report needs no lock: its file may be alive
+                file.unlink(missing_ok=True)
+        if log.exists():
+            os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    except OSError as error:
+        raise UserError(f"cannot write in {path}: {error.strerror}") from error
 
 
 def _version(name: str) -> str | None:

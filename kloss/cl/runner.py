@@ -70,16 +70,12 @@ class _Watch:
     """Called behind every round: moves the progress bar, writes the log and, now and then, a checkpoint."""
 
     def __init__(self, cohort: Cohort, number: int, finished: dict, folder: RunFolder, interval: float, progress: Progress):
-        self.number, self.finished, self.folder, self.interval, self.progress = (
-            number,
-            finished,
-            folder,
-            interval,
-            progress,
-        )
+        self.number, self.finished, self.folder = number, finished, folder
+        self.interval, self.progress = interval, progress
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
         alone = len(cohort.learners) == 1
-        self.name = cohort.learners[0].name if alone else f"{len(cohort.learners)} learners"
+        who = cohort.learners[0].name if alone else f"{len(cohort.learners)} learners"
+        self.name = f"cohort {number + 1}: {who}"  # with the number, since two cohorts may be as many
         self.saved = self.logged = time.monotonic()
         self.tokens, self.first = cohort.tokens, True
 
