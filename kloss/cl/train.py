@@ -149,7 +149,7 @@ class _Team:
         self.weight_decay, self.max_norm = each("weight_decay"), each("max_norm")
         self.seeds = torch.tensor([learner.seed for learner in learners], device=cohort.device)
         drop = {name: each(name).to(cohort.device) for name in ("dropout", "lora_dropout")}
-        # Without dropout an op may sum in another order: an exact learner goes through with p = 0, as beside neighbours that drop.
+        # Without dropout an op may sum in another order: an exact learner keeps p = 0, as beside neighbours that drop.
         self.dropout = {name: p if cohort.exact or bool(p.any()) else None for name, p in drop.items()}
         self.passes = self._passes(learners)
 
