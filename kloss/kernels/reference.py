@@ -388,13 +388,12 @@ def adapter_adamw_(
     for g, norm in zip(rows, norms[rows].tolist(), strict=True):  # read back at once: on a GPU one wait, not one for each row
         if not math.isfinite(norm):
             continue
-        row, clip = grad[g].float(), float(max_norm[g]) / (norm + 1e-6)
-        if clip < 1:
-            row = row * clip
-        taken = torch.tensor(float(step[g]), device=param.device)
+        shrink = max(1.0, (norm + 1e-6) / float(max_norm[g]))  # the kernel divides by it, in the memory that it is given
+        row = grad[g].to(torch.float32, copy=shrink > 1)
+        taken, divisor, sound = (torch.tensor(x, device=param.device) for x in (float(step[g]), shrink, 0.0))
         adamw(
             [param[g]], [row], [exp_avg[g]], [exp_avg_sq[g]], [], [taken], fused=True, amsgrad=False, beta1=beta_1, beta2=beta_2,
-            lr=float(lr[g]), weight_decay=float(weight_decay[g]), eps=eps, maximize=False,
+            lr=float(lr[g]), weight_decay=float(weight_decay[g]), eps=eps, maximize=False, grad_scale=divisor, found_inf=sound,
         )  # fmt: skip
         step[g] += 1
     return norms

@@ -128,7 +128,7 @@ class AdapterBank:
         """Copies the master copy of adapter g (None: of all) to the working copy."""
         if self.work is not self.param:
             rows = slice(None) if g is None else g
-            self.work[rows] = self.param[rows].to(self.work.dtype)
+            self.work[rows].copy_(self.param[rows])
 
     def zero_grad(self) -> None:
         """Zeroes the gradients of all adapters."""
