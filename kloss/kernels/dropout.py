@@ -21,6 +21,7 @@ ODD = 0xD1B54A32D192ED03
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 COUNTER = 0x9E3779B1
 ROUND_1, ROUND_2 = 0x7FEB352D, 0x846CA68B
+BLOCK = 1 << 18  # pairs drawn at once on a CPU: they stay in its caches, a tenth of the time of all at once
 
 
 class Dropout(NamedTuple):
@@ -132,10 +133,15 @@ def keep_mask(dropout: Dropout | RowDropout, features: Tensor, adapter: Tensor |
     """
     rows = dropout if isinstance(dropout, RowDropout) else row_dropout(dropout, adapter)
     counter = features[..., ::2] >> 1
-    behind = (-1,) + (1,) * counter.dim()
-    # Flipping the top bit of each half turns the unsigned comparison into the signed one that int16 has.
-    u = draws(rows.keys.view(behind), counter).bitwise_xor_(_signed(0x80008000, 32)).view(torch.int16)
-    return u >= rows.least.view(behind), rows.scale
+    count, behind = rows.keys.numel(), (-1,) + (1,) * counter.dim()
+    keep = torch.empty(count, *features.shape, dtype=torch.bool, device=features.device)
+    block = max(1, BLOCK // max(1, counter.numel())) if features.device.type == "cpu" else max(1, count)
+    for first in range(0, count, block):
+        part = slice(first, first + block)
+        # Flipping the top bit of each half turns the unsigned comparison into the signed one that int16 has.
+        u = draws(rows.keys[part].view(behind), counter).bitwise_xor_(_signed(0x80008000, 32)).view(torch.int16)
+        torch.ge(u, rows.least[part].view(behind), out=keep[part])
+    return keep, rows.scale
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:

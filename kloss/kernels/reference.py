@@ -44,11 +44,23 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
+def _by_slice(x: Tensor, slices: int) -> Tensor:
+    """Columns [n, slices*C] as [slices, n, C], a view."""
+    return x.unflatten(1, (slices, -1)).transpose(0, 1)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """out = beta · out + alpha · a b, matrices or batches of them; a batch of one is no batch to BLAS, which is then faster."""
+    if out.dim() == 3 and out.shape[0] == 1:
+        out, a, b = out[0], a[0], b[0]
+    (out.addmm_ if out.dim() == 2 else out.baddbmm_)(a, b, beta=beta, alpha=alpha)
+
+
 def _write_product(place: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """place = scale · a b, straight into place where its type and address allow it."""
     direct = place.dtype == a.dtype and place.data_ptr() % 64 == 0
     out = place if direct else a.new_empty(place.shape)
-    out.addmm_(a, b, beta=0, alpha=scale)
+    _multiply(out, a, b, beta=0, alpha=scale)
     if not direct:
         place.copy_(out)
 
@@ -86,16 +98,14 @@ class _MultiLoraLinear(Function):
             for g, start, _ in segments.runs:
                 scales[g] *= float(enlarged[segments.order[start]])
         full = lora_b.shape[-1]
-        columns = weight.shape[0] // slices
         shrunk = []
         for g, start, end in segments.runs:
             rank = full if ranks is None else int(ranks[g])
             rows = segments.rows(start, end)
             s = torch.mm(_aligned(dropped[rows]), _live_rows(_aligned(_wide(lora_a[g])), slices, rank).t())  # [n, slices*rank]
             out, b_g = _aligned(y[rows]), _aligned(_wide(lora_b[g]))
-            for i in range(slices):
-                b = b_g[i * columns : (i + 1) * columns, :rank]
-                out[:, i * columns : (i + 1) * columns].addmm_(s[:, i * rank : (i + 1) * rank], b.t(), alpha=scales[g])
+            b = b_g.unflatten(0, (slices, -1))[..., :rank].transpose(1, 2)
+            _multiply(_by_slice(out, slices), _by_slice(s, slices), b, alpha=scales[g])
             if not segments.sorted or out.data_ptr() != y[rows].data_ptr():
                 y[rows] = out
             shrunk.append(s)
@@ -110,7 +120,7 @@ class _MultiLoraLinear(Function):
         x, weight, lora_a, lora_b, dropped, keep, *shrunk = ctx.saved_tensors
         segments, slices, ranks = ctx.segments, ctx.slices, ctx.ranks
         need_x, need_w, need_b, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
-        full, columns = lora_b.shape[-1], weight.shape[0] // slices
+        full = lora_b.shape[-1]
         total = segments.row_adapter.numel()
         dtype, dy = dy.dtype, _wide(dy)
         dx = dy.new_zeros(dy.shape[0], weight.shape[1]) if need_x else None
@@ -128,11 +138,11 @@ class _MultiLoraLinear(Function):
             rows = segments.rows(start, end)
             dy_g = _aligned(dy[rows])
             ds, b_g = torch.empty_like(s), _aligned(_wide(lora_b[g]))
-            for i in range(slices):
-                block, part = slice(i * columns, (i + 1) * columns), slice(i * rank, (i + 1) * rank)
-                _write_product(ds[:, part], dy_g[:, block], b_g[block, :rank], scale)
-                if need_lora_b:
-                    _write_product(d_b[g, block, :rank], dy_g[:, block].t(), s[:, part], scale)
+            parts = _by_slice(dy_g, slices)
+            _write_product(_by_slice(ds, slices), parts, b_g.unflatten(0, (slices, -1))[..., :rank], scale)
+            if need_lora_b:
+                d_b_g = d_b[g].unflatten(0, (slices, -1))[..., :rank]
+                _write_product(d_b_g, parts.transpose(1, 2), _by_slice(s, slices), scale)
             if need_lora_a and rank == full:
                 _write_product(d_a[g], ds.t(), _aligned(dropped[rows]))
             elif need_lora_a:
