@@ -78,7 +78,8 @@ class Config:
     device: str = "auto"
     """auto, cpu or cuda."""
     exact: bool = False
-    """A learner's figures are the same to the bit whichever learners advance beside it; slower. Else equal to rounding."""
+    """A learner's figures are the same to the bit whichever learners advance beside it, if the largest rank among them is the
+    same; slower. Else they are equal to rounding. Shown on a CPU; on a GPU only the adapted linears promise it yet."""
     together: int = 0
     """At most so many LoRA learners advance together; 0: all."""
     pass_tokens: int = 8192
