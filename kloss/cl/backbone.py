@@ -89,10 +89,10 @@ def tiny_backbone(
     used = np.union1d(text.input_ids, [i for i in (corpus.mask_id, corpus.pad_id) if i is not None])
     small = XLMRForTokenClassification.random(replace(config, vocab_size=len(used)), seed)
     compact = text._replace(input_ids=np.searchsorted(used, text.input_ids).astype(np.int32))
-    special = np.searchsorted(used, [i for i in (corpus.bos_id, corpus.eos_id) if i in used])
-    mask = int(np.searchsorted(used, corpus.mask_id)) if steps else 0
     if steps:
-        _masked_language_modelling(small, compact, torch.from_numpy(special), mask, steps, batch, seed, report)
+        special = torch.from_numpy(np.searchsorted(used, [i for i in (corpus.bos_id, corpus.eos_id) if i in used]))
+        mask = int(np.searchsorted(used, corpus.mask_id))
+        _masked_language_modelling(small, compact, special, mask, steps, batch, seed, report)
     with torch.no_grad():
         rows = model.word_embeddings.weight
         rows[torch.from_numpy(used).long()] = small.word_embeddings.weight

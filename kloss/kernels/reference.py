@@ -95,8 +95,9 @@ class _MultiLoraLinear(Function):
             keep = keep[:, :width].to(_BITS[wide.element_size()]).neg_()
             dropped = _kept(wide[:total], keep)
             # By how much the kept are enlarged is one number for an adapter: it goes into its scaling and not through x.
-            for g, start, _ in segments.runs:
-                scales[g] *= float(enlarged[segments.order[start]])
+            first = segments.order[[start for _, start, _ in segments.runs]]
+            for (g, _, _), factor in zip(segments.runs, enlarged[first].tolist(), strict=True):
+                scales[g] *= factor
         full = lora_b.shape[-1]
         shrunk = []
         for g, start, end in segments.runs:
@@ -229,7 +230,8 @@ class _AdapterLinear(Function):
     def forward(ctx, x, weight, bias, segments):
         wide, wide_weight, wide_bias = _wide(x), _wide(weight), _wide(bias)
         y = wide.new_zeros(x.shape[0], weight.shape[1])
-        for g, start, end in segments.host_runs():
+        ctx.runs = segments.host_runs()  # which a GPU has to be asked for: once, for backward too
+        for g, start, end in ctx.runs:
             rows = segments.rows(start, end)
             y[rows] = torch.addmm(wide_bias[g], _aligned(wide[rows]), _aligned(wide_weight[g]).t())
         ctx.save_for_backward(x, weight)
@@ -245,7 +247,7 @@ class _AdapterLinear(Function):
         dx = torch.zeros_like(wide) if need_x else None
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_w else None
         db = weight.new_zeros(weight.shape[:2], dtype=ctx.bias_dtype) if need_b else None
-        for g, start, end in ctx.segments.host_runs():
+        for g, start, end in ctx.runs:
             rows = ctx.segments.rows(start, end)
             dy_g = _aligned(dy[rows])
             if need_x:
@@ -400,7 +402,8 @@ def adapter_adamw_(
             continue
         shrink = max(1.0, (norm + 1e-6) / float(max_norm[g]))  # the kernel divides by it, in the memory that it is given
         row = grad[g].to(torch.float32, copy=shrink > 1)
-        taken, divisor, sound = (torch.tensor(x, device=param.device) for x in (float(step[g]), shrink, 0.0))
+        # Filled there, not copied: on a GPU a copy from the host would wait.
+        taken, divisor, sound = (torch.full((), x, device=param.device) for x in (float(step[g]), shrink, 0.0))
         adamw(
             [param[g]], [row], [exp_avg[g]], [exp_avg_sq[g]], [], [taken], fused=True, amsgrad=False, beta1=beta_1, beta2=beta_2,
             lr=float(lr[g]), weight_decay=float(weight_decay[g]), eps=eps, maximize=False, grad_scale=divisor, found_inf=sound,
