@@ -29,12 +29,14 @@ clean:
 	rm -rf $(ENV) build *.egg-info .pytest_cache .ruff_cache
 
 # torch goes in first and by its exact version: a CPU wheel at hand is then taken, and nothing after it pulls another one.
-$(ENV)/ready: pyproject.toml setup.py constraints.txt
+# csrc/ is built against that torch, so nothing is built apart from it; without a C++ compiler plain torch serves the CPU.
+$(ENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(PY) || $(PYTHON) -m venv $(ENV)
 	$(PY) -m pip install -q $$(grep '^torch==' constraints.txt)
-	$(PY) -m pip install -q -c constraints.txt -e .
+	$(PY) -m pip install -q -c constraints.txt setuptools
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 
 $(ENV)/ready-to-test: $(ENV)/ready
-	$(PY) -m pip install -q -c constraints.txt -e '.[test]'
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kloss.kernels import Dropout, Segments, make_segments, row_keys
+from kloss.kernels import Dropout, Segments, make_segments, reference, row_keys
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Triton's interpreter multiplies bf16 blocks wrongly, so bf16 is for GPUs.
@@ -121,3 +121,69 @@ def on_cpu(case: Problem) -> Problem:
         keywords["dropout"] = Dropout(*(t.cpu() if isinstance(t, Tensor) else t for t in keywords["dropout"]))
     segments = make_segments(case.segments.cu_seqlens.cpu(), case.segments.adapter.cpu(), case.segments.num_adapters)
     return Problem(*moved)._replace(segments=segments, keywords=keywords)
+
+
+def assert_as_good(op, case: Problem, **more) -> None:
+    """y and every gradient of a multi-adapter linear: `assert_no_worse` than the reference, adapter by adapter."""
+    got, plain = outputs(op, case, **more), outputs(reference.multi_lora_linear, on_cpu(case))
+    oracle = outputs(reference.multi_lora_linear, on_cpu(case), torch.float64)
+    assert got.keys() == plain.keys()
+    for name in got:
+        whole = torch.zeros(got[name].shape[0])
+        group = {"y": case.group, "x": case.group, "weight": whole, "bias": whole}.get(name)
+        assert_no_worse(got[name].cpu(), plain[name], oracle[name], group)
+
+
+def sub_problem(case, sequences, device):
+    """The problem with only these sequences, in this order, and the rows of x they are; the same adapters,
+    keys and values.
+    """
+    cu, adapter = case.segments.cu_seqlens.tolist(), case.segments.adapter
+    rows = torch.cat([torch.arange(cu[s], cu[s + 1]) for s in sequences]).to(device)
+    lengths = torch.tensor([0, *(cu[s + 1] - cu[s] for s in sequences)]).cumsum(0).to(torch.int32)
+    keywords = dict(case.keywords)
+    keywords["dropout"] = case.keywords["dropout"]._replace(row_key=case.keywords["dropout"].row_key[rows])
+    adapter = adapter[torch.tensor(sequences, device=device)]
+    part = make_segments(lengths.to(device), adapter, case.segments.num_adapters)
+    return case._replace(x=case.x[rows], dy=case.dy[rows], segments=part, keywords=keywords), rows
+
+
+def only_adapter(case, g):
+    """The problem in a bank that holds nothing but adapter g."""
+    dropout = case.keywords["dropout"]
+    own = {**case.keywords, "dropout": dropout._replace(p=dropout.p[g : g + 1], seed=dropout.seed[g : g + 1])}
+    part = make_segments(case.segments.cu_seqlens, torch.zeros_like(case.segments.adapter), 1)
+    values = {name: getattr(case, name)[g : g + 1] for name in ("lora_a", "lora_b", "scaling")}
+    return case._replace(segments=part, keywords=own, **values)
+
+
+def assert_company_does_not_matter(op, **shape) -> None:
+    """Learner 1 in six companies; its rows of y and dx and its gradients never change a bit."""
+    sequences = [4, 20, 7, 50, 9, 1, 2], [0, 1, 2, 1, 3, 1, -1]
+    case = problem(*sequences, adapters=5, p=0.5, **shape)
+    device = case.x.device
+    sick = case._replace(x=case.x.clone(), lora_a=case.lora_a.clone(), lora_b=case.lora_b.clone(), dy=case.dy.clone())
+    others = (case.group != 1).to(device)
+    sick.x[others], sick.dy[others] = float("nan"), float("inf")
+    sick.lora_a[[0, 2, 3]] = sick.lora_b[[0, 2, 3]] = float("nan")
+    companies = {
+        "together": (case, range(7)),
+        "alone": (case, [1, 3, 5]),
+        "shuffled": (case, [6, 4, 1, 2, 0, 3, 5]),
+        "beside NaN": (sick, range(7)),
+        "with one neighbour": (case, [1, 3, 2, 5]),
+        "in a bank of its own": (case, [1, 3, 5]),
+    }
+    wanted = None
+    for name, (source, sequences) in companies.items():
+        part, rows = sub_problem(source, list(sequences), device)
+        index = 1
+        if name == "in a bank of its own":
+            part, index = only_adapter(part, 1), 0
+        got = outputs(op, part, grads=("x", "lora_a", "lora_b"), exact=True)
+        mine = (case.group.to(device)[rows] == 1).nonzero()[:, 0]
+        mine = mine[rows[mine].argsort()]
+        bits = got["y"][mine], got["x"][mine], got["lora_a"][index], got["lora_b"][index]
+        assert all(one.isfinite().all() for one in bits), name
+        wanted = wanted or bits
+        assert all(torch.equal(one, other) for one, other in zip(bits, wanted, strict=True)), name

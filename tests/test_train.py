@@ -61,10 +61,12 @@ def test_together_equals_alone(pass_tokens):
     assert set(together.failed) == {3}
 
 
-def test_exact_is_together_alone_and_reordered_to_the_bit():
+@pytest.mark.parametrize(("hidden", "inner"), [(72, 200), (96, 192)], ids=["reference", "csrc"])
+def test_exact_is_together_alone_and_reordered_to_the_bit(hidden, inner):
     corpus = ToyCorpus()
     learners = [replace(learner, rank=4) for learner in SIX]
-    sizes = {"hidden_size": 72, "intermediate_size": 200}  # the toy's own products are too small for BLAS to sum otherwise
+    # The toy's own products are too small for BLAS to sum otherwise.
+    sizes = {"hidden_size": hidden, "intermediate_size": inner}
     together, reordered = (cohort_of(some, corpus, sizes, exact=True) for some in (learners, learners[::-1]))
     together.train()
     reordered.train()
@@ -88,7 +90,7 @@ def test_training_goes_through_the_kernels_where_they_are(monkeypatch):
     plain.train()
     calls = []
 
-    def home(x):
+    def home(x, *_):
         calls.append(tuple(x.shape))
         return multi_lora
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
+from ..kernels import multi_lora_cpu
 
 
 class RunFolder:
@@ -72,6 +73,7 @@ class RunFolder:
                 **{name: _version(name) for name in ("kloss", "torch", "triton", "transformers", "datasets", "numpy")},
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
+                "lora_on_cpu": "csrc" if multi_lora_cpu.built() else "plain torch",
             },
         )
 

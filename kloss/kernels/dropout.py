@@ -40,6 +40,10 @@ class Dropout(NamedTuple):
     adapter: Tensor | None = None
     rows: "RowDropout | None" = None
 
+    def first(self, count: int) -> "Dropout":
+        """That of the first `count` rows."""
+        return self._replace(row_key=self.row_key[:count], rows=self.rows and self.rows.take(slice(count)))
+
 
 class RowDropout(NamedTuple):
     """What a site's draws need of each row. keys: int64 [T], z. least: int16 [T], the smallest u - 32768 that is kept.

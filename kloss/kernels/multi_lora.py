@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from . import reference, tuned
 from .dropout import Dropout
 from .lora_tiles import base, expand, reduce, shrink
-from .segments import Segments, make_segments, with_work
+from .segments import Segments, with_work
 
 _LISTS = "Tensor order, Tensor short, Tensor long, Tensor chunks, Tensor slots, Tensor? ranks"
 _SCHEMA = (
@@ -154,7 +154,7 @@ def multi_lora_linear(
     [T, N], differentiable in x, weight, bias, lora_a, lora_b. Raises ValueError for shapes or dtypes that do
     not fit. Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
-    reference.check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices)
+    reference.check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -169,17 +169,3 @@ def multi_lora_linear(
         x, weight, bias, lora_a, lora_b, scaling, segments.order, work.short, work.long, work.chunks, work.slots,
         ranks, p, seed, row_key, site, slices, exact,
     )[0]  # fmt: skip
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | float,
-    *, dropout: Dropout | None = None, exact: bool = False,
-) -> Tensor:  # fmt: skip
-    """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or
-    fp32 [1].
-    """
-    device = x.device
-    cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * x.shape[0]
-    segments = make_segments(cu_seqlens, torch.zeros(1, dtype=torch.int32, device=device), 1, rows=x.shape[0])
-    scaling = scaling.reshape(1) if isinstance(scaling, Tensor) else torch.full((1,), scaling, device=device)
-    return multi_lora_linear(x, weight, bias, lora_a[None], lora_b[None], scaling, segments, dropout=dropout, exact=exact)

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification, the oracle of the tests, and the CPU path.
+"""Every op in plain torch: the specification, the oracle of the tests, and the CPU path where csrc has no kernel.
 
 Sizes: T packed rows, S sequences, G adapters, K inputs, N outputs, R rank of the bank, H width.
 """
@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
-from .dropout import Dropout, apply_dropout, keep_mask, row_dropout
+from .dropout import Dropout, apply_dropout, keep_mask, row_dropout, thresholds
 from .segments import Segments, make_segments
 
 __all__ = [
@@ -21,10 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-
-
-def _wide(tensor: Tensor | None) -> Tensor | None:
+def widened(tensor: Tensor | None) -> Tensor | None:
     """On a CPU the tensor in at least fp32, but for bf16 with AVX-512: without it products in bf16 have 1/7 to 1/100 of fp32's
     rate."""
     if tensor is None or tensor.device.type != "cpu":
@@ -39,33 +36,18 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask has ones in all bits, 0 where it has zeros, whatever x holds. torch.where takes ten times as long."""
-    return (x.view(mask.dtype) & mask).view(x.dtype)
-
-
 def _by_slice(x: Tensor, slices: int) -> Tensor:
     """Columns [n, slices*C] as [slices, n, C], a view."""
     return x.unflatten(1, (slices, -1)).transpose(0, 1)
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
-    """out = beta · out + alpha · a b, matrices or batches of them; a batch of one is no batch to BLAS, which is then faster."""
-    if out.dim() == 3 and out.shape[0] == 1:
-        out, a, b = out[0], a[0], b[0]
-    (out.addmm_ if out.dim() == 2 else out.baddbmm_)(a, b, beta=beta, alpha=alpha)
+def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a b for [slices, n, k] and [slices, k, m], side by side: [n, slices*m]."""
+    out = torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
+    return out.transpose(0, 1).flatten(1)
 
 
-def _write_product(place: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """place = scale · a b, straight into place where its type and address allow it."""
-    direct = place.dtype == a.dtype and place.data_ptr() % 64 == 0
-    out = place if direct else a.new_empty(place.shape)
-    _multiply(out, a, b, beta=0, alpha=scale)
-    if not direct:
-        place.copy_(out)
-
-
-def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, exact: bool) -> Tensor:
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, exact: bool) -> Tensor:
     """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, for BLAS chooses how it sums by the whole product's shape."""
     if not exact:
         return F.linear(x, weight, bias)
@@ -83,86 +65,52 @@ class _MultiLoraLinear(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact):
-        wide = _wide(x)
-        y = _base_product(wide, _wide(weight), _wide(bias), segments, exact)
-        total = segments.row_adapter.numel()
-        dropped, keep, scales = wide, None, scaling.tolist()
+        wide, full = widened(x), lora_b.shape[-1]
+        y = base_product(wide, widened(weight), widened(bias), segments, exact)
+        dropped, keep = wide, None
         if dropout is not None:
-            width = x.shape[1]
-            features = torch.arange(width + width % 2, dtype=torch.int32)
-            cut = dropout._replace(row_key=dropout.row_key[:total], rows=dropout.rows and dropout.rows.take(slice(total)))
-            keep, enlarged = keep_mask(cut, features, segments.row_adapter)
-            keep = keep[:, :width].to(_BITS[wide.element_size()]).neg_()
-            dropped = _kept(wide[:total], keep)
+            features = torch.arange(x.shape[1] + x.shape[1] % 2, dtype=torch.int32)
+            keep = keep_mask(dropout.first(segments.order.numel()), features, segments.row_adapter)[0][:, : x.shape[1]]
+            dropped = torch.where(keep, wide[: len(keep)], wide.new_zeros(()))
             # By how much the kept are enlarged is one number for an adapter: it goes into its scaling and not through x.
-            first = segments.order[[start for _, start, _ in segments.runs]]
-            for (g, _, _), factor in zip(segments.runs, enlarged[first].tolist(), strict=True):
-                scales[g] *= factor
-        full = lora_b.shape[-1]
+            scaling = scaling / (1 - thresholds(dropout.p).float() / 65536)
+        ctx.runs = [
+            (g, segments.rows(start, end), full if ranks is None else int(ranks[g]), scale)
+            for (g, start, end), scale in zip(segments.runs, scaling[[g for g, _, _ in segments.runs]].tolist(), strict=True)
+        ]
         shrunk = []
-        for g, start, end in segments.runs:
-            rank = full if ranks is None else int(ranks[g])
-            rows = segments.rows(start, end)
-            s = torch.mm(_aligned(dropped[rows]), _live_rows(_aligned(_wide(lora_a[g])), slices, rank).t())  # [n, slices*rank]
-            out, b_g = _aligned(y[rows]), _aligned(_wide(lora_b[g]))
-            b = b_g.unflatten(0, (slices, -1))[..., :rank].transpose(1, 2)
-            _multiply(_by_slice(out, slices), _by_slice(s, slices), b, alpha=scales[g])
-            if not segments.sorted or out.data_ptr() != y[rows].data_ptr():
-                y[rows] = out
+        for g, rows, rank, scale in ctx.runs:
+            s = torch.mm(_aligned(dropped[rows]), _live_rows(_aligned(widened(lora_a[g])), slices, rank).t())  # [n, slices*rank]
+            b = _live_columns(_aligned(widened(lora_b[g])), slices, rank)
+            y[rows] += _products(_by_slice(s, slices), b.transpose(1, 2), scale)
             shrunk.append(s)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, lora_a, lora_b, dropped, keep, *shrunk)
-        ctx.segments, ctx.slices, ctx.ranks, ctx.has_bias, ctx.exact = segments, slices, ranks, bias is not None, exact
-        ctx.scales = scales
+        ctx.segments, ctx.slices, ctx.has_bias, ctx.exact = segments, slices, bias is not None, exact
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, dropped, keep, *shrunk = ctx.saved_tensors
-        segments, slices, ranks = ctx.segments, ctx.slices, ctx.ranks
         need_x, need_w, need_b, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
-        full = lora_b.shape[-1]
-        total = segments.row_adapter.numel()
-        dtype, dy = dy.dtype, _wide(dy)
-        dx = dy.new_zeros(dy.shape[0], weight.shape[1]) if need_x else None
-        d_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
-        d_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
-        present = {g for g, _, _ in segments.runs}
-        for g in range(lora_a.shape[0]):
-            # An adapter that fills its rank is written whole below.
-            if g not in present or ranks is not None and int(ranks[g]) < full:
-                for gradient in (d_a, d_b):
-                    if gradient is not None:
-                        gradient[g].zero_()
-        for (g, start, end), s in zip(segments.runs, shrunk, strict=True):
-            rank, scale = full if ranks is None else int(ranks[g]), ctx.scales[g]
-            rows = segments.rows(start, end)
-            dy_g = _aligned(dy[rows])
-            ds, b_g = torch.empty_like(s), _aligned(_wide(lora_b[g]))
-            parts = _by_slice(dy_g, slices)
-            _write_product(_by_slice(ds, slices), parts, b_g.unflatten(0, (slices, -1))[..., :rank], scale)
+        slices, dtype, dy = ctx.slices, dy.dtype, widened(dy)
+        dx = base_product(dy, widened(weight).t(), None, ctx.segments, ctx.exact) if need_x else None
+        d_a = torch.zeros_like(lora_a, memory_format=torch.contiguous_format) if need_lora_a else None
+        d_b = torch.zeros_like(lora_b, memory_format=torch.contiguous_format) if need_lora_b else None
+        for (g, rows, rank, scale), s in zip(ctx.runs, shrunk, strict=True):
+            parts = _by_slice(_aligned(dy[rows]), slices)
+            ds = _products(parts, _live_columns(_aligned(widened(lora_b[g])), slices, rank), scale)  # [n, slices*rank]
             if need_lora_b:
-                d_b_g = d_b[g].unflatten(0, (slices, -1))[..., :rank]
-                _write_product(d_b_g, parts.transpose(1, 2), _by_slice(s, slices), scale)
-            if need_lora_a and rank == full:
-                _write_product(d_a[g], ds.t(), _aligned(dropped[rows]))
-            elif need_lora_a:
-                d_a[g].view(slices, full, -1)[:, :rank] = torch.mm(ds.t(), _aligned(dropped[rows])).view(slices, rank, -1)
+                d_b_g = torch.baddbmm(s.new_zeros(1, 1, 1), parts.transpose(1, 2), _by_slice(s, slices), beta=0, alpha=scale)
+                d_b[g, :, :rank] = d_b_g.flatten(0, 1)
+            if need_lora_a:
+                d_a_g = torch.mm(ds.t(), _aligned(dropped[rows]))
+                d_a[g].unflatten(0, (slices, -1))[:, :rank] = d_a_g.unflatten(0, (slices, -1))
             if need_x:
-                live = _live_rows(_aligned(_wide(lora_a[g])), slices, rank)
-                if segments.sorted:
-                    _write_product(dx[rows], ds, live)
-                else:
-                    dx[rows] = torch.mm(ds, live)
-        if need_x:
-            if keep is not None:
-                dx[:total].view(keep.dtype).bitwise_and_(keep)
-            if ctx.exact:
-                dx += _base_product(dy, _wide(weight).t(), None, segments, exact=True)
-            else:
-                dx.addmm_(dy, _wide(weight))
+                dx_g = torch.mm(ds, _live_rows(_aligned(widened(lora_a[g])), slices, rank))
+                dx[rows] += dx_g if keep is None else torch.where(keep[rows], dx_g, dx_g.new_zeros(()))
         dx = dx.to(dtype) if need_x else None
-        dw = (dy.t() @ _wide(x)).to(weight.dtype) if need_w else None
+        dw = (dy.t() @ widened(x)).to(weight.dtype) if need_w else None
         db = dy.sum(0).to(weight.dtype) if need_b and ctx.has_bias else None
         return dx, dw, db, d_a, d_b, *(None,) * 6
 
@@ -171,6 +119,11 @@ def _live_rows(a: Tensor, slices: int, rank: int) -> Tensor:
     """Rows of A [slices*R, K] below the adapter's own rank, slice by slice: [slices*rank, K]."""
     full = a.shape[0] // slices
     return a if rank == full else a.view(slices, full, -1)[:, :rank].reshape(slices * rank, -1)
+
+
+def _live_columns(b: Tensor, slices: int, rank: int) -> Tensor:
+    """Columns of B [N, R] below the adapter's own rank, by slice: [slices, N/slices, rank]."""
+    return b.unflatten(0, (slices, -1))[..., :rank]
 
 
 def multi_lora_linear(
@@ -187,14 +140,12 @@ def multi_lora_linear(
     Returns [T, N], differentiable in x, weight, bias, lora_a, lora_b. Raises ValueError for shapes that do not fit.
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
-    check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices)
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
+    check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact)
 
 
-def check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices) -> None:
+def check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices) -> None:
     """Raises ValueError naming the first shape that does not fit the others."""
     (rows, k), (n, groups) = x.shape, (weight.shape[0], segments.num_adapters)
     full = lora_b.shape[-1]
@@ -203,6 +154,7 @@ def check_lora_shapes(x, weight, lora_a, lora_b, scaling, segments, slices) -> N
         ("lora_a", lora_a, (groups, slices * full, k)),
         ("lora_b", lora_b, (groups, n, full)),
         ("scaling", scaling, (groups,)),
+        *([("bias", bias, (n,))] if bias is not None else []),
     ):
         if tuple(tensor.shape) != wanted:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {wanted}")
@@ -228,7 +180,7 @@ class _AdapterLinear(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, segments):
-        wide, wide_weight, wide_bias = _wide(x), _wide(weight), _wide(bias)
+        wide, wide_weight, wide_bias = widened(x), widened(weight), widened(bias)
         y = wide.new_zeros(x.shape[0], weight.shape[1])
         ctx.runs = segments.host_runs()  # which a GPU has to be asked for: once, for backward too
         for g, start, end in ctx.runs:
@@ -243,7 +195,7 @@ class _AdapterLinear(Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        wide, wide_weight, dy = _wide(x), _wide(weight), _wide(dy)
+        wide, wide_weight, dy = widened(x), widened(weight), widened(dy)
         dx = torch.zeros_like(wide) if need_x else None
         dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_w else None
         db = weight.new_zeros(weight.shape[:2], dtype=ctx.bias_dtype) if need_b else None
@@ -321,21 +273,22 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout
         index = starts[chosen, None] + torch.minimum(position, lengths[chosen, None] - 1)
         slots = used + torch.arange(index.numel(), device=qkv.device).view_as(index)
         slot_of_row[index[live]] = slots[live]
-        outputs.append((index, live, used))
+        outputs.append((index, live))
         used += index.numel()
     total = int(cu_seqlens[-1])
     slot_of_row = slot_of_row[:total]
     if not outputs:
         return qkv.new_zeros(rows, width)
-    index = torch.cat([part.reshape(-1) for part, _, _ in outputs])
-    live = torch.cat([part.reshape(-1) for _, part, _ in outputs])
+    index = torch.cat([part.reshape(-1) for part, _ in outputs])
+    live = torch.cat([part.reshape(-1) for _, part in outputs])
     gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
     blocks = []
-    for part, mask, first in outputs:
-        block = gathered[first : first + part.numel()].view(*part.shape, 3, num_heads, -1)
+    # Split and not sliced: the gradients of slices are as many matrices of zeros, added up.
+    for block, (part, mask) in zip(gathered.split([part.numel() for part, _ in outputs]), outputs, strict=True):
+        block = block.view(*part.shape, 3, num_heads, -1)
         # Contiguous both ways, as a bucket of more than one sequence would be made anyway: BLAS sums by the strides it sees.
         q, k, v = block.permute(2, 0, 3, 1, 4).contiguous()  # each [n, heads, length, D]
-        attended = _ContiguousGradient.apply(_attend(_wide(q), _wide(k), _wide(v), mask, part, dropout).to(qkv.dtype))
+        attended = _ContiguousGradient.apply(_attend(widened(q), widened(k), widened(v), mask, part, dropout).to(qkv.dtype))
         blocks.append(attended.transpose(1, 2).reshape(-1, width))
     out = _Gather.apply(torch.cat(blocks), slot_of_row, index, live)
     return out if total == rows else torch.cat([out, out.new_zeros(rows - total, width)])

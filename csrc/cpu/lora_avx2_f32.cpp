@@ -1,0 +1,15 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#pragma GCC target("avx2,fma")  // behind the standard headers, whose functions other files share
+#include <immintrin.h>
+
+#define KLOSS_NAME avx2_f32
+#define KLOSS_BF16 0
+#define KLOSS_ROWS 4
+#include "lora.inl"
+#endif

@@ -1,0 +1,15 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")  // behind the standard headers, whose functions other files share
+#include <immintrin.h>
+
+#define KLOSS_NAME avx512_f32
+#define KLOSS_BF16 0
+#define KLOSS_ROWS 8
+#include "lora.inl"
+#endif
