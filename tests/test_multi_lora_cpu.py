@@ -64,6 +64,26 @@ def test_threads_do_not_change_a_bit(dtype):
     assert all(torch.equal(one[name], results[0][name]) for one in results for name in ("lora_a", "lora_b"))
 
 
+def test_nothing_of_an_earlier_call_is_left(dtype):
+    """Buffers are kept between calls: NaN of one lies where the next, whose rank is odd, has its padding."""
+    sick = problem([50], [0], adapters=1, k=32, n=32, rank=8, dtype=dtype)
+    sick.x.fill_(torch.nan), sick.dy.fill_(torch.nan)
+    case, threads = problem([50], [0], adapters=1, k=32, n=32, rank=7, dtype=dtype), torch.get_num_threads()
+
+    def sick_between(*arguments, **keywords):
+        y = multi_lora_linear(*arguments, **keywords)
+        outputs(multi_lora_linear, sick)
+        return y
+
+    try:
+        torch.set_num_threads(1)
+        outputs(multi_lora_linear, sick)
+        got = outputs(sick_between, case)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(values.isfinite().all() for values in got.values())
+
+
 def test_absent_adapters_and_rank_tails_get_zeros(dtype):
     """The tails and the absent adapters hold NaN, to show that nothing reads them."""
     shape = dict(adapters=4, k=32, n=96, rank=33, slices=3, ranks=[3, 33, 16, 33])

@@ -165,15 +165,13 @@ inline void pack_transposed(const Scalar* source, int64_t stride, int64_t column
   int64_t width = columns > W ? COLUMNS : W, all = units(k);
   for (int64_t c0 = 0; c0 < width; c0 += W) {
     const Scalar* rows[W];
-    int64_t live = std::clamp<int64_t>(columns - c0, 0, W), done = 0;
-    for (int i = 0; i < W; ++i) rows[i] = source + std::min<int64_t>(c0 + i, columns - 1) * stride;
+    int64_t done = 0;
+    for (int i = 0; i < W; ++i) rows[i] = source + std::min<int64_t>(c0 + i, columns - 1) * stride;  // the rest is not kept
 #ifdef __AVX512F__
     for (; done + W * PER <= k; done += W * PER) transpose(rows, done / PER, b + done / PER * width + c0, width);
 #endif
     for (int64_t u = done / PER; u < all; ++u)
       for (int i = 0; i < W; ++i) b[u * width + c0 + i] = unit(rows[i] + u * PER, k - u * PER);
-    if (live < W)  // never the numbers of a row that is not there
-      for (int64_t u = 0; u < all; ++u) std::fill_n(b + u * width + c0 + live, W - live, Unit(0));
   }
 }
 
@@ -315,11 +313,8 @@ void forward_job(const Lora& l, const Job& job) {
         [&](int64_t i, int64_t c, int64_t width, const float* values) {
           put_row(s + i * wide + slice * one.padded + c, values, 1, width);
         });
-    for (int64_t i = 0; i < n; ++i) {
-      Scalar* out = one.in(l.s, job.first + i, slice);
-      std::copy_n(s + i * wide + slice * one.padded, one.rank, out);
-      std::fill(out + one.rank, out + l.rank, Scalar(0));
-    }
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(s + i * wide + slice * one.padded, one.rank, one.in(l.s, job.first + i, slice));
     product(
         n, one.outputs, units(one.rank), 1, [&](int64_t i) { return (const Unit*)(s + i * wide + slice * one.padded); },
         [&](int64_t c, int64_t width, Unit* b) { pack_transposed(one.b_row(slice, c), l.rank, width, one.rank, b); },
