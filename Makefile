@@ -37,6 +37,8 @@ $(ENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 
+# seqeval comes as source only and builds with tools of its own, so it is built by itself.
 $(ENV)/ready-to-test: $(ENV)/ready
+	$(PY) -m pip install -q -c constraints.txt seqeval
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	touch $@
