@@ -73,10 +73,19 @@ def prepare(config: Config, progress) -> tuple[Corpus, Study]:
     return corpus, plan(config, corpus.locales)
 
 
+def device_of(name: str) -> torch.device:
+    """The device that auto, cpu or cuda stands for; a GPU with its number. Raises UserError for cuda where there is no GPU."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or auto")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def run(config: Config, progress) -> tuple[Path, dict]:
     """Runs a study, or continues one. Returns the run folder and the contents of scores.json."""
+    device = device_of(config.checked().device)
     corpus, study = prepare(config, progress)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     for locale, count in corpus.truncated.items():
         if count:
             progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")

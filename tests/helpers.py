@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kloss.kernels import Dropout, Segments, make_segments, reference, row_keys
@@ -187,3 +188,42 @@ def assert_company_does_not_matter(op, **shape) -> None:
         assert all(one.isfinite().all() for one in bits), name
         wanted = wanted or bits
         assert all(torch.equal(one, other) for one, other in zip(bits, wanted, strict=True)), name
+
+
+def batches(k: list[int], n: list[int]):
+    """A hypothesis strategy for keywords of `problem`: any lengths, owners, ranks and slices. k, n: widths to draw from, n of
+    one slice."""
+
+    @st.composite
+    def draw_batch(draw):
+        adapters, rank, slices = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 17])), draw(st.sampled_from([1, 1, 3]))
+        length = st.one_of(st.integers(0, 3), st.sampled_from([64, 65]))
+        sequences = draw(st.lists(st.tuples(length, st.integers(-1, adapters - 1)), min_size=1, max_size=5))
+        ranks = draw(st.none() | st.lists(st.integers(1, rank), min_size=adapters, max_size=adapters))
+        return dict(
+            lengths=[length for length, _ in sequences], adapter=[owner for _, owner in sequences], adapters=adapters,
+            k=draw(st.sampled_from(k)), n=slices * draw(st.sampled_from(n)), rank=rank, slices=slices, ranks=ranks, p=0.5,
+            behind=draw(st.integers(0, 2)), seed=draw(st.integers(0, 99)),
+        )  # fmt: skip
+
+    return draw_batch()
+
+
+def assert_each_adapter_is_alone(op, case: Problem) -> None:
+    """Each adapter's rows of y and dx and its gradients are, to the bit, those of a batch with its sequences only; an adapter
+    without rows gets zero gradients; all other rows get the base model's value."""
+    together = outputs(op, case, grads=("x", "lora_a", "lora_b"), exact=True)
+    device = case.x.device
+    for g in range(case.segments.num_adapters):
+        sequences = [s for s, owner in enumerate(case.segments.adapter.tolist()) if owner == g]
+        part, rows = sub_problem(case, sequences, device) if sequences else (None, torch.empty(0))
+        if not rows.numel():
+            assert not together["lora_a"][g].count_nonzero() and not together["lora_b"][g].count_nonzero(), g
+            continue
+        alone = outputs(op, part, grads=("x", "lora_a", "lora_b"), exact=True)
+        pairs = (together["y"][rows], alone["y"]), (together["x"][rows], alone["x"])
+        pairs += tuple((together[name][g], alone[name][g]) for name in ("lora_a", "lora_b"))
+        assert all(torch.equal(one, other) and one.isfinite().all() for one, other in pairs), g
+    free = (case.group == case.segments.num_adapters).to(device)
+    torch.testing.assert_close(together["y"][free], torch.nn.functional.linear(case.x[free], case.weight, case.bias))
+    torch.testing.assert_close(together["x"][free], case.dy[free] @ case.weight)

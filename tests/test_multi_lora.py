@@ -5,7 +5,17 @@ bit.
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import DEVICES, PLACES, assert_as_good, assert_company_does_not_matter, outputs, problem
+from helpers import (
+    DEVICES,
+    PLACES,
+    assert_as_good,
+    assert_company_does_not_matter,
+    assert_each_adapter_is_alone,
+    batches,
+    outputs,
+    problem,
+)
+from hypothesis import given, settings
 
 import kloss.kernels as kernels
 from kloss.kernels import Dropout, make_segments, segments, tuned
@@ -130,6 +140,13 @@ def test_absent_adapters_and_rank_tails_get_zeros(device):
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_alone_together_shuffled_and_beside_nan_to_the_bit(device, dtype):
     assert_company_does_not_matter(multi_lora_linear, k=27, n=24, rank=8, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=12, deadline=None)
+@given(shape=batches(k=[1, 20, 33], n=[1, 18, 70]))
+def test_any_batch_is_each_adapter_alone(device, shape):
+    assert_each_adapter_is_alone(multi_lora_linear, problem(**shape, device=device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_as_good, assert_company_does_not_matter, outputs, problem
+from helpers import assert_as_good, assert_company_does_not_matter, assert_each_adapter_is_alone, batches, outputs, problem
+from hypothesis import HealthCheck, given, settings
 
 import kloss.kernels as kernels
 from kloss.kernels import Dropout, make_segments, multi_lora_cpu, reference
@@ -50,6 +51,12 @@ def test_forward_and_gradients(name, p, dtype):
 
 def test_alone_together_shuffled_and_beside_nan_to_the_bit(dtype):
     assert_company_does_not_matter(multi_lora_linear, k=64, n=96, rank=8, dtype=dtype)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=batches(k=[32, 96], n=[32, 64]))
+def test_any_batch_is_each_adapter_alone(dtype, shape):
+    assert_each_adapter_is_alone(multi_lora_linear, problem(**shape, dtype=dtype))
 
 
 def test_threads_do_not_change_a_bit(dtype):

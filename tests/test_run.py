@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kloss.cl.train import _Team
 from kloss.run import main
@@ -171,6 +172,7 @@ def test_mistakes_of_the_command_line(small, capsys):
         (["--dropout", "1"], "--dropout must lie in [0, 1)"),
         (["--epochs", "0"], "--epochs must be 1 or more"),
         (["--device", "abacus"], "--device must be auto, cpu or cuda"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA GPU here")]),
     ):
         assert words in one_line_error([*arguments, *extra], capsys)
         assert not (folder / "scores.json").exists()

@@ -23,9 +23,9 @@ SIX = (
 )
 
 
-def cohort_of(learners, corpus, sizes=None, **options):
+def cohort_of(learners, corpus, sizes=None, device="cpu", **options):
     wanted = [{i: corpus.locales for i in range(len(learner.experiences) + 1)} for learner in learners]
-    return Cohort(toy_model(**(sizes or {})), corpus, learners, wanted, **options)
+    return Cohort(toy_model(**(sizes or {})).to(device), corpus, learners, wanted, **options)
 
 
 def weights(cohort, g):

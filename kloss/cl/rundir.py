@@ -63,7 +63,9 @@ class RunFolder:
 
     def write_environment(self, device: torch.device) -> None:
         """Writes env.json: command, commit, versions, device."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        name, lora = platform.processor() or platform.machine(), "csrc" if multi_lora_cpu.built() else "plain torch"
+        if device.type == "cuda":
+            name, lora = torch.cuda.get_device_name(device), "Triton"
         write_json(
             self.path / "env.json",
             {
@@ -73,7 +75,7 @@ class RunFolder:
                 **{name: _version(name) for name in ("kloss", "torch", "triton", "transformers", "datasets", "numpy")},
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
-                "lora_on_cpu": "csrc" if multi_lora_cpu.built() else "plain torch",
+                "lora": lora,
             },
         )
 

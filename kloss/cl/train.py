@@ -140,7 +140,8 @@ class _Team:
             self.bank, self.exp_avg, self.exp_avg_sq = cohort.bank, cohort.exp_avg, cohort.exp_avg_sq
         else:
             self.bank = cohort.bank.select(rows)
-            self.exp_avg, self.exp_avg_sq = cohort.exp_avg[rows], cohort.exp_avg_sq[rows]
+            self.index = torch.tensor(rows, device=cohort.device)
+            self.exp_avg, self.exp_avg_sq = cohort.exp_avg[self.index], cohort.exp_avg_sq[self.index]
         self.steps = cohort.steps[rows]
 
         def each(name: str) -> torch.Tensor:
@@ -219,5 +220,5 @@ class _Team:
         """Writes the rows back to the cohort."""
         if not self.whole:
             with torch.no_grad():
-                self.cohort.bank.param[self.rows] = self.bank.param
-            self.cohort.exp_avg[self.rows], self.cohort.exp_avg_sq[self.rows] = self.exp_avg, self.exp_avg_sq
+                self.cohort.bank.param[self.index] = self.bank.param
+            self.cohort.exp_avg[self.index], self.cohort.exp_avg_sq[self.index] = self.exp_avg, self.exp_avg_sq

@@ -350,10 +350,11 @@ def adapter_adamw_(
     norms = torch.zeros(param.shape[0], device=param.device)
     for g in rows:
         norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
-    for g, norm in zip(rows, norms[rows].tolist(), strict=True):  # read back at once: on a GPU one wait, not one for each row
-        if not math.isfinite(norm):
+    found = norms.tolist()  # read back at once: on a GPU one wait, not one for each row
+    for g in rows:
+        if not math.isfinite(found[g]):
             continue
-        shrink = max(1.0, (norm + 1e-6) / float(max_norm[g]))  # the kernel divides by it, in the memory that it is given
+        shrink = max(1.0, (found[g] + 1e-6) / float(max_norm[g]))  # the kernel divides by it, in the memory that it is given
         row = grad[g].to(torch.float32, copy=shrink > 1)
         # Filled there, not copied: on a GPU a copy from the host would wait.
         taken, divisor, sound = (torch.full((), x, device=param.device) for x in (float(step[g]), shrink, 0.0))

@@ -1,0 +1,66 @@
+"""The runner on a pretended GPU: it takes Triton's kernels by itself, mixes no devices, and gives the scores of a CPU."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from pretend import GPU, pretended_gpu
+from test_train import SIX, cohort_of
+from toy import ToyCorpus
+
+from kloss.run import main
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+
+SMALL = [
+    *("--languages", "en-US", "de-DE", "--limit", "6", "--eval-limit", "4", "--epochs", "1", "--batch-size", "4", "--seeds", "1"),
+    *("--tiny-layers", "1", "--tiny-hidden", "32", "--pretrain-steps", "2", "--rank", "2", "--strategies", "non-shared"),
+]
+
+
+def test_the_rules_of_a_device(monkeypatch):
+    with pretended_gpu(monkeypatch) as gpu:
+        x = torch.arange(3.0).to(GPU)
+        assert (x * 2 + 1).device == GPU and gpu.waits.pop() == ("aten._to_copy", "outside kloss")
+        x += 1
+        assert not gpu.waits
+        with pytest.raises(RuntimeError, match="one device"):
+            x + torch.ones(3)
+        with pytest.raises(AssertionError, match="a list as index"):
+            x[[0, 1]]
+        assert x.tolist() == [1, 2, 3] and x[x > 1].numel() == 2 and float(x[0]) == 1
+        assert Counter(op for op, _ in gpu.waits) == {"aten._to_copy": 1, "aten.index": 1, "aten._local_scalar_dense": 1}
+
+
+def test_a_study_takes_the_kernels_by_itself(monkeypatch, tmp_path):
+    arguments = [*SMALL, "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--out", str(tmp_path / "cpu")]) == 0
+    with pretended_gpu(monkeypatch) as gpu:
+        assert main([*arguments, "--out", str(tmp_path / "gpu")]) == 0
+    calls = Counter(gpu.calls)
+    assert calls["kloss.multi_lora_backward"] == 4 * 2, "four linears in each of two rounds"
+    assert calls["kloss.multi_lora"] == 4 * (2 + 2), "and in two passes that score"
+    read = {folder: json.loads((tmp_path / folder / "env.json").read_text()) for folder in ("cpu", "gpu")}
+    assert read["gpu"]["device"] == "cuda (pretended)" and read["gpu"]["lora"] == "Triton"
+    assert read["cpu"]["device"].startswith("cpu") and read["cpu"]["lora"] in ("csrc", "plain torch")
+    assert (tmp_path / "gpu/scores.json").read_bytes() == (tmp_path / "cpu/scores.json").read_bytes()
+
+
+def test_training_is_that_of_a_cpu_and_the_work_lists_wait_for_nothing(monkeypatch):
+    """Learners of different rank and dropout, one of which ends early and leaves the others a smaller bank."""
+    corpus, sizes = ToyCorpus(("aa", "bb"), sentences=6), {"num_hidden_layers": 1}
+    learners = [replace(learner, experiences=(("aa",),), epochs=1) for learner in SIX[:2]]
+    learners[0] = replace(learners[0], experiences=(("aa",), ("bb",)))
+    plain = cohort_of(learners, corpus, sizes)
+    plain.train()
+    with pretended_gpu(monkeypatch) as gpu:
+        there = cohort_of(learners, corpus, sizes, device=GPU)
+        there.train()
+        param = there.bank.param.cpu()
+    assert gpu.calls and there.steps.tolist() == plain.steps.tolist() and len(set(plain.steps.tolist())) == 2
+    assert (param - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()
+    assert there.scores == plain.scores
+    places = {place for _, place in gpu.waits}
+    assert {place for place in places if place.startswith(("segments.py", "multi_lora", "dropout"))} <= {"segments.py:host_runs"}
