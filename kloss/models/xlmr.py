@@ -137,6 +137,15 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
+def _check_lengths(cu_seqlens: Tensor, longest: int) -> None:
+    """Raises ValueError for a sequence with more tokens than the model has positions; on a GPU an assertion stops the device."""
+    most = (cu_seqlens[1:] - cu_seqlens[:-1]).max() if cu_seqlens.numel() > 1 else cu_seqlens.new_zeros(())
+    if cu_seqlens.device.type != "cpu":
+        torch._assert_async(most <= longest, f"a sequence has more tokens than the {longest} that the model takes")
+    elif most > longest:
+        raise ValueError(f"a sequence has {int(most)} tokens, the model takes {longest}")
+
+
 class XLMRForTokenClassification(nn.Module):
     """XLM-R with a tagging head, over packed sequences."""
 
@@ -162,12 +171,10 @@ class XLMRForTokenClassification(nn.Module):
         dropout: StepDropout | None = None,
     ) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T]; arguments as in `forward`."""
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        position = torch.arange(input_ids.shape[0], device=input_ids.device)
-        position[: int(lengths.sum())] -= torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        row = torch.arange(input_ids.shape[0], device=input_ids.device)
+        position = row - cu_seqlens[torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)]
         longest = self.config.max_position_embeddings - FIRST_POSITION
-        if lengths.numel() and int(lengths.max()) > longest:
-            raise ValueError(f"a sequence has {int(lengths.max())} tokens, the model takes {longest}")
+        _check_lengths(cu_seqlens, longest)
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position.clamp(max=longest - 1) + FIRST_POSITION)
         x = F.layer_norm(
@@ -205,10 +212,9 @@ class XLMRForTokenClassification(nn.Module):
         if bank is None or bank.head is None:
             return self.classifier(x)
         logits = adapter_linear(x, *bank.head, segments)
-        covered = segments.row_adapter.numel()
-        if covered == x.shape[0] and segments.adapter.numel() and int(segments.adapter.min()) >= 0:
+        if segments.runs and segments.runs[-1][2] == x.shape[0]:  # every row has an adapter, and the host knows it
             return logits
-        own = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - covered))
+        own = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - segments.row_adapter.numel()))
         return torch.where(own[:, None], logits, self.classifier(x))
 
     def freeze_backbone(self) -> "XLMRForTokenClassification":
