@@ -1,5 +1,6 @@
-// The code behind lora.h, compiled once for each instruction set and element type. Who includes it has set
-// KLOSS_NAME (the namespace), KLOSS_BF16 (whether elements are bf16) and KLOSS_ROWS (rows of a register tile).
+// The code behind lora.h, compiled once for each instruction set and element type. Who includes it has set KLOSS_NAME (the
+// namespace), KLOSS_BF16 (whether elements are bf16), KLOSS_LANES (numbers in a vector register: wider vectors would be taken
+// apart in memory) and KLOSS_ROWS (rows of a register tile, so that all its sums stay in registers).
 //
 // A product is C [m, n] = A [m, k] B [k, n] in units of k: a unit is one fp32, or two neighbouring bf16, what one step
 // of the processor multiplies. A is read where it lies, through a pointer for each row; B is packed, a few columns at a time.
@@ -15,10 +16,11 @@
 namespace kloss::cpu::KLOSS_NAME {
 namespace {
 
-constexpr int W = 16;                        // numbers in a vector
-constexpr int ROWS = KLOSS_ROWS;             // register tile: ROWS x (VECTORS * W)
-constexpr int VECTORS = ROWS >= 8 ? 2 : 1;
+constexpr int W = KLOSS_LANES;    // numbers in a vector
+constexpr int ROWS = KLOSS_ROWS;  // register tile: ROWS x (VECTORS * W)
+constexpr int VECTORS = 2;
 constexpr int COLUMNS = VECTORS * W;
+static_assert(LANES % COLUMNS == 0);
 
 typedef float Floats __attribute__((vector_size(4 * W)));
 typedef uint32_t Ints __attribute__((vector_size(4 * W)));
@@ -128,7 +130,6 @@ inline Unit unit(const Scalar* p, int64_t left) {  // PER elements, 0 behind the
   return out;
 }
 
-#ifdef __AVX512F__
 // One round of a transposition: lanes i with bit STEP of v[j] change places with lanes i ^ STEP of v[j ^ STEP].
 template <int STEP>
 inline void exchange(Ints* v) {
@@ -146,19 +147,18 @@ inline void exchange(Ints* v) {
   }
 }
 
-// 16 units of 16 rows become 16 rows of `out`.
+// W units of W rows become W rows of `out`.
 inline void transpose(const Scalar* const* rows, int64_t u, Unit* out, int64_t stride) {
   Ints v[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) std::memcpy(&v[i], rows[i] + u * PER, sizeof v[i]);
   exchange<1>(v);
   exchange<2>(v);
-  exchange<4>(v);
-  exchange<8>(v);
+  if constexpr (W > 4) exchange<4>(v);
+  if constexpr (W > 8) exchange<8>(v);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) std::memcpy(out + i * stride, &v[i], sizeof v[i]);
 }
-#endif
 
 // Columns are rows of `source` [columns, k], contiguous: b[u][c] = source[c][u].
 inline void pack_transposed(const Scalar* source, int64_t stride, int64_t columns, int64_t k, Unit* b) {
@@ -167,9 +167,7 @@ inline void pack_transposed(const Scalar* source, int64_t stride, int64_t column
     const Scalar* rows[W];
     int64_t done = 0;
     for (int i = 0; i < W; ++i) rows[i] = source + std::min<int64_t>(c0 + i, columns - 1) * stride;  // the rest is not kept
-#ifdef __AVX512F__
     for (; done + W * PER <= k; done += W * PER) transpose(rows, done / PER, b + done / PER * width + c0, width);
-#endif
     for (int64_t u = done / PER; u < all; ++u)
       for (int i = 0; i < W; ++i) b[u * width + c0 + i] = unit(rows[i] + u * PER, k - u * PER);
   }
@@ -229,23 +227,30 @@ inline void tile(const Unit* const* a, int64_t step, const Unit* b, int64_t k, f
     for (int v = 0; v < V; ++v) std::memcpy(&out[i][v * W], &sum[i][v], sizeof sum[i][v]);
 }
 
+constexpr int64_t PACKED = 1 << 16;  // units of B that are packed at once: they stay in the second cache while rows pass by
+
 // C [m, columns] = A B. a(i): row i of A, its units `step` apart. pack(c, width, b): packs columns c.. of B. put(i, c, width,
-// values): takes row i's columns c..c+width-1 of C.
+// values): takes row i's columns c..c+width-1 of C. A few rows of A meet all packed columns before the next rows do.
 template <class A, class Pack, class Put>
 void product(int64_t m, int64_t columns, int64_t k, int64_t step, A a, Pack pack, Put put) {
-  Unit* b = scratch<0, Unit>(k * COLUMNS);
+  int64_t group = std::max<int64_t>(1, PACKED / (k * COLUMNS)) * COLUMNS;
+  Unit* packed = scratch<0, Unit>(k * std::min(group, (columns + COLUMNS - 1) / COLUMNS * COLUMNS));
   alignas(64) float out[ROWS][COLUMNS];
-  for (int64_t c = 0; c < columns; c += COLUMNS) {
-    int64_t width = std::min<int64_t>(columns - c, COLUMNS);
-    pack(c, width, b);
+  for (int64_t first = 0; first < columns; first += group) {
+    int64_t last = std::min(columns, first + group);
+    for (int64_t c = first; c < last; c += COLUMNS) pack(c, std::min<int64_t>(last - c, COLUMNS), packed + (c - first) * k);
     for (int64_t i = 0; i < m; i += ROWS) {
       const Unit* rows[ROWS];
       for (int j = 0; j < ROWS; ++j) rows[j] = a(std::min(i + j, m - 1));
-      if (width > W)
-        tile<VECTORS>(rows, step, b, k, out);
-      else
-        tile<1>(rows, step, b, k, out);
-      for (int64_t j = 0; j < std::min<int64_t>(ROWS, m - i); ++j) put(i + j, c, width, out[j]);
+      for (int64_t c = first; c < last; c += COLUMNS) {
+        int64_t width = std::min<int64_t>(last - c, COLUMNS);
+        const Unit* b = packed + (c - first) * k;
+        if (width > W)
+          tile<VECTORS>(rows, step, b, k, out);
+        else
+          tile<1>(rows, step, b, k, out);
+        for (int64_t j = 0; j < std::min<int64_t>(ROWS, m - i); ++j) put(i + j, c, width, out[j]);
+      }
     }
   }
 }

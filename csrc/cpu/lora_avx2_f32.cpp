@@ -10,6 +10,7 @@
 
 #define KLOSS_NAME avx2_f32
 #define KLOSS_BF16 0
-#define KLOSS_ROWS 4
+#define KLOSS_LANES 8
+#define KLOSS_ROWS 6
 #include "lora.inl"
 #endif

@@ -10,6 +10,7 @@
 
 #define KLOSS_NAME avx512_bf16
 #define KLOSS_BF16 1
+#define KLOSS_LANES 16
 #define KLOSS_ROWS 8
 #include "lora.inl"
 #endif
