@@ -34,3 +34,11 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """The GPU suite on the CPU, small (`suite_parts`)."""
+    from suite_parts import small_suite
+
+    return small_suite(tmp_path, monkeypatch)
