@@ -48,7 +48,7 @@ def test_a_study_takes_the_kernels_by_itself(monkeypatch, tmp_path):
     assert (tmp_path / "gpu/scores.json").read_bytes() == (tmp_path / "cpu/scores.json").read_bytes()
 
 
-def test_training_is_that_of_a_cpu_and_the_work_lists_wait_for_nothing(monkeypatch):
+def test_training_is_that_of_a_cpu_and_neither_work_lists_nor_layers_wait(monkeypatch):
     """Learners of different rank and dropout, one of which ends early and leaves the others a smaller bank."""
     corpus, sizes = ToyCorpus(("aa", "bb"), sentences=6), {"num_hidden_layers": 1}
     learners = [replace(learner, experiences=(("aa",),), epochs=1) for learner in SIX[:2]]
@@ -63,4 +63,5 @@ def test_training_is_that_of_a_cpu_and_the_work_lists_wait_for_nothing(monkeypat
     assert (param - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()
     assert there.scores == plain.scores
     places = {place for _, place in gpu.waits}
-    assert {place for place in places if place.startswith(("segments.py", "multi_lora", "dropout"))} <= {"segments.py:host_runs"}
+    kept_off = ("segments.py", "multi_lora", "dropout", "xlmr.py", "reference.py:packed_attention", "reference.py:_")
+    assert {place for place in places if place.startswith(kept_off)} <= {"segments.py:host_runs"}

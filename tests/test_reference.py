@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kloss.kernels import Dropout, make_segments, row_keys
+from kloss.kernels import Dropout, make_buckets, make_segments, row_keys
 from kloss.kernels.dropout import apply_dropout
 from kloss.kernels.reference import (
     adapter_linear,
@@ -333,6 +333,16 @@ def test_packed_attention_gradcheck(dropped):
     qkv = torch.randn(13, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dropout = attention_dropout(cu_seqlens, [0, 0, 1, -1], 1) if dropped else None
     assert torch.autograd.gradcheck(lambda x: packed_attention(x, cu_seqlens, 2, dropout=dropout), (qkv,))
+
+
+def test_packed_attention_takes_buckets_made_before():
+    qkv, cu_seqlens = torch.randn(60, 12), torch.tensor([0, 3, 3, 30, 41, 58], dtype=torch.int32)
+    buckets = make_buckets(cu_seqlens)
+    assert [tuple(part.shape) for part, _ in buckets.parts] == [(1, 8), (1, 16), (2, 32)]
+    assert torch.equal(buckets.index[buckets.slot_of_row], torch.arange(58)) and int(buckets.live.sum()) == 58
+    assert torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
+    other = make_buckets(torch.tensor([0, 29, 58], dtype=torch.int32))
+    assert not torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=other), packed_attention(qkv, cu_seqlens, 2))
 
 
 def test_packed_attention_without_rows():

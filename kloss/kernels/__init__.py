@@ -5,11 +5,13 @@ from functools import wraps
 import torch
 
 from . import multi_lora_cpu, reference
+from .buckets import Buckets, make_buckets
 from .dropout import Dropout, row_keys
 from .reference import adapter_adamw_, adapter_linear, add_norm, gelu, packed_attention, span_counts, token_loss
 from .segments import Segments, make_segments
 
 __all__ = [
+    "Buckets",
     "Dropout",
     "Segments",
     "adapter_adamw_",
@@ -17,6 +19,7 @@ __all__ = [
     "add_norm",
     "gelu",
     "lora_linear",
+    "make_buckets",
     "make_segments",
     "multi_lora_linear",
     "packed_attention",

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
+from .buckets import Buckets, make_buckets
 from .dropout import Dropout, apply_dropout, keep_mask, row_dropout, thresholds
 from .segments import Segments, make_segments
 
@@ -250,41 +251,25 @@ class _ContiguousGradient(Function):
         return dy.contiguous()
 
 
-def packed_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None) -> Tensor:
+def packed_attention(
+    qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None, buckets: Buckets | None = None
+) -> Tensor:
     """Softmax attention within each packed sequence: softmax(q kᵀ / √D) v, D = H / num_heads.
 
     qkv: [T, 3H], q, k and v side by side. cu_seqlens: int32 [S+1]. dropout: of the probabilities; the feature of head h and
-    key position j is h << 16 | j. Returns [T, H]. Rows behind cu_seqlens[-1] get 0.
-    Sequences of similar length share one padded product (lengths 8, 16, 32, ...), so the loop has a few rounds whatever S is.
+    key position j is h << 16 | j. buckets: `make_buckets(cu_seqlens)`, where a caller has it already. Returns [T, H]. Rows
+    behind cu_seqlens[-1] get 0.
+    Sequences of similar length share one padded product, so the loop has a few rounds whatever S is.
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3
-    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    outputs, slot_of_row, used = [], torch.empty(rows, dtype=torch.long, device=qkv.device), 0
-    longest = int(lengths.max()) if lengths.numel() else 0
-    padded, below = 8, 0
-    while below < longest:
-        chosen = ((lengths > below) & (lengths <= padded)).nonzero()[:, 0]
-        below, length, padded = padded, padded, padded * 2
-        if not chosen.numel():
-            continue
-        position = torch.arange(length, device=qkv.device)
-        live = position < lengths[chosen, None]
-        # A slot without a row repeats the last row of its own sequence, so nothing of another sequence ever comes near.
-        index = starts[chosen, None] + torch.minimum(position, lengths[chosen, None] - 1)
-        slots = used + torch.arange(index.numel(), device=qkv.device).view_as(index)
-        slot_of_row[index[live]] = slots[live]
-        outputs.append((index, live))
-        used += index.numel()
-    total = int(cu_seqlens[-1])
-    slot_of_row = slot_of_row[:total]
-    if not outputs:
+    parts, index, live, slot_of_row = make_buckets(cu_seqlens) if buckets is None else buckets
+    if not parts:
         return qkv.new_zeros(rows, width)
-    index = torch.cat([part.reshape(-1) for part, _ in outputs])
-    live = torch.cat([part.reshape(-1) for _, part in outputs])
+    total = slot_of_row.numel()
     gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
     blocks = []
     # Split and not sliced: the gradients of slices are as many matrices of zeros, added up.
-    for block, (part, mask) in zip(gathered.split([part.numel() for part, _ in outputs]), outputs, strict=True):
+    for block, (part, mask) in zip(gathered.split([part.numel() for part, _ in parts]), parts, strict=True):
         block = block.view(*part.shape, 3, num_heads, -1)
         # Contiguous both ways, as a bucket of more than one sequence would be made anyway: BLAS sums by the strides it sees.
         q, k, v = block.permute(2, 0, 3, 1, 4).contiguous()  # each [n, heads, length, D]

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
-from ..kernels import Dropout, Segments, adapter_linear, add_norm, gelu, multi_lora_linear, packed_attention
+from ..kernels import (
+    Buckets,
+    Dropout,
+    Segments,
+    adapter_linear,
+    add_norm,
+    gelu,
+    make_buckets,
+    multi_lora_linear,
+    packed_attention,
+)
 from ..kernels.dropout import RowDropout, apply_dropout, row_chances, stream_keys
 from .convert import find_checkpoint, from_transformers, read_weights, to_transformers
 
@@ -99,7 +109,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(inner, width)
         self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, segments, bank, dropout: StepDropout | None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, buckets: Buckets, segments, bank, dropout: StepDropout | None) -> Tensor:
         """x: [T, H] -> [T, H]."""
 
         def drop(kind: str, place: str) -> Dropout | None:
@@ -127,7 +137,8 @@ class Layer(nn.Module):
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, place: str) -> Tensor:
             return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", place))
 
-        attended = packed_attention(linear(x, "qkv", 3), cu_seqlens, self.heads, dropout=drop("attention", "attention"))
+        drops = drop("attention", "attention")
+        attended = packed_attention(linear(x, "qkv", 3), cu_seqlens, self.heads, dropout=drops, buckets=buckets)
         x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 
@@ -186,8 +197,9 @@ class XLMRForTokenClassification(nn.Module):
         )
         sites = len(Layer.SITES) * len(self.layers) + 2
         x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 2, sites))
+        buckets = make_buckets(cu_seqlens)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, segments, bank, dropout)
+            x = layer(x, cu_seqlens, buckets, segments, bank, dropout)
         return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 1, sites))
 
     def forward(
