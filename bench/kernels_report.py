@@ -96,8 +96,8 @@ def line(launch: LaunchRecord, used: Resources, wrong: list[str]) -> str:
 
 
 def roofline() -> list[dict]:
-    """Estimates for all linears of a layer of XLM-R base at the study's batch, per rank: FLOPs, bytes, time,
-    ratio.
+    """Estimates for all linears of a layer of XLM-R base at the study's batch, per rank: FLOPs, bytes, time, and the ratio to
+    the base products alone, kernels one after another and overlapped.
     """
     rows = []
     for rank in cases.STUDY_RANKS:
@@ -110,7 +110,10 @@ def roofline() -> list[dict]:
                 "mbytes": sum(one.bytes for one in same) / 1e6, "us": sum(one.seconds for one in same) * 1e6,
             })  # fmt: skip
         total = sum(one.seconds for one in work)
-        rows.append({"rank": rank, "kernel": "all", "us": total * 1e6, "ratio_to_base_alone": total / floor})
+        # Where kernels that wait for memory run beside those that compute, the larger of both sums is left.
+        beside = max(sum(one.flops for one in work) / cases.PEAK_FLOPS, sum(one.bytes for one in work) / cases.PEAK_BYTES)
+        ratios = {"ratio_to_base_alone": total / floor, "ratio_overlapped": beside / floor}
+        rows.append({"rank": rank, "kernel": "all", "us": total * 1e6, **ratios})
     return rows
 
 
@@ -151,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("rank  kernel     GFLOP    MB     µs at 788 TFLOP/s, 4.3 TB/s")
     for row in estimates:
         if row["kernel"] == "all":
-            tail = f"{row['us']:24.0f}  {row['ratio_to_base_alone']:.2f} x the base products alone"
+            one_by_one, beside = row["ratio_to_base_alone"], row["ratio_overlapped"]
+            tail = f"{row['us']:24.0f}  {one_by_one:.2f} x the base products alone; {beside:.2f} x if memory and products overlap"
         else:
             tail = f"{row['gflop']:9.1f} {row['mbytes']:6.0f} {row['us']:7.0f}"
         print(f"{row['rank']:4d}  {row['kernel']:6} {tail}")

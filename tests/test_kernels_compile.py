@@ -74,6 +74,7 @@ def test_estimates_add_up():
     rows, weights = 19_968, 7_077_888
     floor = sum(one.seconds for linear in cases.XLMR_BASE for one in cases.base_work(linear, rows))
     assert floor == pytest.approx(2 * 2 * rows * weights / 788e12, rel=1e-12)
-    for rank, ratio in ((32, 1.40), (64, 1.48), (256, 1.97)):
+    for rank, ratio, beside in ((32, 1.40, 1.094), (64, 1.48, 1.1875), (256, 1.97, 1.75)):  # beside: FLOPs alone, 1 + 3 r / 1024
         row = next(one for one in kernels_report.roofline() if one["rank"] == rank and one["kernel"] == "all")
         assert row["ratio_to_base_alone"] == pytest.approx(ratio, abs=0.005)
+        assert row["ratio_overlapped"] == pytest.approx(beside, abs=0.0005)
