@@ -1,0 +1,305 @@
+"""Many adapters on any model: its nn.Linear layers become multi-adapter ones, and a batch says whose each of its rows is.
+
+    kloss.attach(model, adapters=52, rank=32)
+    with kloss.use_adapters(model, [3, 0, -1, 3]):  # one for each row of the batch; -1: the base model alone
+        logits = model(input_ids, attention_mask=mask).logits
+
+The adapters are ordinary parameters, so an ordinary optimiser trains them. One that had no row in a batch gets a gradient of
+zero; what an optimiser does with that (momentum, weight decay) it does to that adapter too. A state dict holds the weights:
+ranks, scalings, seed and step are those of `attach`, `load_peft` and `use_adapters`.
+"""
+
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from hashlib import blake2b
+from numbers import Integral, Real
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import read_json, read_tensors, write_json, write_tensors
+from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
+from ..kernels.dropout import draws, stream_keys
+
+ALTERED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")  # of peft: not plain LoRA
+
+
+class _Running(threading.local):
+    """The batch of the innermost `use_adapters` of the thread that asks. A copy of a model starts with none."""
+
+    batch: "_Batch | None" = None
+
+    def __reduce__(self):
+        return _Running, ()
+
+
+class _Shared:
+    """What the layers of one model have in common: each adapter's settings, the dropout's step, the batch that is running."""
+
+    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int):
+        self.ranks, self.rank, self.chances = ranks, max(ranks), chances
+        self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
+        self.seeds = stream_keys(torch.tensor([seed]), torch.arange(len(ranks)), 0)  # int64 [G]
+        self.step, self.running = 0, _Running()
+
+
+class _Batch:
+    """One `use_adapters`. ids: an adapter or -1 for each batch row."""
+
+    def __init__(self, shared: _Shared, ids: list[int], step: int):
+        self.shared, self.ids, self.step = shared, ids, step
+        self.made: dict[tuple, tuple] = {}
+
+    def rows(self, length: int, device: torch.device, training: bool) -> tuple[Segments, Tensor, Tensor | None, Dropout | None]:
+        """What all layers need for inputs with `length` rows for each of the batch, made once: segments; scaling fp32 [G]; ranks
+        int64 [G], None where all are R; dropout at site 0, or None."""
+        key = length, device, training and any(self.shared.chances)
+        if key not in self.made:
+            with torch.inference_mode(False):  # made in an evaluation, it must serve a training step as well
+                self.made[key] = self._make(*key)
+        return self.made[key]
+
+    def _make(self, length: int, device: torch.device, drops: bool):
+        shared, size = self.shared, len(self.ids)
+        ids = torch.tensor(self.ids, dtype=torch.int32)
+        offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
+        segments = make_segments(offsets, ids.to(device), len(shared.ranks), rows=size * length)
+        scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
+        ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
+        if not drops:
+            return segments, scaling, ranks, None
+        number = (ids[:, None] == ids).tril(-1).sum(1)  # how many rows of the same adapter come before
+        if int(number.max()) >= 1 << 16 or length > 1 << 16:
+            raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {int(number.max()) + 1}")
+        keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
+        chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
+        return segments, scaling, ranks, Dropout(chances, shared.seeds.to(device), keys, 0)
+
+
+class MultiAdapterLinear(nn.Module):
+    """An nn.Linear with the LoRA update of each batch row's own adapter; that nn.Linear where no `use_adapters` is running.
+
+    weight [N, K], bias [N] or None: the linear's own, frozen, under their old names. lora_a [G, R, K] and lora_b [G, N, R]:
+    fp32 (fp64 on an fp64 base), as peft keeps adapters, on the base's device; they are rounded to the input's dtype where they
+    are used. A is uniform in ±1/√K, as peft draws it, each number a function of (seed, adapter, the layer's name, row, column)
+    alone; B is zero. An adapter of rank r < R has its r rows of A and columns of B first, and zeros behind.
+    """
+
+    def __init__(self, linear: nn.Linear, shared: _Shared, name: str, site: int):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.shared, self.name, self.site = shared, name, site
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
+        place = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
+        row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
+        keys = stream_keys(shared.seeds[:, None].to(device), row, place)  # [G, R]
+        a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
+        live = row < torch.tensor(shared.ranks, device=device)[:, None]
+        self.lora_a = nn.Parameter(torch.where(live[..., None], a, 0.0))
+        self.lora_b = nn.Parameter(a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, ..., K], the first dimension that of the batch, in the weight's dtype (under autocast any). Returns
+        [B, ..., N]. Raises ValueError, with the layer's name, for another first dimension or dtype."""
+        batch, weight, bias, kind = self.shared.running.batch, self.weight, self.bias, x.device.type
+        if batch is None:
+            return F.linear(x, weight, bias)
+        if x.dim() < 2 or x.shape[0] != len(batch.ids):
+            needed = f"[{len(batch.ids)}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
+            raise ValueError(f"{self.name}: the input has shape {list(x.shape)}, needed is {needed}")
+        autocast = torch.is_autocast_enabled(kind)
+        if autocast:
+            x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
+        if x.dtype != weight.dtype:
+            raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
+        segments, scaling, ranks, dropout = batch.rows(x.shape[1:-1].numel(), x.device, self.training)
+        keywords = {"ranks": ranks, "dropout": dropout and dropout._replace(site=self.site)}
+        packed = x.reshape(-1, x.shape[-1])  # [T, K], the rows of one batch row are neighbours
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            y = multi_lora_linear(packed, weight, bias, self.lora_a, self.lora_b, scaling, segments, **keywords)
+        if y.requires_grad and kind == "cpu":
+            y.register_hook(_outside_autocast)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def _outside_autocast(_: Tensor) -> None:
+    if torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("call backward outside torch.autocast: on a CPU it would compute gradients in another dtype")
+
+
+def attach(
+    model: nn.Module, adapters: int = 52, rank: int | Sequence[int] = 32, targets: str | Sequence[str] = "all-linear",
+    *, alpha: float | Sequence[float] | None = None, dropout: float | Sequence[float] = 0.0, seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """Puts `adapters` LoRA adapters on a model, in place: chosen nn.Linear layers become `MultiAdapterLinear`.
+
+    adapters: G. rank: one for all or one per adapter; the largest is R. alpha: LoRA's, likewise; None is the rank, so that the
+    scaling alpha / rank is 1. dropout: of the adapters' inputs while training, in [0, 1), likewise. seed: of A and of dropout;
+    adapter g is the same whatever `adapters` and the other ranks are.
+    targets: a layer's name or its end, or several: ("query", "value") takes every layer whose name is one of them or ends in
+    "." and one of them. "all-linear" takes every nn.Linear but the output head, which is whatever lies outside
+    `model.base_model`, if there is one, and what `model.get_output_embeddings()` returns; transformers' models have both.
+    All other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
+    Returns the model. Raises UserError, and changes nothing, for a model that has adapters, targets that match no nn.Linear or
+    something else, layers that would not be called as nn.Linear is, or numbers out of range.
+    """
+    if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
+        raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
+    if not isinstance(adapters, Integral) or adapters < 1:
+        raise UserError(f"adapters must be a whole number of at least 1, got {adapters!r}")
+    ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
+    alphas = ranks if alpha is None else _each("alpha", alpha, adapters, "a finite number", math.isfinite)
+    chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
+    chosen, shared = _chosen(model, targets), _Shared(ranks, alphas, chances, seed)
+    layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(chosen.items())}
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places
+        if module in layers:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layers[module])
+    return model
+
+
+def _each(name: str, given, adapters: int, allowed: str, good: Callable[[object], bool]) -> list:
+    """One value for each adapter, from one for all or from a list."""
+    values = [given] * adapters if isinstance(given, Real) else list(given)
+    if len(values) != adapters or not all(isinstance(v, Real) and good(v) for v in values):
+        raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
+    return values
+
+
+def _chosen(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers to adapt by their names."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    # Subclasses compute in ways of their own: quantised ones, or nn.MultiheadAttention's, which is never called.
+    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
+    allowed = f"all-linear, or ends of names such as {', '.join(sorted({name.rpartition('.')[2] for name in linears})) or '-'}"
+    if targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        body = set(getattr(model, "base_model", model).modules()) - {head}
+        names = [name for name, module in linears.items() if module in body]
+    else:
+        ends = [targets] if isinstance(targets, str) else list(targets)
+        hits = [{name for name in modules if f".{name}".endswith(f".{end}")} for end in ends]
+        if not all(hits):
+            raise UserError(f"targets {targets!r}: no layer's name is or ends in {ends[hits.index(set())]!r}; allowed: {allowed}")
+        names = [name for name in modules if any(name in hit for hit in hits)]
+    if not names:
+        raise UserError(f"targets {targets!r} choose no nn.Linear of this model; allowed: {allowed}")
+    for name in names:
+        module, parent = modules[name], model.get_submodule(name.rpartition(".")[0])
+        if name not in linears:
+            raise UserError(f"{name} is a {type(module).__name__}, only nn.Linear can carry adapters; allowed: {allowed}")
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise UserError(f"{name}: torch's nn.TransformerEncoderLayer takes the weights of its linears and does not call them")
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+            raise UserError(f"{name} has hooks or another forward, which would be lost: attach first, then add them")
+    return {name: linears[name] for name in names}
+
+
+@contextmanager
+def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None):
+    """Within the block each batch row is computed with its own adapter: adapter_ids[b], int [B] on any device, for row b, -1 for
+    the base model alone. Blocks may be nested; each ends with the one around it, or the base model, in force again.
+
+    Every adapted layer must get an input [B, ..., K]. The block is that of its thread: others have their own or none. Under
+    gradient checkpointing call backward inside the same block, for it computes the layers again, with the block's adapters then
+    in force; that is why backward runs in the calling thread here. On a CPU call backward outside autocast.
+    step: the dropout's, below 2^31. Each block that is entered while model.training takes the next one, counted from 0 or from
+    the last one given here: to go on with a training run, give it. The mask of an adapter's row depends on (attach's seed,
+    adapter, step, how many rows of that adapter come before it in the batch, position, layer, feature), never on neighbours.
+    Raises UserError for a model without adapters or ids that are not adapters of it.
+    """
+    shared = _layers(model)[0].shared
+    ids, adapters = torch.as_tensor(adapter_ids), len(shared.ranks)
+    whole = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
+    if not whole or int(ids.min()) < -1 or int(ids.max()) >= adapters:
+        raise UserError(f"adapter_ids must be one whole number in [-1, {adapters}) for each batch row, got {adapter_ids}")
+    step = shared.step if step is None else step
+    if not isinstance(step, Integral) or not 0 <= step < 1 << 31:
+        raise UserError(f"step must be a whole number in [0, 2^31), got {step!r}")
+    if model.training:
+        shared.step = step + 1
+    before, shared.running.batch = shared.running.batch, _Batch(shared, ids.tolist(), step)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # or a layer computed again would find another thread's batch
+            yield
+    finally:
+        shared.running.batch = before
+
+
+def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
+    layers = [module for module in model.modules() if isinstance(module, MultiAdapterLinear)]
+    models = len({layer.shared for layer in layers})
+    if models != 1:
+        raise UserError(f"a model that kloss.attach was called on is needed, this one holds {models} of them")
+    return layers
+
+
+def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
+    """Adapter g's A [rank, K] and B [N, rank] as views under peft's names; rank None: its own."""
+    layers, tensors = _layers(model), {}
+    ranks = layers[0].shared.ranks
+    if not 0 <= g < len(ranks):
+        raise UserError(f"there is no adapter {g}, the model has 0 to {len(ranks) - 1}")
+    for layer in layers:
+        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, : rank or ranks[g]]
+        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, : rank or ranks[g]]
+    return tensors
+
+
+def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
+    """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors, for the model given to `attach`."""
+    tensors = {name: tensor.cpu().clone() for name, tensor in _tensors(model, g).items()}
+    layers, shared = _layers(model), _layers(model)[0].shared
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": shared.ranks[g],
+        "lora_alpha": shared.scaling[g] * shared.ranks[g],
+        "target_modules": "|".join(re.escape(layer.name) for layer in layers),  # a pattern: plain names match ends, too
+        "lora_dropout": float(shared.chances[g]),
+        "bias": "none",
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    }
+    write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_json(Path(folder) / "adapter_config.json", config)
+
+
+def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
+    """Overwrites adapter g, outside `use_adapters`, with one that peft or `save_peft` wrote; its dropout stays as it was. Layers
+    that the files leave out get a zero update. Raises UserError, and changes nothing, for files that are missing or damaged, a
+    rank above R, or a tensor that has no place in the adapted layers."""
+    shared = _layers(model)[0].shared
+    config = read_json(Path(folder) / "adapter_config.json")
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not 1 <= rank <= shared.rank:
+        raise UserError(f"{folder}: a LORA adapter of rank 1 to {shared.rank} is needed, got {config.get('peft_type')} {rank}")
+    if changed := [key for key in ALTERED if config.get(key)]:
+        raise UserError(f"{folder}: {changed[0]} is not supported, only plain LoRA with one rank and alpha")
+    if not isinstance(alpha, int | float):
+        raise UserError(f"{folder}: lora_alpha must be a number, got {alpha!r}")
+    if shared.running.batch is not None:
+        raise UserError("load adapters outside use_adapters, whose batch has their scalings already")
+    places = _tensors(model, g, rank)
+    if bad := [name for name, tensor in tensors.items() if name not in places or places[name].shape != tensor.shape]:
+        raise UserError(f"{folder}: {bad[0]} {tuple(tensors[bad[0]].shape)} has no place in the adapted layers of this model")
+    a, b = ({name.replace(kind, "") for name in tensors if kind in name} for kind in (".lora_A", ".lora_B"))
+    if a != b:
+        raise UserError(f"{folder}: {min(a ^ b)} has only one of lora_A and lora_B")
+    for whole in _tensors(model, g, shared.rank).values():
+        whole.zero_()
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+    shared.ranks[g], shared.scaling[g] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
