@@ -256,11 +256,8 @@ def test_inputs_of_any_shape_and_dtype(shape, dtype):
 def test_autocast_computes_in_its_dtype():
     ours = attached(lambda: nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 5)))
     rounded, x, ids = copy.deepcopy(ours).to(torch.bfloat16), torch.randn(4, 3, 32), [2, -1, 0, 2]
-    with kloss.use_adapters(ours, ids):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = ours(x)
-            with pytest.raises(RuntimeError, match="backward outside torch.autocast"):
-                y.sum().backward(retain_graph=True)
+    with kloss.use_adapters(ours, ids), torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
         y.float().square().sum().backward()
     with kloss.use_adapters(rounded, ids):
         wanted = rounded(x.to(torch.bfloat16))

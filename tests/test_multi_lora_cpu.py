@@ -4,7 +4,15 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_as_good, assert_company_does_not_matter, assert_each_adapter_is_alone, batches, outputs, problem
+from helpers import (
+    LEAVES,
+    assert_as_good,
+    assert_company_does_not_matter,
+    assert_each_adapter_is_alone,
+    batches,
+    outputs,
+    problem,
+)
 from hypothesis import HealthCheck, given, settings
 
 import kloss.kernels as kernels
@@ -201,6 +209,18 @@ def test_what_it_does_not_take_the_reference_does(monkeypatch):
 def kernels_output(case):
     arguments = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments
     return kernels.multi_lora_linear(*arguments, **case.keywords)
+
+
+@pytest.mark.parametrize("width", [20, 32], ids=["reference", "csrc"])
+def test_autocast_runs_in_the_asked_dtype_backward_too(width):
+    case = problem([5, 30], [1, 0], adapters=2, k=width, n=width, p=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outputs(kernels.multi_lora_linear, case)
+    rounded = [value.bfloat16() if name in LEAVES else value for name, value in case._asdict().items()]
+    wanted = outputs(kernels.multi_lora_linear, type(case)(*rounded))
+    assert got["y"].dtype == torch.bfloat16 and torch.equal(got["y"], wanted["y"])
+    for name in LEAVES:
+        assert got[name].dtype == torch.float32 and torch.equal(got[name].bfloat16(), wanted[name]), name
 
 
 def test_the_operator_refuses_what_does_not_fit():

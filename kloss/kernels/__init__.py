@@ -40,8 +40,9 @@ def _home(x, weight, slices=1):
 
 
 @wraps(reference.multi_lora_linear)
-def multi_lora_linear(x, weight, *args, **keywords):
-    return _home(x, weight, keywords.get("slices", 1)).multi_lora_linear(x, weight, *args, **keywords)
+def multi_lora_linear(x, weight, bias, *args, **keywords):
+    x, weight, bias = reference.lower(x, weight, bias)
+    return _home(x, weight, keywords.get("slices", 1)).multi_lora_linear(x, weight, bias, *args, **keywords)
 
 
 @wraps(reference.lora_linear)

@@ -155,9 +155,7 @@ def multi_lora_linear(
     not fit. Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     reference.check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = reference.lower(x, weight, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x {x.dtype}, weight {weight.dtype}, bias {bias if bias is None else bias.dtype}"
         raise ValueError(f"expected one dtype for the base layer, got {given}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -44,6 +45,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 class _MultiLora(Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact):
         dtype, x, weight = x.dtype, reference.widened(x).contiguous(), reference.widened(weight)
         a, b = (_rows(reference.widened(tensor)) for tensor in (lora_a, lora_b))
@@ -62,6 +64,7 @@ class _MultiLora(Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx, dy):
         x, weight, a, b, s, *how = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
@@ -88,4 +91,5 @@ def multi_lora_linear(
     """`reference.multi_lora_linear` for a layer that `fits`; S and dS are rounded to x's dtype, sums are fp32."""
     reference.check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    return _MultiLora.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact)
+    how = scaling, segments, slices, ranks, dropout, exact
+    return reference.without_autocast(_MultiLora, x, weight, bias, lora_a, lora_b, *how)

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
@@ -30,6 +31,22 @@ def widened(tensor: Tensor | None) -> Tensor | None:
     if tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def lower(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The base layer's tensors, in autocast's dtype where autocast is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def without_autocast(function: type[Function], *arguments) -> Tensor:
+    """function.apply with autocast off, in its forward and in its backward: it has chosen its dtypes itself."""
+    if not torch.is_autocast_enabled("cpu"):
+        return function.apply(*arguments)
+    with torch.autocast("cpu", enabled=False):
+        return function.apply(*arguments)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -65,6 +82,7 @@ class _MultiLoraLinear(Function):
     """y = x Wᵀ + b + s_g (drop(x) A_gᵀ) B_gᵀ, one adapter's rows at a time; the gradients are written out below."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact):
         wide, full = widened(x), lora_b.shape[-1]
         y = base_product(wide, widened(weight), widened(bias), segments, exact)
@@ -91,6 +109,7 @@ class _MultiLoraLinear(Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, dropped, keep, *shrunk = ctx.saved_tensors
         need_x, need_w, need_b, need_lora_a, need_lora_b = ctx.needs_input_grad[:5]
@@ -142,8 +161,10 @@ def multi_lora_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
+    x, weight, bias = lower(x, weight, bias)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    return _MultiLoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact)
+    how = scaling, segments, slices, ranks, dropout, exact
+    return without_autocast(_MultiLoraLinear, x, weight, bias, lora_a, lora_b, *how)
 
 
 def check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices) -> None:

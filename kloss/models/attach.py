@@ -13,7 +13,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from hashlib import blake2b
 from numbers import Integral, Real
 from pathlib import Path
@@ -110,30 +110,19 @@ class MultiAdapterLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, ..., K], the first dimension that of the batch, in the weight's dtype (under autocast any). Returns
         [B, ..., N]. Raises ValueError, with the layer's name, for another first dimension or dtype."""
-        batch, weight, bias, kind = self.shared.running.batch, self.weight, self.bias, x.device.type
+        batch, weight, bias = self.shared.running.batch, self.weight, self.bias
         if batch is None:
             return F.linear(x, weight, bias)
         if x.dim() < 2 or x.shape[0] != len(batch.ids):
             needed = f"[{len(batch.ids)}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
             raise ValueError(f"{self.name}: the input has shape {list(x.shape)}, needed is {needed}")
-        autocast = torch.is_autocast_enabled(kind)
-        if autocast:
-            x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, weight, bias))
-        if x.dtype != weight.dtype:
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
         segments, scaling, ranks, dropout = batch.rows(x.shape[1:-1].numel(), x.device, self.training)
         keywords = {"ranks": ranks, "dropout": dropout and dropout._replace(site=self.site)}
         packed = x.reshape(-1, x.shape[-1])  # [T, K], the rows of one batch row are neighbours
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            y = multi_lora_linear(packed, weight, bias, self.lora_a, self.lora_b, scaling, segments, **keywords)
-        if y.requires_grad and kind == "cpu":
-            y.register_hook(_outside_autocast)
+        y = multi_lora_linear(packed, weight, bias, self.lora_a, self.lora_b, scaling, segments, **keywords)
         return y.view(*x.shape[:-1], self.out_features)
-
-
-def _outside_autocast(_: Tensor) -> None:
-    if torch.is_autocast_enabled("cpu"):
-        raise RuntimeError("call backward outside torch.autocast: on a CPU it would compute gradients in another dtype")
 
 
 def attach(
@@ -213,7 +202,7 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
 
     Every adapted layer must get an input [B, ..., K]. The block is that of its thread: others have their own or none. Under
     gradient checkpointing call backward inside the same block, for it computes the layers again, with the block's adapters then
-    in force; that is why backward runs in the calling thread here. On a CPU call backward outside autocast.
+    in force; that is why backward runs in the calling thread here.
     step: the dropout's, below 2^31. Each block that is entered while model.training takes the next one, counted from 0 or from
     the last one given here: to go on with a training run, give it. The mask of an adapter's row depends on (attach's seed,
     adapter, step, how many rows of that adapter come before it in the batch, position, layer, feature), never on neighbours.
