@@ -12,7 +12,7 @@ from kloss.cl.rundir import open_run
 from kloss.errors import UserError
 
 CONFIG = {"seed": 0}
-LEFT = (".checkpoint.safetensors.4711.partial", ".scores.json.7.partial")
+LEFT = (".checkpoint.safetensors.4711.partial", ".scores.json.7.partial", ".tmpZZDWcX")
 
 
 def names(folder):
@@ -29,7 +29,12 @@ def made(folder, *files):
 
 
 def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
-    kept = (".report.html.8.partial", "checkpoint.safetensors", "mine.partial")  # a report may be written by anyone, any time
+    kept = (
+        ".report.html.8.partial",
+        "checkpoint.safetensors",
+        "mine.partial",
+        ".tmp-mine",
+    )  # a report may be written by anyone, any time
     folder = made(tmp_path / "run", *LEFT, *kept)
     with open_run(folder, CONFIG):
         assert names(folder) == sorted((".lock", "config.json", *kept))

@@ -136,10 +136,11 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what killed processes left: temporary files of `write_atomically`, and a last line of the log without its end."""
+    """Removes what killed processes left: temporary files of `write_atomically` and those that safetensors makes beside them
+    (.tmp and six characters), and a last line of the log without its end."""
     log = path / "log.jsonl"
     try:
-        for file in path.glob(".*.partial"):
+        for file in (*path.glob(".*.partial"), *path.glob(".tmp??????")):
             if not file.name.startswith(".report.html."):  # write_report needs no lock: its file may be alive
                 file.unlink(missing_ok=True)
         if log.exists():
