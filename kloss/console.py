@@ -46,13 +46,14 @@ class Lines:
             self.end()
             self.kind, self.ended = kind, False
             self.started = self.printed = now
-            self.first = done  # above 0 where a stopped run goes on
+            self.passed = done  # as last printed; above 0 at the start where a stopped run goes on
         self.done, self.total, self.text = done, total, text
         if total and done >= total:
             self.end()
         elif now - self.printed >= EVERY:
-            self.printed = now
-            left = (now - self.started) * (total - done) / (done - self.first) if total and done > self.first else None
+            # By the rate since the last line: the last learner alone is slower than fifty together were.
+            left = (now - self.printed) * (total - done) / (done - self.passed) if total and done > self.passed else None
+            self.printed, self.passed = now, done
             self._print(now, left)
 
     def end(self) -> None:

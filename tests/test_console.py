@@ -62,6 +62,16 @@ def test_a_run_taken_up_again_does_not_count_what_was_done_before(log, clock):
     assert read() == ["5 learners, 4 training, loss 1.0: 9,200/10,000, 100 s, 400 s left"]
 
 
+def test_the_time_left_follows_a_change_of_pace(log, clock):
+    lines, read = log
+    lines(0, 10_000, "53 learners")
+    clock.now += EVERY
+    lines(6_000, 10_000, "53 learners")
+    clock.now += EVERY
+    lines(7_000, 10_000, "53 learners")
+    assert read() == ["53 learners: 6,000/10,000, 30 s, 20 s left", "53 learners: 7,000/10,000, 60 s, 90 s left"]
+
+
 def test_each_kind_of_work_has_its_end(log, clock):
     lines, read = log
     lines(0, 1, "training a tokenizer")
@@ -91,11 +101,12 @@ def test_each_kind_of_work_has_its_end(log, clock):
 
 def test_long_times_are_in_minutes_and_hours(log, clock):
     lines, read = log
-    lines(0, 100, "learning")
     for seconds, text in ((560, "560 s, 560 s left"), (600, "10 min, 10 min left"), (7200, "2.0 h, 2.0 h left")):
-        clock.now = 1000 + seconds
-        lines(50, 100, "learning")
-        assert read() == [f"learning: 50/100, {text}"]
+        lines(0, 100, f"learning for {seconds}")
+        read()
+        clock.now += seconds
+        lines(50, 100, f"learning for {seconds}")
+        assert read() == [f"learning for {seconds}: 50/100, {text}"]
 
 
 def test_text_is_text(log, clock):
