@@ -107,6 +107,7 @@ class Config:
             "max_length",
             "tiny_layers",
             "tiny_hidden",
+            "pretrain_batch",
             "pass_tokens",
         )
         for name in (*positive, "limit", "eval_limit"):
