@@ -23,8 +23,8 @@ CHOICES = (
     "NON-SHARED and MONO: a language not yet learned is scored with the learner trained last. Partially shared: with its "
     "group's learner, or with the one trained last while its group has learned nothing.",
     "CFT after Winata et al. 2023; multi-hop transfer in two readings of ours, impact and retention.",
-    "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text. It is not "
-    "XLM-R base, and its figures are not the paper's.",
+    "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text: 30 % of the "
+    "tokens, each to be told from tokens drawn from the text. It is not XLM-R base, and its figures are not the paper's.",
 )
 
 

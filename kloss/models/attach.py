@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import read_json, read_tensors, write_json, write_tensors
 from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
 from ..kernels.dropout import draws, stream_keys
-
-ALTERED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")  # of peft: not plain LoRA
+from .peft_files import read_adapter, write_adapter
 
 
 class _Running(threading.local):
@@ -248,21 +246,15 @@ def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Ten
 
 def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors, for the model given to `attach`."""
-    tensors = {name: tensor.cpu().clone() for name, tensor in _tensors(model, g).items()}
-    layers, shared = _layers(model), _layers(model)[0].shared
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "r": shared.ranks[g],
-        "lora_alpha": shared.scaling[g] * shared.ranks[g],
+    layers, tensors = _layers(model), _tensors(model, g)
+    shared = layers[0].shared
+    settings = {
+        "rank": shared.ranks[g],
+        "scaling": shared.scaling[g],
         "target_modules": "|".join(re.escape(layer.name) for layer in layers),  # a pattern: plain names match ends, too
         "lora_dropout": float(shared.chances[g]),
-        "bias": "none",
-        "inference_mode": True,
-        "base_model_name_or_path": None,
     }
-    write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(Path(folder) / "adapter_config.json", config)
+    write_adapter(folder, tensors, **settings)
 
 
 def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
@@ -270,25 +262,14 @@ def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     that the files leave out get a zero update. Raises UserError, and changes nothing, for files that are missing or damaged, a
     rank above R, or a tensor that has no place in the adapted layers."""
     shared = _layers(model)[0].shared
-    config = read_json(Path(folder) / "adapter_config.json")
-    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not 1 <= rank <= shared.rank:
-        raise UserError(f"{folder}: a LORA adapter of rank 1 to {shared.rank} is needed, got {config.get('peft_type')} {rank}")
-    if changed := [key for key in ALTERED if config.get(key)]:
-        raise UserError(f"{folder}: {changed[0]} is not supported, only plain LoRA with one rank and alpha")
-    if not isinstance(alpha, int | float):
-        raise UserError(f"{folder}: lora_alpha must be a number, got {alpha!r}")
     if shared.running.batch is not None:
         raise UserError("load adapters outside use_adapters, whose batch has their scalings already")
+    rank, scaling, tensors = read_adapter(folder, shared.rank)
     places = _tensors(model, g, rank)
     if bad := [name for name, tensor in tensors.items() if name not in places or places[name].shape != tensor.shape]:
         raise UserError(f"{folder}: {bad[0]} {tuple(tensors[bad[0]].shape)} has no place in the adapted layers of this model")
-    a, b = ({name.replace(kind, "") for name in tensors if kind in name} for kind in (".lora_A", ".lora_B"))
-    if a != b:
-        raise UserError(f"{folder}: {min(a ^ b)} has only one of lora_A and lora_B")
     for whole in _tensors(model, g, shared.rank).values():
         whole.zero_()
     for name, tensor in tensors.items():
         places[name].copy_(tensor)
-    shared.ranks[g], shared.scaling[g] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    shared.ranks[g], shared.scaling[g] = rank, scaling

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json, read_tensors, write_json, write_tensors
 from .convert import LINEARS, QKV
+from .peft_files import read_adapter, write_adapter
 from .xlmr import XLMRConfig
 
 TARGETS = ("qkv", "out", "up", "down")
@@ -188,25 +188,17 @@ class AdapterBank:
 
     def save_peft(self, folder: str | Path, g: int) -> None:
         """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors."""
-        rank = int(self.ranks[g])
         names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
         # A pattern, since the plain name output.dense would also match attention.output.dense.
         wanted = "|".join(names[target] for target in self.targets)
-        config = {
-            "peft_type": "LORA",
+        settings = {
+            "rank": int(self.ranks[g]),
+            "scaling": float(self.scaling[g]),
             "task_type": "TOKEN_CLS",
-            "r": rank,
-            "lora_alpha": float(self.scaling[g]) * rank,
             "target_modules": rf".*encoder\.layer\.\d+\.({wanted})",
             "modules_to_save": ["classifier"] if self.has_head else None,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            "base_model_name_or_path": None,
         }
-        tensors = {name: tensor.cpu().clone() for name, tensor in self._peft_tensors(g).items()}
-        write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(Path(folder) / "adapter_config.json", config)
+        write_adapter(folder, self._peft_tensors(g), **settings)
 
     @torch.no_grad()
     def load_peft(self, folder: str | Path, g: int) -> None:
@@ -214,18 +206,7 @@ class AdapterBank:
 
         Raises UserError for files that are missing or damaged, a rank above the bank's, or tensors the bank has no place for.
         """
-        config = read_json(Path(folder) / "adapter_config.json")
-        tensors = read_tensors(Path(folder) / "adapter_model.safetensors")
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not 1 <= rank <= self.rank:
-            raise UserError(f"{folder}: a LORA adapter of rank 1 to {self.rank} is needed, got {config.get('peft_type')} {rank}")
-        if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise UserError(f"{folder}: DoRA and per-module ranks or alphas are not supported")
-        if not isinstance(alpha, int | float):
-            raise UserError(f"{folder}: lora_alpha must be a number, got {alpha!r}")
-        a, b = ({name.replace(kind, "") for name in tensors if kind in name} for kind in (".lora_A", ".lora_B"))
-        if a != b:
-            raise UserError(f"{folder}: {min(a ^ b)} has only one of lora_A and lora_B")
+        rank, scaling, tensors = read_adapter(folder, self.rank)
         before = self.param[g].clone(), self.ranks[g].clone()
         head = {name: tensor.clone() for name, tensor in self._peft_tensors(g).items() if ".classifier." in name}
         self.ranks[g] = rank
@@ -238,8 +219,7 @@ class AdapterBank:
             raise UserError(f"{folder}: {bad[0]} {shape} has no place in this bank ({', '.join(self.targets)})")
         for name, tensor in (head | tensors).items():
             places[name].copy_(tensor)
-        scale = math.sqrt(rank) if config.get("use_rslora") else rank
-        self.scaling[g] = alpha / scale
+        self.scaling[g] = scaling
         self.ranks_if_mixed = None if bool((self.ranks == self.rank).all()) else self.ranks
         self.refresh(g)
 
