@@ -7,10 +7,11 @@ PY := $(ENV)/bin/python
 run: $(ENV)/ready
 	$(PY) -m kloss.run $(ARGS)
 
+# A process per core, each with one thread: two threads that wait for a busy core are slower than one.
 test: $(ENV)/ready-to-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(ENV)/ready-to-test
 	$(PY) -m ruff check .
