@@ -171,6 +171,7 @@ def test_mistakes_of_the_command_line(small, capsys):
         (["--preset", "huge"], "unknown preset huge"),
         (["--dropout", "1"], "--dropout must lie in [0, 1)"),
         (["--epochs", "0"], "--epochs must be 1 or more"),
+        (["--pretrain-batch", "0"], "--pretrain-batch must be 1 or more"),
         (["--device", "abacus"], "--device must be auto, cpu or cuda"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA GPU here")]),
     ):
