@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kloss.cl.train import _Team
-from kloss.run import main
+from kloss.models import TINY
+from kloss.run import _estimated_seconds, main
 
 SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
@@ -158,6 +159,12 @@ def jsonl(folder, *lines):
     text = "".join((line if isinstance(line, str) else json.dumps(good | line)) + "\n" for line in ({}, *lines))
     (folder / "en-US.jsonl").write_text(text)
     return str(folder)
+
+
+def test_the_estimate_counts_rounds_and_tokens():
+    """The last of 53 learners trains alone, a batch of 100 tokens a round: that is the host's time, not the products'."""
+    assert _estimated_seconds(TINY, 10_000, 0, 0) > 0 and _estimated_seconds(TINY, 0, 10_000, 0) > 0
+    assert _estimated_seconds(TINY, 0, 0, 10_000) > 0 and _estimated_seconds(TINY, 0, 0, 0) == 0
 
 
 def test_mistakes_of_the_command_line(small, capsys):
