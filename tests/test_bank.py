@@ -392,6 +392,8 @@ FAULTS = {
     "rank disagrees with the tensors": lambda folder: spoil(folder, r=3),
     "DoRA": lambda folder: spoil(folder, use_dora=True),
     "ranks per module": lambda folder: spoil(folder, rank_pattern={"query": 2}),
+    "biases": lambda folder: spoil(folder, lora_bias=True),
+    "activated LoRA": lambda folder: spoil(folder, alora_invocation_tokens=[5]),
     "no alpha": lambda folder: spoil(folder, lora_alpha=None),
     "unknown tensor": lambda folder: spoil_tensors(folder, rename),
     "A without B": lambda folder: spoil_tensors(folder, drop_one_b),
