@@ -29,12 +29,8 @@ def made(folder, *files):
 
 
 def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
-    kept = (
-        ".report.html.8.partial",
-        "checkpoint.safetensors",
-        "mine.partial",
-        ".tmp-mine",
-    )  # a report may be written by anyone, any time
+    # A report may be written by anyone, any time.
+    kept = (".report.html.8.partial", "checkpoint.safetensors", "mine.partial", ".tmp-mine")
     folder = made(tmp_path / "run", *LEFT, *kept)
     with open_run(folder, CONFIG):
         assert names(folder) == sorted((".lock", "config.json", *kept))

@@ -96,6 +96,9 @@ def test_dials_are_nested():
     assert set(low.values()) & set(other[0].values()) < set(high.values()) & set(other[1].values())
 
 
+LONGEST = 15  # words of an utterance
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     st.sets(st.sampled_from(LOCALES), min_size=1, max_size=3),
@@ -108,9 +111,19 @@ def test_every_corpus_is_well_formed(locales, overlap, relatedness, seed):
     for number, record in enumerate(generate(sorted(locales), train=8, dev=2, test=3, **options)):
         assert tuple(record) == massive.KEYS and unicodedata.is_normalized("NFKC", record["utt"])
         locale, _, words, _ = massive.utterance(("synthetic", number), record)
-        # 15: "please book the ticket", "by" one word, "from" two, "to" two, "on" two
-        assert not LANGUAGES[locale].spaced or 4 <= len(words) <= 15
+        assert not LANGUAGES[locale].spaced or 4 <= len(words) <= LONGEST
     synthetic._lexicons.cache_clear()
+
+
+def test_the_longest_utterance_is_what_the_grammar_can_say():
+    """All that a frame may have, each value in its longest form: please book the ticket by .. from .. .. to .. .. on .. .."""
+
+    def most(verb, noun, roles):
+        slots = [role.rstrip("?").split(":") for role in roles.split()]
+        values = sum(bool(marker) + max(len(pools.split()) for _, pools in synthetic._VALUES[slot]) for marker, slot in slots)
+        return len(["please", verb]) + (len(["the", noun]) if noun else 0) + values
+
+    assert max(most(*frame) for frame in synthetic._FRAMES) == LONGEST
 
 
 def test_parallel_and_independent_of_other_locales():

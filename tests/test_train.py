@@ -61,8 +61,18 @@ def test_together_equals_alone(pass_tokens):
     assert set(together.failed) == {3}
 
 
+@pytest.fixture
+def threads(request):
+    """torch on so many threads, whatever the tests' process was given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(("hidden", "inner"), [(72, 200), (96, 192)], ids=["reference", "csrc"])
-def test_exact_is_together_alone_and_reordered_to_the_bit(hidden, inner):
+def test_exact_is_together_alone_and_reordered_to_the_bit(hidden, inner, threads):
     corpus = ToyCorpus()
     learners = [replace(learner, rank=4) for learner in SIX]
     # The toy's own products are too small for BLAS to sum otherwise.

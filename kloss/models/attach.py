@@ -246,15 +246,16 @@ def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Ten
 
 def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors, for the model given to `attach`."""
-    layers, tensors = _layers(model), _tensors(model, g)
+    layers = _layers(model)
     shared = layers[0].shared
-    settings = {
-        "rank": shared.ranks[g],
-        "scaling": shared.scaling[g],
-        "target_modules": "|".join(re.escape(layer.name) for layer in layers),  # a pattern: plain names match ends, too
-        "lora_dropout": float(shared.chances[g]),
-    }
-    write_adapter(folder, tensors, **settings)
+    write_adapter(
+        folder,
+        _tensors(model, g),
+        rank=shared.ranks[g],
+        scaling=shared.scaling[g],
+        target_modules="|".join(re.escape(layer.name) for layer in layers),  # a pattern: plain names match ends, too
+        lora_dropout=float(shared.chances[g]),
+    )
 
 
 def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:

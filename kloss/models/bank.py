@@ -191,14 +191,15 @@ class AdapterBank:
         names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
         # A pattern, since the plain name output.dense would also match attention.output.dense.
         wanted = "|".join(names[target] for target in self.targets)
-        settings = {
-            "rank": int(self.ranks[g]),
-            "scaling": float(self.scaling[g]),
-            "task_type": "TOKEN_CLS",
-            "target_modules": rf".*encoder\.layer\.\d+\.({wanted})",
-            "modules_to_save": ["classifier"] if self.has_head else None,
-        }
-        write_adapter(folder, self._peft_tensors(g), **settings)
+        write_adapter(
+            folder,
+            self._peft_tensors(g),
+            rank=int(self.ranks[g]),
+            scaling=float(self.scaling[g]),
+            task_type="TOKEN_CLS",
+            target_modules=rf".*encoder\.layer\.\d+\.({wanted})",
+            modules_to_save=["classifier"] if self.has_head else None,
+        )
 
     @torch.no_grad()
     def load_peft(self, folder: str | Path, g: int) -> None:
