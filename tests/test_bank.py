@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kloss.errors import UserError
 from kloss.kernels import make_segments, token_loss
-from kloss.kernels.reference import adapter_adamw_
-from kloss.models import AdapterBank, XLMRConfig, XLMRForTokenClassification
+from kloss.models import AdapterBank, FlatModel, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
 
 CONFIG = XLMRConfig(
@@ -110,16 +109,12 @@ def test_a_rank_is_the_same_adapter_in_a_wider_bank():
     torch.testing.assert_close(logits_of(model, wide, 1), logits_of(model, solo, 0))
 
 
-def train_step(model, bank, moments, step, labels, segments, rate=0.05):
+def train_step(model, bank, labels, segments, rate=0.05):
     bank.zero_grad()
     loss, _ = token_loss(model(IDS, OFFSETS, segments, bank), labels, segments)
     loss.sum().backward()
     each = torch.full((bank.adapters,), rate)
-    adapter_adamw_(
-        bank.param, bank.grad, *moments, step, each, betas=(0.9, 0.999), eps=1e-8, weight_decay=each,
-        max_norm=each * 20, active=torch.ones(bank.adapters, dtype=torch.bool),
-    )  # fmt: skip
-    bank.refresh()
+    bank.adamw_(each, weight_decay=each, max_norm=each * 20)
     return loss.detach()
 
 
@@ -127,15 +122,14 @@ def train_step(model, bank, moments, step, labels, segments, rate=0.05):
 def test_rank_tails_stay_zero_and_losses_fall(dtype):
     model = make_model().freeze_backbone().to(dtype)
     bank = AdapterBank(CONFIG, 3, [1, 5, 3], dtype=dtype)
-    moments, step = (torch.zeros_like(bank.param), torch.zeros_like(bank.param)), torch.zeros(3, dtype=torch.long)
     labels = torch.arange(12) % 5
     segments = make_segments(OFFSETS, torch.tensor([2, 0, 1], dtype=torch.int32), 3)
-    losses = [train_step(model, bank, moments, step, labels, segments) for _ in range(10)]
-    assert (losses[-1] < losses[0]).all() and step.tolist() == [10, 10, 10]
+    losses = [train_step(model, bank, labels, segments) for _ in range(10)]
+    assert (losses[-1] < losses[0]).all() and bank.steps.tolist() == [10, 10, 10]
     for g in range(3):
         live = live_mask(bank, g)
         assert int(live.sum()) == bank.trainable(g)
-        for matrix in (bank.param, bank.work, bank.grad, *moments):
+        for matrix in (bank.param, bank.work, bank.grad, bank.exp_avg, bank.exp_avg_sq):
             assert not matrix[g, ~live].any()
         assert (bank.param[g, live] != 0).float().mean() > 0.99
 
@@ -203,17 +197,90 @@ def test_copy_row_takes_rank_and_scaling_along():
         make_bank(2, [1, 4], seed=1, alpha=[5, 6], dtype=torch.bfloat16),
     )
     before = bank.param.clone()
-    bank.copy_row_(1, other, 0)
+    bank.copy_rows_([1], other.select([0]))
     assert bank.ranks.tolist() == [4, 1, 3] and bank.scaling[1] == 5
     assert torch.equal(bank.param[1], other.param[0]) and torch.equal(bank.param[[0, 2]], before[[0, 2]])
     wanted = AdapterBank(CONFIG, 1, [4])
-    wanted.copy_row_(0, other, 0)
+    wanted.copy_rows_([0], other.select([0]))
     torch.testing.assert_close(logits_of(model, bank, 1), logits_of(model, wanted, 0))
     half = make_bank(2, dtype=torch.bfloat16)
-    half.copy_row_(1, other, 0)
+    half.copy_rows_([1], other.select([0]))
     assert torch.equal(half.work, half.param.bfloat16())
     with pytest.raises(ValueError, match="differ"):
-        bank.copy_row_(0, make_bank(1, 8), 0)
+        bank.copy_rows_([0], make_bank(1, 8))
+
+
+def trained_bank() -> AdapterBank:
+    """Three adapters after 1, 2 and 3 steps."""
+    model, bank = make_model().freeze_backbone(), make_bank(3, [4, 2, 3])
+    segments = make_segments(OFFSETS, torch.tensor([2, 0, 1], dtype=torch.int32), 3)
+    for active in ([1, 1, 1], [0, 1, 1], [0, 0, 1]):
+        bank.zero_grad()
+        token_loss(model(IDS, OFFSETS, segments, bank), torch.arange(12) % 5, segments)[0].sum().backward()
+        each = torch.full((3,), 0.05)
+        bank.adamw_(each, weight_decay=each, max_norm=each * 20, active=torch.tensor(active) > 0)
+    return bank
+
+
+def state_of(bank, rows) -> list[Tensor]:
+    return [tensor[rows].clone() for tensor in bank.state().values()]
+
+
+def equal(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_optimisers_state_goes_along_with_its_row():
+    bank = trained_bank()
+    assert bank.steps.tolist() == [1, 2, 3] and bank.exp_avg.any(1).all() and bank.exp_avg_sq.any(1).all()
+    before = state_of(bank, [0, 1, 2])
+    chosen = bank.select([2, 0])
+    assert equal(state_of(chosen, [0, 1]), state_of(bank, [2, 0]))
+    chosen.steps.zero_()
+    chosen.moments.zero_()
+    assert equal(state_of(bank, [0, 1, 2]), before), "select copies"
+    other = make_bank(3, [4, 2, 3], seed=1)
+    other.copy_rows_([2, 1], bank.select([0, 1]))
+    assert equal(state_of(other, [2, 1]), state_of(bank, [0, 1])) and other.steps.tolist() == [0, 2, 1]
+    assert not other.exp_avg[0].any()
+    span = bank.span(1, 3)
+    span.moments[1].fill_(7)
+    span.steps[0] = 9
+    assert (bank.exp_avg_sq[1:] == 7).all() and bank.steps.tolist() == [1, 9, 3], "a span shares memory"
+    again = make_bank(3, [4, 2, 3], seed=1)
+    again.load_state({name: tensor.clone() for name, tensor in bank.state().items()})
+    assert equal(state_of(again, [0, 1, 2]), state_of(bank, [0, 1, 2]))
+
+
+def test_a_step_in_a_bank_of_some_rows_is_the_step_in_the_whole_bank():
+    bank = trained_bank()
+    part = bank.select([2, 1])
+    for some, rows in ((bank, [0, 1, 2]), (part, [2, 1])):
+        some.grad.copy_(torch.sin(torch.arange(bank.param.numel(), dtype=torch.float32)).view(3, -1)[rows])
+        each = torch.tensor([0.1, 0.2, 0.3])[rows]
+        some.adamw_(each, weight_decay=each, max_norm=each)
+    assert equal(state_of(part, [0, 1]), state_of(bank, [2, 1]))
+
+
+def test_a_new_adapter_has_no_trace_of_the_former(tmp_path):
+    bank = trained_bank()
+    bank.save_peft(tmp_path, 0)
+    bank.load_peft(tmp_path, 1)
+    bank.init_(2, seed=5)
+    assert bank.steps.tolist() == [1, 0, 0] and bank.moments.any(2).tolist() == [[True, False, False]] * 2
+
+
+def test_a_whole_model_is_a_bank_of_one_row():
+    model = make_model()
+    bank = FlatModel(model)
+    assert bank.adapters == 1 and bank.head is None and bank.adapters_of(0, "qkv") is None and bank.span(0, 1) is bank
+    model(IDS, OFFSETS).square().sum().backward()
+    before = state_of(bank, [0])
+    copy = bank.select([0])
+    bank.adamw_(torch.tensor([0.1]), weight_decay=torch.tensor([0.0]), max_norm=torch.tensor([1.0]))
+    assert bank.steps.tolist() == [1] and not equal(state_of(bank, [0]), before)
+    bank.copy_rows_([0], copy)
+    assert equal(state_of(bank, [0]), before) and torch.equal(model.classifier.weight.flatten(), before[0][0, -85:-5])
 
 
 def test_refresh_of_the_working_copy():

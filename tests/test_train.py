@@ -7,10 +7,12 @@ import pytest
 import torch
 from toy import ToyCorpus, toy_model
 
+from kloss.cl import step as training_step
 from kloss.cl import train
 from kloss.cl.learner import Learner
 from kloss.cl.train import Cohort
 from kloss.kernels import row_keys
+from kloss.models import rows
 
 BASE = Learner(experiences=(("aa",), ("bb",)), rank=4, alpha=4.0, lr=1e-2, seed=1, epochs=2, batch_size=4, warmup=3)
 SIX = (
@@ -118,12 +120,12 @@ def test_training_goes_through_the_kernels_where_they_are(monkeypatch):
 def test_dropout_is_keyed_by_seed_step_and_sequence_of_each_learner(monkeypatch):
     seen = []
 
-    class Recorded(train.StepDropout):
+    class Recorded(training_step.StepDropout):
         def __init__(self, hidden, attention, lora, seed, row_key, adapter):
             seen.append((hidden, attention, lora, seed, row_key, adapter))
             super().__init__(hidden, attention, lora, seed, row_key, adapter)
 
-    monkeypatch.setattr(train, "StepDropout", Recorded)
+    monkeypatch.setattr(training_step, "StepDropout", Recorded)
     learners = [replace(SIX[0], experiences=(("aa",),)), replace(SIX[4], experiences=(("bb",),), seed=9)]
     cohort = cohort_of(learners, ToyCorpus())
     cohort.train()
@@ -149,8 +151,8 @@ def test_optimiser_gets_each_learners_own_settings(monkeypatch):
         seen.append((args[5].tolist(), {name: getattr(value, "tolist", lambda v=value: v)() for name, value in keywords.items()}))
         return adamw(*args, **keywords)
 
-    adamw = train.adapter_adamw_
-    monkeypatch.setattr(train, "adapter_adamw_", recorded)
+    adamw = rows.adapter_adamw_
+    monkeypatch.setattr(rows, "adapter_adamw_", recorded)
     learners = [replace(BASE, weight_decay=0.25, max_norm=0.5), replace(BASE, alpha=6.0, lr=0.5, warmup=0, max_norm=2.0)]
     cohort = cohort_of(learners, ToyCorpus())
     assert cohort.bank.scaling.tolist() == [1.0, 1.5]
@@ -213,7 +215,7 @@ def test_resumed_equals_never_stopped(rounds):
     resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, state)
     resumed.train()
     assert resumed.scores == whole.scores and resumed.failed == whole.failed and resumed.tokens == whole.tokens
-    for one, other in ((resumed.bank.param, whole.bank.param), (resumed.exp_avg_sq, whole.exp_avg_sq)):
+    for one, other in ((resumed.bank.param, whole.bank.param), (resumed.bank.exp_avg_sq, whole.bank.exp_avg_sq)):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))  # bits, since the diverged learner holds NaN
 
 

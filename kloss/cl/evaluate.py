@@ -1,11 +1,12 @@
-"""Scores of many (learner, language) pairs in one go: packed passes, then span counts."""
+"""Score many (learner, language) pairs at once: packed passes, then span counts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ..kernels import span_counts
+from ..models import Rows, XLMRForTokenClassification
 from .corpus import Corpus
 from .metrics import label_layout
 from .packing import pack
@@ -13,38 +14,48 @@ from .packing import pack
 
 @torch.no_grad()
 def evaluate(
-    model, bank, corpus: Corpus, pairs: Sequence[tuple[int, str]], *, partition: str = "test", pass_tokens: int = 8192
+    model: XLMRForTokenClassification,
+    bank: Rows | None,
+    corpus: Corpus,
+    pairs: Sequence[tuple[int, str]],
+    *,
+    partition: str = "test",
+    pass_tokens: int = 8192,
 ) -> np.ndarray:
-    """Span counts of each pair (row of the bank, locale) on a partition; without a bank rows are ignored.
+    """Count the spans of each pair (row of the bank, locale) on a partition; without a bank the rows are ignored.
 
-    Returns int64 [len(pairs), 3]: true positives, predicted and gold spans, to be summed before F1 is taken.
+    pass_tokens: tokens of one packed pass, about.
+    Returns int64 [len(pairs), 3]: true positives, predicted and gold spans.
     """
-    device = next(model.parameters()).device
+    device = model.classifier.weight.device
     tags, types = (torch.tensor(values, device=device) for values in label_layout(corpus.labels))
     counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=device)
     for chunk in _passes(corpus, pairs, partition, pass_tokens):
-        parts = [(corpus.sentences(pairs[job][1], partition), index, pairs[job][0] if bank else 0) for job, index in chunk]
+        parts = [(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
         batch = pack(parts, bank.adapters if bank else 1, device)
         logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank)
-        group = torch.repeat_interleave(
-            torch.tensor([job for job, _ in chunk], device=device),
-            torch.tensor([len(i) for _, i in chunk], device=device),
+        pair = torch.repeat_interleave(
+            torch.tensor([i for i, _ in chunk], device=device),
+            torch.tensor([len(index) for _, index in chunk], device=device),
         )
-        counts += span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, group, len(pairs), tags=tags, types=types)
+        counts += span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, pair, len(pairs), tags=tags, types=types)
     return counts.cpu().numpy()
 
 
-def _passes(corpus: Corpus, pairs: Sequence[tuple[int, str]], partition: str, pass_tokens: int):
-    """Cuts the pairs' sentences, in the pairs' order, into passes of about pass_tokens: lists of (pair, sentence indices)."""
-    chunk, room = [], pass_tokens
-    for job, (_, locale) in enumerate(pairs):
+def _passes(
+    corpus: Corpus, pairs: Sequence[tuple[int, str]], partition: str, pass_tokens: int
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Cut the pairs' sentences, in order, into passes of about `pass_tokens` tokens: lists of (pair, indices of sentences)."""
+    chunk: list[tuple[int, np.ndarray]] = []
+    room = pass_tokens
+    for i, (_, locale) in enumerate(pairs):
         offsets = corpus.sentences(locale, partition).offsets
         first, last = 0, len(offsets) - 1
         while first < last:
             end = int(np.searchsorted(offsets, offsets[first] + room, side="right")) - 1
             end = min(last, max(end, first + (not chunk)))
             if end > first:
-                chunk.append((job, np.arange(first, end)))
+                chunk.append((i, np.arange(first, end)))
                 room -= int(offsets[end] - offsets[first])
             if end < last:
                 yield chunk

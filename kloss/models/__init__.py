@@ -2,6 +2,7 @@
 
 from .bank import AdapterBank
 from .flat import FlatModel
+from .rows import Rows
 from .xlmr import BASE, LARGE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "TINY",
     "AdapterBank",
     "FlatModel",
+    "Rows",
     "StepDropout",
     "XLMRConfig",
     "XLMRForTokenClassification",

@@ -5,16 +5,18 @@ loading or dropping an adapter is a row copy; the optimiser is elementwise; a gr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .convert import LINEARS, QKV
 from .peft_files import read_adapter, write_adapter
+from .rows import Rows
 from .xlmr import XLMRConfig
 
 TARGETS = ("qkv", "out", "up", "down")
@@ -28,21 +30,27 @@ class Slot(NamedTuple):
     shape: tuple[int, ...]
 
 
-class AdapterBank:
-    """LoRA adapters of one model, with a tagging head each, as a matrix [G, P].
+class AdapterBank(Rows):
+    """LoRA adapters of one model, with a tagging head each, as rows of a matrix [G, P].
 
-    model_or_config: the model or its XLMRConfig. adapters: G. rank: one for all, or one per adapter; the bank is as wide as the
-    largest, and an adapter's tail stays zero. alpha: LoRA's, one or one per adapter; None means the rank, so that the scaling
-    alpha / rank is 1. targets: "all-linear" or some of qkv, out, up, down. head: whether rows end in a tagging head.
-    dtype: of the working copy that the model computes with; the master copy `param` is fp32. seeds: one per adapter.
-    exact: the base products under the adapters are the same to the bit whoever shares the batch.
-    Attributes: param fp32 [G, P]; work [G, P]; grad [G, P], where the gradients of the working copy land; ranks int64 [G];
-    scaling fp32 [G]. Raises UserError for a rank below 1 or an unknown target.
+    model_or_config: the model or its XLMRConfig.
+    adapters: G.
+    rank: one for all, or one per adapter; R is the largest, and an adapter's tail stays zero.
+    targets: "all-linear" or some of qkv, out, up, down.
+    alpha: LoRA's, one or one per adapter; None: the rank, so that the scaling alpha / rank is 1.
+    head: whether rows end in a tagging head.
+    seeds: one per adapter; None: 0, 1, 2, ...
+    dtype: of the working copy; the master copy is fp32.
+    exact: the base products under the adapters have the same bits whichever adapters share the batch.
+    Attributes beside those of `Rows`: ranks int64 [G] on the host; scaling fp32 [G].
+    Raises UserError for a rank below 1 or an unknown target.
     """
+
+    scaling: Tensor
 
     def __init__(
         self,
-        model_or_config,
+        model_or_config: XLMRConfig | nn.Module,
         adapters: int = 52,
         rank: int | Sequence[int] = 32,
         targets: str | Sequence[str] = "all-linear",
@@ -65,10 +73,11 @@ class AdapterBank:
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
         self.rank, self.has_head, self.exact = max(ranks), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
-        self.ranks = torch.tensor(ranks, device=device)
+        self.ranks = torch.tensor(ranks)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
         param = torch.zeros(adapters, _width(self.slots), device=device)
-        self._bind(param, param if dtype == torch.float32 else param.to(dtype), None)
+        super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
+        self._make_leaves()
         for g in range(adapters):
             self.init_(g, seeds[g] if seeds is not None else g)
 
@@ -77,23 +86,22 @@ class AdapterBank:
         """P, the length of a row, for a rank."""
         return _width(_slots(config, targets, rank, head))
 
-    def _bind(self, param: Tensor, work: Tensor, grad: Tensor | None) -> None:
-        self.param, self.work = param, work
-        self.grad = torch.zeros_like(work) if grad is None else grad
-        self.ranks_if_mixed = None if bool((self.ranks == self.rank).all()) else self.ranks
-        # Leaves of their own over the same memory, each adding its gradient to its place: autograd never builds a matrix [G, P].
+    def _make_leaves(self) -> None:
+        """One autograd leaf per slot, sharing the bank's memory; a hook adds its gradient into `grad`."""
         self._leaves = {name: self.view(self.work, name).detach().requires_grad_() for name in self.slots}
         for name, leaf in self._leaves.items():
             leaf.register_post_accumulate_grad_hook(_adder(self.view(self.grad, name)))
+        self._ranks_changed()
+
+    def _ranks_changed(self) -> None:
+        mixed = bool((self.ranks < self.rank).any())
+        self.ranks_if_mixed = self.ranks.to(self.param.device) if mixed else None
+        self._spans: dict[tuple[int, int], AdapterBank] = {}
 
     def view(self, matrix: Tensor, name: str) -> Tensor:
         """The slot `name` of every row of a matrix [G, P], as a strided view [G, *shape]."""
         slot = self.slots[name]
         return matrix[:, slot.start : slot.start + math.prod(slot.shape)].unflatten(1, slot.shape)
-
-    @property
-    def adapters(self) -> int:
-        return self.param.shape[0]
 
     @property
     def head(self) -> tuple[Tensor, Tensor] | None:
@@ -108,7 +116,8 @@ class AdapterBank:
 
     @torch.no_grad()
     def init_(self, g: int, seed: int) -> None:
-        """Draws adapter g anew: A uniform in ±1/√K (peft's), B zero, head normal. Depends on the seed and g's rank alone."""
+        """Draw adapter g anew: A uniform in ±1/√K (peft's), B zero, head normal. Depends on the seed and g's rank alone."""
+        self.reset_state_(g)
         generator = torch.Generator().manual_seed(seed)
         rank = int(self.ranks[g])
         self.param[g].zero_()
@@ -123,52 +132,44 @@ class AdapterBank:
                 tensor.copy_(torch.empty(tensor.shape).normal_(0, deviation, generator=generator))
         self.refresh(g)
 
-    @torch.no_grad()
-    def refresh(self, g: int | None = None) -> None:
-        """Copies the master copy of adapter g (None: of all) to the working copy."""
-        if self.work is not self.param:
-            rows = slice(None) if g is None else g
-            self.work[rows].copy_(self.param[rows])
-
-    def zero_grad(self) -> None:
-        """Zeroes the gradients of all adapters."""
-        self.grad.zero_()
-
     def trainable(self, g: int) -> int:
         """Number of weights that adapter g trains: its ranks' share of the row, and its head."""
         sizes = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
         lora = sum(size for name, size in sizes.items() if not name.startswith("head"))
         return lora * int(self.ranks[g]) // self.rank + sum(sizes.values()) - lora
 
-    def _like(self, rows, param: Tensor, work: Tensor, grad: Tensor | None) -> "AdapterBank":
-        other = object.__new__(AdapterBank)
-        other.config, other.targets, other.rank, other.slots = self.config, self.targets, self.rank, self.slots
-        other.has_head, other.exact = self.has_head, self.exact
+    def _like(self, rows: slice | Tensor, *arguments: Tensor | None) -> "AdapterBank":
+        """A bank of the same layout over other rows. arguments: of `Rows`."""
+        other = copy(self)
         other.ranks, other.scaling = self.ranks[rows], self.scaling[rows]
-        other._bind(param, work, grad)
+        Rows.__init__(other, *arguments)
+        other._make_leaves()
         return other
 
     def span(self, start: int, end: int) -> "AdapterBank":
-        """Adapters start..end-1 as a bank that shares this one's memory, gradients included."""
-        rows = slice(start, end)
-        work = self.work[rows]
-        return self._like(rows, work if self.work is self.param else self.param[rows], work, self.grad[rows])
+        """Adapters start..end-1 as a bank that shares this one's memory: gradients and optimiser's state included."""
+        if (start, end) == (0, self.adapters):
+            return self
+        if (start, end) not in self._spans:
+            rows = slice(start, end)
+            work = self.work[rows]
+            param = work if self.work is self.param else self.param[rows]
+            self._spans[start, end] = self._like(rows, param, work, self.grad[rows], self.steps[rows], self.moments[:, rows])
+        return self._spans[start, end]
 
     def select(self, rows: Sequence[int]) -> "AdapterBank":
-        """A new bank that holds copies of some adapters, in the given order: forks, subsets, and what is left after a drop."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        param = self.param[index]
-        return self._like(index, param, param if self.work is self.param else param.to(self.work.dtype), None)
+        """A new bank with copies of some adapters and their optimiser's state, in the given order: forks, subsets."""
+        return self._like(torch.as_tensor(rows, dtype=torch.long), *self._copies(rows))
 
     @torch.no_grad()
-    def copy_row_(self, g: int, source: "AdapterBank", row: int) -> None:
-        """Overwrites adapter g with adapter `row` of a bank of the same width."""
-        if source.slots != self.slots:
+    def copy_rows_(self, rows: Sequence[int], source: Rows) -> None:
+        """Overwrite some adapters with all adapters of a bank of the same width; ranks, scaling and optimiser's state go along."""
+        if not isinstance(source, AdapterBank) or source.slots != self.slots:
             raise ValueError("the banks differ in model, targets, rank or head")
-        self.param[g] = source.param[row]
-        self.ranks[g], self.scaling[g] = source.ranks[row], source.scaling[row]
-        self.ranks_if_mixed = None if bool((self.ranks == self.rank).all()) else self.ranks
-        self.refresh(g)
+        index = torch.as_tensor(rows, dtype=torch.long)
+        self.ranks[index], self.scaling[index.to(self.scaling.device)] = source.ranks, source.scaling
+        super().copy_rows_(rows, source)
+        self._ranks_changed()
 
     def _peft_tensors(self, g: int) -> dict[str, Tensor]:
         """Views into row g under peft's names, at the adapter's own rank."""
@@ -187,7 +188,7 @@ class AdapterBank:
         return tensors
 
     def save_peft(self, folder: str | Path, g: int) -> None:
-        """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors."""
+        """Write adapter g as peft does: adapter_config.json and adapter_model.safetensors."""
         names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
         # A pattern, since the plain name output.dense would also match attention.output.dense.
         wanted = "|".join(names[target] for target in self.targets)
@@ -203,31 +204,33 @@ class AdapterBank:
 
     @torch.no_grad()
     def load_peft(self, folder: str | Path, g: int) -> None:
-        """Overwrites adapter g with one that peft saved. Linears it does not adapt get a zero update; its head may be missing.
+        """Overwrite adapter g with one that peft saved; its optimiser's state starts anew.
 
-        Raises UserError for files that are missing or damaged, a rank above the bank's, or tensors the bank has no place for.
+        Linears that the file does not adapt get a zero update. A head that the file lacks stays as it was.
+        Raises UserError for files that are missing or damaged, a rank above the bank's, or tensors that fit no slot.
         """
         rank, scaling, tensors = read_adapter(folder, self.rank)
         before = self.param[g].clone(), self.ranks[g].clone()
         head = {name: tensor.clone() for name, tensor in self._peft_tensors(g).items() if ".classifier." in name}
         self.ranks[g] = rank
         self.param[g].zero_()
-        places = self._peft_tensors(g)
-        bad = [n for n, t in tensors.items() if n not in places or places[n].shape != t.shape]
+        views = self._peft_tensors(g)
+        bad = [n for n, t in tensors.items() if n not in views or views[n].shape != t.shape]
         if bad:
             self.param[g], self.ranks[g] = before
             shape = tuple(tensors[bad[0]].shape)
             raise UserError(f"{folder}: {bad[0]} {shape} has no place in this bank ({', '.join(self.targets)})")
         for name, tensor in (head | tensors).items():
-            places[name].copy_(tensor)
+            views[name].copy_(tensor)
         self.scaling[g] = scaling
-        self.ranks_if_mixed = None if bool((self.ranks == self.rank).all()) else self.ranks
+        self.reset_state_(g)
+        self._ranks_changed()
         self.refresh(g)
 
 
-def _adder(place: Tensor):
+def _adder(total: Tensor) -> Callable[[Tensor], None]:
     def add(leaf: Tensor) -> None:
-        place.add_(leaf.grad)
+        total.add_(leaf.grad)
         leaf.grad = None
 
     return add

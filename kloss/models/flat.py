@@ -3,37 +3,21 @@
 import torch
 from torch import nn
 
+from .rows import Rows
 
-class FlatModel:
-    """All parameters of a model as one matrix [1, P]; the parameters become views of it.
 
-    param: fp32 master copy [1, P]. work: the model's own memory [1, P] in its dtype. grad: [1, P], where gradients land.
-    """
+class FlatModel(Rows):
+    """All parameters of a model as one row [1, P]; the parameters become views of the working copy."""
 
     def __init__(self, model: nn.Module):
         parameters = list(model.requires_grad_(True).parameters())
         first, total = parameters[0], sum(p.numel() for p in parameters)
-        self.work = torch.empty(1, total, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros_like(self.work)
-        start = 0
+        work = torch.empty(1, total, dtype=first.dtype, device=first.device)
+        grad, start = torch.zeros_like(work), 0
         for parameter in parameters:
             end = start + parameter.numel()
-            self.work[0, start:end] = parameter.detach().flatten()
-            parameter.data = self.work[0, start:end].view_as(parameter)
-            parameter.grad = self.grad[0, start:end].view_as(parameter)
+            work[0, start:end] = parameter.detach().flatten()
+            parameter.data = work[0, start:end].view_as(parameter)
+            parameter.grad = grad[0, start:end].view_as(parameter)
             start = end
-        self.param = self.work if first.dtype == torch.float32 else self.work.float()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copies the master copy to the model."""
-        if self.work is not self.param:
-            self.work.copy_(self.param)
-
-    def zero_grad(self) -> None:
-        """Zeroes the gradients."""
-        self.grad.zero_()
-
-    def trainable(self, g: int) -> int:
-        """Number of weights."""
-        return self.param.shape[1]
+        super().__init__(work if first.dtype == torch.float32 else work.float(), work, grad)

@@ -233,6 +233,14 @@ class XLMRForTokenClassification(nn.Module):
         """No parameter requires a gradient any more. Returns the model."""
         return self.requires_grad_(False)
 
+    @torch.no_grad()
+    def draw_head_(self, seed: int) -> None:
+        """Draw the tagging head anew: normal weights of deviation `initializer_range`, zero bias."""
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(self.classifier.weight.shape).normal_(0, self.config.initializer_range, generator=generator)
+        self.classifier.weight.copy_(weight)
+        self.classifier.bias.zero_()
+
     @classmethod
     def random(cls, config: XLMRConfig, seed: int = 0) -> "XLMRForTokenClassification":
         """A model with XLM-R's initialisation: normal weights of deviation `initializer_range`, zero biases."""

@@ -1,0 +1,139 @@
+"""Weights of several learners as the rows of a matrix, each row with all that its optimiser knows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import adapter_adamw_
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+STATE = ("param", "exp_avg", "exp_avg_sq", "steps")
+
+
+class Rows:
+    """G learners, one a row of P weights. This class adapts no layer of a model; `AdapterBank` does.
+
+    param: fp32 [G, P], the master copy.
+    work: [G, P], the copy that the model computes with, in its dtype; `param` itself where that is fp32.
+    grad: [G, P] in work's dtype.
+    exp_avg, exp_avg_sq: fp32 [G, P], AdamW's moments; allocated when first used.
+    steps: int64 [G] on the host, the updates that each row had.
+    """
+
+    scaling: Tensor | None = None
+    ranks_if_mixed: Tensor | None = None
+    exact = False
+
+    def __init__(
+        self,
+        param: Tensor,
+        work: Tensor | None = None,
+        grad: Tensor | None = None,
+        steps: Tensor | None = None,
+        moments: Tensor | None = None,
+    ):
+        self.param, self.work = param, param if work is None else work
+        self.grad = torch.zeros_like(self.work) if grad is None else grad
+        self.steps = torch.zeros(param.shape[0], dtype=torch.long) if steps is None else steps
+        self._moments = moments  # fp32 [2, G, P]
+
+    @property
+    def adapters(self) -> int:
+        return self.param.shape[0]
+
+    @property
+    def moments(self) -> Tensor:
+        """exp_avg and exp_avg_sq as fp32 [2, G, P]."""
+        if self._moments is None:
+            self._moments = self.param.new_zeros(2, *self.param.shape)
+        return self._moments
+
+    @property
+    def exp_avg(self) -> Tensor:
+        return self.moments[0]
+
+    @property
+    def exp_avg_sq(self) -> Tensor:
+        return self.moments[1]
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor] | None:
+        """The heads' weights and biases; None: the model's own head is used."""
+        return None
+
+    def adapters_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """lora_a and lora_b of a layer's linear; None where it carries no adapters."""
+        return None
+
+    def trainable(self, g: int) -> int:
+        """Number of weights that row g trains."""
+        return self.param.shape[1]
+
+    def zero_grad(self) -> None:
+        """Zero the gradients of all rows."""
+        self.grad.zero_()
+
+    @torch.no_grad()
+    def refresh(self, rows: int | slice = slice(None)) -> None:
+        """Copy the master copy of some rows to the working copy."""
+        if self.work is not self.param:
+            self.work[rows].copy_(self.param[rows])
+
+    def adamw_(self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None) -> Tensor:
+        """Update all rows in place by `adapter_adamw_`, then refresh the working copy.
+
+        lr, weight_decay, max_norm: fp32 [G].
+        active: bool [G], the rows to update; None: all.
+        Returns the gradient norms before clipping, fp32 [G].
+        """
+        active = torch.ones(self.adapters, dtype=torch.bool) if active is None else active
+        norms = adapter_adamw_(
+            self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr,
+            betas=BETAS, eps=EPS, weight_decay=weight_decay, max_norm=max_norm, active=active,
+        )  # fmt: skip
+        self.refresh()
+        return norms
+
+    def span(self, start: int, end: int) -> "Rows":
+        """Rows start..end-1, sharing this one's memory."""
+        assert (start, end) == (0, self.adapters), "a whole model is one row"
+        return self
+
+    def select(self, rows: Sequence[int]) -> "Rows":
+        """Copies of some rows with their optimiser's state, in the given order."""
+        return Rows(*self._copies(rows))
+
+    def _copies(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, None, Tensor, Tensor | None]:
+        """The arguments of `Rows` for copies of some rows."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        param = self.param[index]
+        work = param if self.work is self.param else param.to(self.work.dtype)
+        return param, work, None, self.steps[index], None if self._moments is None else self._moments[:, index]
+
+    @torch.no_grad()
+    def copy_rows_(self, rows: Sequence[int], source: "Rows") -> None:
+        """Overwrite some rows, their optimiser's state included, with all rows of `source`; the inverse of `select`."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        on_device = index.to(self.param.device)
+        self.param[on_device], self.steps[index] = source.param, source.steps
+        self.moments[:, on_device] = source.moments
+        for row in rows:
+            self.refresh(row)
+
+    def reset_state_(self, g: int) -> None:
+        """Forget what the optimiser knows of row g."""
+        self.steps[g] = 0
+        if self._moments is not None:
+            self._moments[:, g] = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that decides how training goes on, by the names in STATE. The tensors share this one's memory."""
+        return {name: getattr(self, name) for name in STATE}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name in STATE:
+            getattr(self, name).copy_(tensors[name])
+        self.refresh()
