@@ -75,7 +75,7 @@ class AdapterBank(Rows):
         self.slots = _slots(self.config, self.targets, self.rank, head)
         self.ranks = torch.tensor(ranks)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
-        param = torch.zeros(adapters, _width(self.slots), device=device)
+        param = torch.zeros(adapters, _width(self.slots), dtype=torch.float32, device=device)
         super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
         self._make_leaves()
         for g in range(adapters):
@@ -125,11 +125,11 @@ class AdapterBank(Rows):
             tensor = self.view(self.param, name)[g]
             if name.endswith(".a"):
                 slices, inputs = tensor.shape[0] // self.rank, tensor.shape[1]
-                drawn = torch.empty(slices, rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
-                tensor.view(slices, self.rank, inputs)[:, :rank] = drawn
+                drawn = torch.empty(slices, rank, inputs, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+                tensor.view(slices, self.rank, inputs)[:, :rank] = drawn / math.sqrt(inputs)
             elif name == "head.weight":
-                deviation = self.config.initializer_range
-                tensor.copy_(torch.empty(tensor.shape).normal_(0, deviation, generator=generator))
+                drawn = torch.empty(tensor.shape, dtype=torch.float32)
+                tensor.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
         self.refresh(g)
 
     def trainable(self, g: int) -> int:
