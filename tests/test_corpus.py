@@ -332,7 +332,7 @@ def test_synthetic_and_its_tokenizer(tmp_path):
 
 def test_second_load_tokenises_nothing(data, tokenizer, tmp_path, monkeypatch):
     calls = []
-    first = load_corpus(data, tokenizer=tokenizer, cache=tmp_path, report=lambda *call: calls.append(call))
+    first = load_corpus(data, tokenizer=tokenizer, cache=tmp_path, progress=lambda *call: calls.append(call))
     assert {text for _, _, text in calls} >= {"tokenising words", "putting sentences together"}
     monkeypatch.setattr(corpus_module, "_build", None)
     same(first, load_corpus(data, tokenizer=tokenizer, cache=tmp_path))
@@ -369,8 +369,8 @@ def build(data, tokenizer, cache, signals, pause):
     written = corpus_module.written
 
     @contextlib.contextmanager
-    def wait(final):
-        with written(final) as temporary:
+    def wait(*arguments, **options):
+        with written(*arguments, **options) as temporary:
             yield temporary
             signals[0].set()
             assert signals[1].wait(60)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyCorpus
 
-from kloss.cl.packing import pack, pooled
+from kloss.cl.corpus import Sentences
+from kloss.cl.packing import pack
 from kloss.cl.stream import Stream
 
 CORPUS = ToyCorpus(sentences=7)
@@ -77,6 +78,6 @@ def test_pack_keeps_every_token(parts):
 
 def test_pooled_keeps_sentences_in_order():
     parts = [CORPUS.sentences(locale, "train") for locale in ("aa", "cc")]
-    both = pooled(parts)
+    both = Sentences.concatenate(parts)
     assert np.array_equal(both.input_ids, np.concatenate([part.input_ids for part in parts]))
     assert np.array_equal(np.diff(both.offsets), np.concatenate([np.diff(part.offsets) for part in parts]))
