@@ -11,120 +11,88 @@ StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 
 
+# The comment behind a field, or above it, is its text in --help; a class's docstring is its section's.
 @dataclass(frozen=True)
 class DataConfig:
     """Utterances, tokenizer and backbone."""
 
-    data: str = "synthetic"
-    """`synthetic`, a folder of MASSIVE's jsonl files, a .tar.gz or .tar.xz of them, or a hub id."""
-    tokenizer: str | None = None
-    """Folder or hub name. None: the backbone's; for `tiny`, one trained on the data."""
+    data: str = "synthetic"  # `synthetic`, a folder of MASSIVE's jsonl files, a .tar.gz or .tar.xz of them, or a hub id
+    tokenizer: str | None = None  # folder or hub name; None: the backbone's or, for `tiny`, one trained on the data
+    # A folder in transformers' format, a hub name, or `tiny`: a small XLM-R warmed up on the training text.
     backbone: str = "tiny"
-    """A folder in transformers' format, a hub name, or `tiny`: a small XLM-R warmed up on the training text."""
-    languages: tuple[str, ...] = ()
-    """Locales such as en-US. None given: all in the data."""
-    limit: int | None = None
-    """Training utterances per language, taken at even distances."""
-    eval_limit: int | None = None
-    """Test utterances per language, taken at even distances."""
-    max_length: int = 128
-    """Subwords of an utterance, with `<s>` and `</s>`. Longer utterances are cut, counted and reported."""
+    languages: tuple[str, ...] = ()  # locales such as en-US; none given: all in the data
+    limit: int | None = None  # training utterances per language, at even distances
+    eval_limit: int | None = None  # test utterances per language, at even distances
+    max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """What is compared, over which orders and seeds."""
 
-    strategies: tuple[StrategyName, ...] = ("non-shared", "shared")
-    """How languages share adapters."""
-    groups: str = "script"
-    """Language groups of `partial`: script, family, or a JSON file that maps locale to group."""
-    orders: int = 1
-    """Number of random language orders, Order 1 first."""
-    order: tuple[str, ...] = ()
-    """Replaces Order 1; holds every language once."""
-    seeds: int = 1
-    """Repetitions, each with its own draw of adapters, batches and dropout."""
-    seed: int = 0
-    """First seed; also seeds the orders, the synthetic corpus and the tiny backbone."""
+    strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
+    groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
+    orders: int = 1  # number of random language orders, Order 1 first
+    order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
+    seeds: int = 1  # repetitions, each with its own draw of adapters, batches and dropout
+    seed: int = 0  # the first seed; also seeds the orders, the synthetic corpus and the tiny backbone
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA adapters and how they, or whole models, are trained."""
+    """LoRA adapters, and how they or whole models are trained."""
 
-    rank: tuple[int, ...] = (8,)
-    """LoRA ranks; each trains its own learners."""
-    alpha: float | None = None
-    """LoRA's alpha; the scaling is alpha / rank. None: alpha is the rank."""
-    lr: tuple[float, ...] = (3e-3,)
-    """Learning rates of LoRA; each trains its own learners."""
-    full_lr: float = 5e-4
-    """Learning rate of full fine-tuning."""
-    epochs: int = 8
-    """Passes over each experience."""
-    batch_size: int = 16
-    """Utterances per batch and learner."""
-    warmup: int = 20
-    """Steps of linear learning-rate warm-up; constant after that."""
-    dropout: float = 0.1
-    """XLM-R's dropout of hidden states and attention."""
-    lora_dropout: float = 0.1
-    """Dropout of the adapters' inputs."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
-    max_norm: float = 1.0
-    """Gradient-norm clip, per learner."""
+    rank: tuple[int, ...] = (8,)  # LoRA ranks; each trains its own learners
+    alpha: float | None = None  # LoRA's scaling is alpha / rank; None: alpha is the rank
+    lr: tuple[float, ...] = (3e-3,)  # learning rates of LoRA; each trains its own learners
+    full_lr: float = 5e-4  # learning rate of full fine-tuning
+    epochs: int = 8  # passes over each experience
+    batch_size: int = 16  # utterances per batch and learner
+    warmup: int = 20  # steps of linear learning-rate warm-up; constant after that
+    dropout: float = 0.1  # XLM-R's dropout of hidden states and attention
+    lora_dropout: float = 0.1  # dropout of the adapters' inputs
+    weight_decay: float = 0.01  # AdamW's decoupled weight decay
+    max_norm: float = 1.0  # gradient-norm clip, per learner
 
 
 @dataclass(frozen=True)
 class TinyConfig:
     """Backbone `tiny`: sizes and masked-language-modelling warm-up."""
 
-    tiny_layers: int = 4
-    """Layers."""
-    tiny_hidden: int = 128
-    """Width."""
-    pretrain_steps: int = 400
-    """Warm-up steps."""
-    pretrain_batch: int = 128
-    """Utterances per warm-up step."""
+    tiny_layers: int = 4  # number of layers
+    tiny_hidden: int = 128  # width
+    pretrain_steps: int = 400  # warm-up steps
+    pretrain_batch: int = 128  # utterances per warm-up step
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
     """Data `synthetic`: how alike the languages are."""
 
-    overlap: float = 0.15
-    """Share of the surface vocabulary common to all locales, 0 to 1."""
-    relatedness: float = 0.6
-    """Similarity of languages within a family, 0 to 1."""
+    overlap: float = 0.15  # share of the surface vocabulary common to all locales, 0 to 1
+    relatedness: float = 0.6  # similarity of languages within a family, 0 to 1
 
 
 @dataclass(frozen=True)
 class MachineConfig:
     """Precision, memory, files."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Backbone and activations. Master weights and moments are always fp32."""
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_NOT_IDENTITY)
-    """Where to train; auto takes a GPU if there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # backbone and activations; master weights and moments are always fp32
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_NOT_IDENTITY)  # auto: a GPU if there is one
+    # Same bits whichever learners train alongside, given the same largest rank. Slower. On a GPU, only adapted linears so far.
     exact: bool = False
-    """Same bits whichever learners train alongside, given the same largest rank; slower. On a GPU only adapted linears so far."""
+    # Limit on LoRA learners per cohort, 0 for none. `--together` is its old name.
     max_learners: Annotated[int, arg(aliases=("--together",))] = 0
-    """Limit on LoRA learners per cohort, 0 for none. `--together` is its old name."""
-    pass_tokens: int = 8192
-    """Approximate tokens per packed pass; a learner's batch is never split."""
+    pass_tokens: int = 8192  # approximate tokens per packed pass; a learner's batch is never split
+    # Run folder. Default: runs/ and the preset's name. The same command continues a run that stopped.
     out: str = field(default="", metadata=_NOT_IDENTITY)
-    """Run folder. Default: runs/ and the preset's name. The same command continues a run that stopped."""
+    # Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss.
     cache: str = field(default="", metadata=_NOT_IDENTITY)
-    """Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss."""
-    checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)
-    """Time between checkpoints."""
+    checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
+    # Settings that the other flags override.
     preset: Literal["demo", "paper", "first-five"] = field(default="demo", metadata=_NOT_IDENTITY)
-    """Settings that the other flags override."""
+    # Print the plan (learners, steps, tokens, memory, time) and stop.
     dry_run: bool = field(default=False, metadata=_NOT_IDENTITY)
-    """Print the plan (learners, steps, tokens, memory, time) and stop."""
 
 
 @dataclass(frozen=True)

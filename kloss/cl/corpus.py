@@ -74,16 +74,11 @@ def _cumulate(lengths: np.ndarray | array) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus; the arrays are read-only maps of files in the cache.
-
-    labels: BIO names, "O" first, then sorted; a label id is an index into it.
-    truncated: per locale, utterances of all partitions cut at max_length, before limits.
-    fingerprint: hex digits that depend on everything that is trained on and scored.
-    """
+    """A tokenised corpus; the arrays are read-only maps of files in the cache."""
 
     name: str
     locales: tuple[str, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # BIO names, "O" first, then sorted; a label id is an index into it
     vocab_size: int
     bos_id: int
     pad_id: int
@@ -94,8 +89,8 @@ class Corpus:
     max_length: int
     limit: int | None
     eval_limit: int | None
-    fingerprint: str
-    truncated: dict[str, int]
+    fingerprint: str  # hex digits that depend on everything that is trained on and scored
+    truncated: dict[str, int]  # per locale, utterances of all partitions cut at max_length, before limits
     _index: dict = field(repr=False)
     _arrays: dict[str, np.ndarray] = field(repr=False)
     _limited: dict[tuple[str, str], Sentences] = field(repr=False, default_factory=dict)
@@ -293,22 +288,20 @@ def _assemble(
     label_ids: int32, the label id of each label name as first seen.
     room: pieces that fit between <s> and </s>.
     """
-    ids = utterances.ids
+    ids, word_labels = utterances.ids, label_ids[np.array(utterances.labels)]
     order = np.array(sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i], i)), np.int64)
-    lengths = np.array(utterances.lengths, np.int64)
-    sorted_words = _ranges((np.cumsum(lengths) - lengths)[order], lengths[order])
-    lengths = lengths[order]
-    words = np.array(utterances.words, np.int64)[sorted_words]
+    by_word = Sentences(np.array(utterances.words, np.int64), word_labels, _cumulate(utterances.lengths)).take(order)
+    words = by_word.input_ids
     counts = np.diff(starts)[words]
-    piece_ids = pieces[_ranges(starts[words], counts)]
-    piece_labels = np.full(len(piece_ids), IGNORED, np.int32)
-    piece_labels[np.cumsum(counts) - counts] = label_ids[np.array(utterances.labels)[sorted_words]]
-    sentence = np.repeat(np.arange(len(lengths)), lengths)
-    full = np.bincount(sentence, counts, minlength=len(lengths)).astype(np.int64)
+    piece_ids, piece_labels = pieces[_ranges(starts[words], counts)], np.full(counts.sum(), IGNORED, np.int32)
+    first_pieces = _cumulate(counts)
+    piece_labels[first_pieces[:-1]] = by_word.labels
+    borders = first_pieces[by_word.offsets]
+    full = np.diff(borders)
     kept = np.minimum(full, room)
     offsets = _cumulate(kept + 2)
     input_ids, labels = np.empty(offsets[-1], np.int32), np.full(offsets[-1], IGNORED, np.int32)
-    source, target = _ranges(np.cumsum(full) - full, kept), _ranges(offsets[:-1] + 1, kept)
+    source, target = _ranges(borders[:-1], kept), _ranges(offsets[:-1] + 1, kept)
     input_ids[target], labels[target] = piece_ids[source], piece_labels[source]
     input_ids[offsets[:-1]], input_ids[offsets[1:] - 1] = bos_id, eos_id
     return Sentences(input_ids, labels, offsets), int((full > room).sum()), len(piece_ids), len(words)
@@ -333,14 +326,12 @@ def _build(
         progress(done, len(present), "putting sentences together")
         index[locale] = {"range": {}, "truncated": 0}
         for partition in massive.PARTITIONS:
-            given = utterances.pop((locale, partition), None) or _Utterances()
-            index[locale]["range"][partition] = [first, first + len(given.ids)]
-            first += len(given.ids)
-            if not given.ids:
-                continue
             bos_id, eos_id, room = special["bos_id"], special["eos_id"], max_length - 2
+            given = utterances.pop((locale, partition), _Utterances())
             sentences, cut, num_pieces, num_words = _assemble(given, pieces, starts, label_ids, bos_id, eos_id, room)
             everything.append(sentences)
+            index[locale]["range"][partition] = [first, first + sentences.number]
+            first += sentences.number
             index[locale]["truncated"] += cut
             if partition == "train":
                 index[locale] |= {"pieces": num_pieces, "words": num_words}

@@ -31,15 +31,9 @@ Place = tuple[str, int]  # file and line; becomes text only in an error
 
 
 class Source(NamedTuple):
-    """Where utterances come from.
-
-    digest: depends on the contents.
-    read: starts reading from the beginning.
-    """
-
     name: str
-    digest: str
-    read: Callable[[], Iterator[tuple[Place, dict]]]
+    digest: str  # depends on the contents
+    read: Callable[[], Iterator[tuple[Place, dict]]]  # starts from the first record
 
 
 def parse(annot_utt: str, locale: str) -> tuple[list[str], list[str]]:
@@ -69,8 +63,8 @@ def parse(annot_utt: str, locale: str) -> tuple[list[str], list[str]]:
 def utterance(place: Place, record: dict) -> tuple[str, str, list[str], list[str]]:
     """Return (locale, partition, words, BIO labels) of a record; partition "validation" becomes "dev".
 
-    Raises UserError with file and line for a missing key, a value that is not text, an unknown locale or partition, or
-    an annot_utt that is malformed, has no words, or differs from utt once its brackets are removed.
+    Raises UserError with file and line for a missing key, a value that is not text, or an unknown locale or partition.
+    So it does for an annot_utt that is malformed, has no words, or differs from utt once its brackets are removed.
     """
     try:
         for key in KEYS:

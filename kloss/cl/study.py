@@ -16,21 +16,17 @@ from .strategies import STRATEGIES, Layout
 
 
 class Trial(NamedTuple):
-    """One score matrix: a strategy with a rank (None: full fine-tuning), a learning rate, a language order and a seed.
-
-    groups: locale -> group of languages; None unless the strategy shares adapters within groups.
-    learners: for each learner of the layout, its index in `Study.learners`.
-    """
+    """One score matrix: a strategy with a rank, a learning rate, a language order and a seed."""
 
     strategy: str
-    rank: int | None
+    rank: int | None  # None: full fine-tuning
     lr: float
     order: tuple[str, ...]
     order_name: str
     seed: int
-    groups: dict[str, str] | None
+    groups: dict[str, str] | None  # locale -> group, where the strategy shares adapters within groups
     layout: Layout
-    learners: tuple[int, ...]
+    learners: tuple[int, ...]  # for each learner of the layout, its index in Study.learners
 
     @property
     def label(self) -> str:
@@ -53,15 +49,9 @@ class Trial(NamedTuple):
 
 
 class Study(NamedTuple):
-    """All trials, and what they need.
-
-    learners: to be trained, each once.
-    wanted: for each learner, experiences completed -> locales to score.
-    """
-
     trials: list[Trial]
-    learners: list[Learner]
-    wanted: list[dict[int, list[str]]]
+    learners: list[Learner]  # to be trained, each once
+    wanted: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
 
 
 def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
