@@ -280,14 +280,7 @@ def test_backbone_with_too_small_a_vocabulary(small, tmp_path, capsys):
     assert main(arguments) == 0  # its corpus and tokenizer are in the cache now
     tokenizer = next(Path(arguments[arguments.index("--cache") + 1]).glob("tokenizer-*"))
     capsys.readouterr()
-    other = [
-        *arguments[:-1],
-        str(tmp_path / "other"),
-        "--backbone",
-        str(tmp_path / "model"),
-        "--tokenizer",
-        str(tokenizer),
-    ]
+    other = [*arguments[:-1], str(tmp_path / "other"), "--backbone", str(tmp_path / "model"), "--tokenizer", str(tokenizer)]
     assert "more than the 40 of backbone" in one_line_error(other, capsys)
 
 

@@ -55,10 +55,7 @@ def test_every_seed_experience_and_epoch_has_an_order_of_its_own():
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(CORPUS.locales), st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 3)),
-        min_size=1,
-    )
+    st.lists(st.tuples(st.sampled_from(CORPUS.locales), st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 3)), min_size=1)
 )
 def test_pack_keeps_every_token(parts):
     batch = pack([(CORPUS.sentences(locale, "train"), np.array(index, int), g) for locale, index, g in parts], 4)

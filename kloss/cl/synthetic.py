@@ -54,8 +54,7 @@ _ACCENTS = "áàâäåæéèêëíîïóôöøúùûüāēīōūăőűọẹ"  #
 
 # families' positions of the verb ("second": after the first phrase) and the adposition; the seed decides the rest
 _ORDER = dict.fromkeys(
-    ("Turkic", "Dravidian", "Indo-Aryan", "Japonic", "Koreanic", "Mongolic", "Tibeto-Burman"),
-    ("last", "after"),
+    ("Turkic", "Dravidian", "Indo-Aryan", "Japonic", "Koreanic", "Mongolic", "Tibeto-Burman"), ("last", "after")
 )
 _ORDER |= {"Uralic": ("second", "after"), "Kartvelian": ("last", "after"), "Armenian": ("second", "after"),
            "Iranian": ("last", "before"), "Celtic": ("first", "before"), "Semitic": ("first", "before"),
@@ -114,11 +113,7 @@ _FRAMES: tuple[tuple[str, str | None, str], ...] = (
     ("stop", "music", ""),
 )  # fmt: skip
 _WORDS = tuple(dict.fromkeys([f[0] for f in _FRAMES] + [f[1] for f in _FRAMES if f[1]]))
-_STRATA = (
-    (*_MARKERS, *_FUNCTION),
-    _WORDS,
-    tuple(f"{pool} {i}" for pool, size in _POOLS.items() for i in range(size)),
-)
+_STRATA = ((*_MARKERS, *_FUNCTION), _WORDS, tuple(f"{pool} {i}" for pool, size in _POOLS.items() for i in range(size)))
 
 
 T = TypeVar("T")
