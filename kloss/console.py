@@ -52,7 +52,7 @@ class Lines:
         if total and done >= total:
             self.end()
         elif now - self.printed >= EVERY:
-            # Use the rate since the last line: a learner that is alone at the end is slower than fifty learners in one pass.
+            # Use the rate since the last line: the last learner alone is slower than fifty learners in one pass.
             left = (now - self.printed) * (total - done) / (done - self.passed) if total and done > self.passed else None
             self.printed, self.passed = now, done
             self._print(now, left)

@@ -17,7 +17,7 @@ from .cache import cache_folder, key
 from .corpus import Corpus, OnProgress, Sentences
 from .packing import Part, pack
 
-FORMAT = 2  # part of the cache key; one more whenever the same arguments give another model
+FORMAT = 2  # part of the cache key; increment when the same settings give another model
 MASKED, RATE, WARMUP = 0.3, 1e-3, 0.1
 NOISE = 1000  # negative tokens per step, drawn from the text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,26 +82,12 @@ def tiny_backbone(config: Config, corpus: Corpus, progress: OnProgress) -> Path:
         special = torch.from_numpy(np.searchsorted(used, [i for i in (corpus.bos_id, corpus.eos_id) if i in used]))
         mask = int(np.searchsorted(used, corpus.mask_id))
         _masked_language_modelling(small, compact, special, mask, config, progress)
-    with torch.no_grad():
-        rows = model.word_embeddings.weight
-        rows[torch.from_numpy(used).long()] = small.word_embeddings.weight
-        trained = {name: value for name, value in small.state_dict().items() if name != "word_embeddings.weight"}
-        model.load_state_dict(trained | {"word_embeddings.weight": rows})
+    trained, rows = small.state_dict(), torch.from_numpy(used).long()
+    embeddings = model.word_embeddings.weight.detach().index_copy(0, rows, trained["word_embeddings.weight"])
+    model.load_state_dict(trained | {"word_embeddings.weight": embeddings})
     with written(folder, folder=True) as temporary:
         model.save_pretrained(temporary)
     return folder
-
-
-class _LanguageModelHead(nn.Module):
-    """Predicts tokens from hidden states; the output layer is the embedding matrix, as in XLM-R's own head."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        """x: [n, H], embeddings: [m, H] -> logits [n, m]."""
-        return F.linear(self.norm(F.gelu(self.dense(x))), embeddings)
 
 
 def _masked_language_modelling(
@@ -111,6 +97,7 @@ def _masked_language_modelling(
 
     A softmax over all 29,000 entries took most of the time, and hundreds of steps learned only unigram frequencies.
     The candidates are the step's predicted tokens and NOISE tokens drawn from the text, so frequencies cancel.
+    The output layer is the embedding matrix, as in XLM-R.
 
     special: int64 [n], ids that are never predicted.
     mask: id of the mask token.
@@ -119,7 +106,8 @@ def _masked_language_modelling(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = _LanguageModelHead(model.config.hidden_size)
+        width = model.config.hidden_size
+        head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
     parameters = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=RATE, weight_decay=0.01, fused=True)
 
@@ -137,7 +125,7 @@ def _masked_language_modelling(
         hidden = model.encode(torch.where(predicted & (kind < 0.9), replaced, ids), packed.cu_seqlens)
         noise = torch.from_numpy(text.input_ids[draw.integers(len(text.input_ids), size=NOISE)])
         candidates, target = torch.unique(torch.cat([ids[predicted], noise]), return_inverse=True)
-        logits = head(hidden[predicted], model.word_embeddings(candidates))
+        logits = F.linear(head(hidden[predicted]), model.word_embeddings(candidates))
         loss = F.cross_entropy(logits, target[: len(logits)], reduction="sum") / max(1, len(logits))
         optimizer.zero_grad()
         loss.backward()

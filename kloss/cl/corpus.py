@@ -25,7 +25,7 @@ from .languages import LOCALES, check_locales
 from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_folder
 
 IGNORED = -100
-FORMAT = 1  # part of every cache key; one more whenever the same input gives other arrays
+FORMAT = 1  # part of every cache key; increment when the same input gives other arrays
 
 Locales = tuple[str, ...] | None  # None: all
 OnProgress = Callable[[int, int, str], object]  # called with (done, total, text); a total of 0 means unknown
@@ -145,9 +145,9 @@ def load_corpus(
     seed: of the synthetic corpus, unless `synthetic`, the options of its `generate`, has one.
     Raises UserError in one line for anything wrong with the input.
     """
-    for name, value, least in (("limit", limit, 1), ("eval_limit", eval_limit, 1), ("max_length", max_length, 3)):
-        if value is not None and value < least:
-            raise UserError(f"{name} must be at least {least}, not {value}")
+    for name, value, minimum in (("limit", limit, 1), ("eval_limit", eval_limit, 1), ("max_length", max_length, 3)):
+        if value is not None and value < minimum:
+            raise UserError(f"{name} must be at least {minimum}, not {value}")
     order = None if locales is None else check_locales(locales)
     if order == ():
         raise UserError("no locales given")
@@ -191,7 +191,7 @@ def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, A
     digest = key("synthetic", synthetic.VERSION, settings, locales and sorted(locales))
     name = f"synthetic ({', '.join(f'{k}={v}' for k, v in settings)})"
 
-    def read() -> Iterator[tuple[massive.Place, dict]]:
+    def read() -> Iterator[tuple[massive.Position, dict]]:
         for number, record in enumerate(synthetic.generate(locales or LOCALES, **checked), 1):
             yield ("synthetic", number), record
 
@@ -202,8 +202,8 @@ def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> li
     """Return the training utterances, words separated by spaces, to train a tokenizer on."""
     progress(0, 1, "training a tokenizer")
     texts = []
-    for place, record in source.read():
-        locale, partition, words, _ = massive.utterance(place, record)
+    for position, record in source.read():
+        locale, partition, words, _ = massive.utterance(position, record)
         if partition == "train" and (locales is None or locale in locales):
             texts.append(" ".join(words))
     return texts
@@ -241,8 +241,8 @@ def _read(
     words: dict[str, int] = {}
     names = {"O": 0}
     progress(0, 1, f"reading {source.name}")
-    for count, (place, record) in enumerate(source.read(), 1):
-        locale, partition, texts, labels = massive.utterance(place, record)
+    for count, (position, record) in enumerate(source.read(), 1):
+        locale, partition, texts, labels = massive.utterance(position, record)
         if locales is not None and locale not in locales:
             continue
         target = utterances[locale, partition]

@@ -27,13 +27,13 @@ _SLOT = re.compile(r"\[([^\[\]]*)\]|([\[\]])")
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\S")
 _JSONL = re.compile(r"(?:^|/)[^/.][^/]*\.jsonl$")
 
-Place = tuple[str, int]  # file and line; becomes text only in an error
+Position = tuple[str, int]  # file and line number, as text only in an error
 
 
 class Source(NamedTuple):
     name: str
     digest: str  # depends on the contents
-    read: Callable[[], Iterator[tuple[Place, dict]]]  # starts from the first record
+    read: Callable[[], Iterator[tuple[Position, dict]]]  # starts from the first record
 
 
 def parse(annot_utt: str, locale: str) -> tuple[list[str], list[str]]:
@@ -60,7 +60,7 @@ def parse(annot_utt: str, locale: str) -> tuple[list[str], list[str]]:
     return words + outside, labels + ["O"] * len(outside)
 
 
-def utterance(place: Place, record: dict) -> tuple[str, str, list[str], list[str]]:
+def utterance(position: Position, record: dict) -> tuple[str, str, list[str], list[str]]:
     """Return (locale, partition, words, BIO labels) of a record; partition "validation" becomes "dev".
 
     Raises UserError with file and line for a missing key, a value that is not text, or an unknown locale or partition.
@@ -85,7 +85,7 @@ def utterance(place: Place, record: dict) -> tuple[str, str, list[str], list[str
             given = f"{record['annot_utt']!r} and {record['utt']!r}"
             raise UserError(f"annot_utt without its brackets is not utt: {given}")
     except UserError as error:
-        raise UserError(f"{place[0]}:{place[1]}: {error}") from None
+        raise UserError(f"{position[0]}:{position[1]}: {error}") from None
     return locale, partition, words, labels
 
 
@@ -122,7 +122,7 @@ def _is_selected(file_name: str, selected: frozenset[str] | None) -> bool:
     return selected is None or stem in selected or stem not in LANGUAGES
 
 
-def _read_lines(name: str, lines: Iterable[bytes]) -> Iterator[tuple[Place, dict]]:
+def _read_lines(name: str, lines: Iterable[bytes]) -> Iterator[tuple[Position, dict]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -135,13 +135,13 @@ def _read_lines(name: str, lines: Iterable[bytes]) -> Iterator[tuple[Place, dict
         yield (name, number), record
 
 
-def _read_files(files: list[Path]) -> Iterator[tuple[Place, dict]]:
+def _read_files(files: list[Path]) -> Iterator[tuple[Position, dict]]:
     for file in files:
         with open(file, "rb") as lines:
             yield from _read_lines(str(file), lines)
 
 
-def _read_archive(path: Path, unpack: Callable, selected: frozenset[str] | None) -> Iterator[tuple[Place, dict]]:
+def _read_archive(path: Path, unpack: Callable, selected: frozenset[str] | None) -> Iterator[tuple[Position, dict]]:
     try:
         with unpack(path, "rb") as stream:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
@@ -186,11 +186,9 @@ def _open_hub(name: str, selected: frozenset[str] | None) -> Source:
     return Source(name.rstrip("/").split("/")[-1], digest.hexdigest(), lambda: _read_hub(name, splits))
 
 
-def _read_hub(name: str, splits: list) -> Iterator[tuple[Place, dict]]:
+def _read_hub(name: str, splits: list) -> Iterator[tuple[Position, dict]]:
     for split, rows in splits:
-        number = 0
-        for batch in rows.iter(batch_size=4096):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                record = {"partition": split} | dict(zip(batch, values, strict=True))
-                yield (f"{name} ({split})", number), record | {"id": str(record["id"])}
+        batches = ((batch, zip(*batch.values(), strict=True)) for batch in rows.iter(batch_size=4096))
+        records = (dict(zip(batch, values, strict=True)) for batch, columns in batches for values in columns)
+        for number, record in enumerate(records, 1):
+            yield (f"{name} ({split})", number), {"partition": split} | record | {"id": str(record["id"])}

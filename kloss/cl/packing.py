@@ -28,9 +28,9 @@ class PackedBatch(NamedTuple):
 
 
 def pack(
-    parts: Sequence[Part | tuple[Sentences, np.ndarray, int]], num_adapters: int, device: str | torch.device = "cpu"
+    parts: Sequence[tuple[Sentences, np.ndarray, int]], num_adapters: int, device: str | torch.device = "cpu"
 ) -> PackedBatch:
-    """Pack sentences of several parts into one batch."""
+    """Pack sentences into one batch. parts: each a `Part`, or a tuple of its fields."""
     text = Sentences.concatenate([sentences.take(indices) for sentences, indices, _ in parts])
     lengths = [len(indices) for _, indices, _ in parts]
     cu_seqlens = torch.from_numpy(text.offsets.astype(np.int32)).to(device)

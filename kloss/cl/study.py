@@ -96,14 +96,14 @@ def plan(config: Config, locales: Sequence[str]) -> Study:
         for rank, lr, (order_name, order), seed in product(ranks, rates, own_orders.items(), seeds):
             layout = strategy.layout(order, mapping or {})
             learners = [_learner(config, stream, rank, lr, seed) for stream in layout.streams]
-            numbers = tuple(index.setdefault(learner, len(index)) for learner in learners)
+            indices = tuple(index.setdefault(learner, len(index)) for learner in learners)
             wanted += [{} for _ in range(len(index) - len(wanted))]
             for row, (column, locale) in product(range(layout.rows), enumerate(order)):
                 learner, experience = layout.cell(row, column)
-                scored = wanted[numbers[learner]].setdefault(experience, [])
+                scored = wanted[indices[learner]].setdefault(experience, [])
                 if locale not in scored:
                     scored.append(locale)
-            trials.append(Trial(name, rank, lr, order, order_name, seed, mapping, layout, numbers))
+            trials.append(Trial(name, rank, lr, order, order_name, seed, mapping, layout, indices))
     return Study(trials, list(index), wanted)
 
 

@@ -17,7 +17,7 @@ from ..config import Config
 from ..errors import UserError
 from .languages import CHARACTER_LOCALES, LANGUAGES, LOCALES, check_locales
 
-VERSION = 1  # part of a corpus's fingerprint; one more whenever the same options give other sentences
+VERSION = 1  # part of a corpus's fingerprint; increment when the same options give other sentences
 
 FALSE_FRIENDS = 0.6  # share of the pairs of shared words whose two meanings each language may swap
 SEGMENTED = 0.3  # share of th-TH, km-KH and my-MM utterances with spaces between all words
@@ -117,10 +117,11 @@ _STRATA = ((*_MARKERS, *_FUNCTION), _WORDS, tuple(f"{pool} {i}" for pool, size i
 
 
 T = TypeVar("T")
+Chunk = tuple[str | None, tuple[str, ...]]  # slot or None, concepts
 
 
 class Structure(NamedTuple):
-    """The grammar of a language: the position of each kind of word. roles: the order of phrases."""
+    """The grammar of a language: the position of each kind of word."""
 
     verb: str
     adposition: str
@@ -129,10 +130,7 @@ class Structure(NamedTuple):
     article: str
     unit: str
     modifier: str
-    roles: tuple[str, ...]
-
-
-Chunk = tuple[str | None, tuple[str, ...]]  # slot or None, concepts
+    roles: tuple[str, ...]  # the order of phrases
 
 
 class Phrase(NamedTuple):
@@ -192,9 +190,9 @@ def check_options(**options: Any) -> Options:
         allowed = ", ".join(Options._fields)
         raise UserError(f"unknown option {', '.join(unknown)} of the synthetic corpus; allowed: {allowed}")
     checked = Options(**options)
-    for name, value, least in (("train", checked.train, 1), ("dev", checked.dev, 0), ("test", checked.test, 0)):
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"synthetic {name} must be a whole number, at least {least}, not {value!r}")
+    for name, value, minimum in (("train", checked.train, 1), ("dev", checked.dev, 0), ("test", checked.test, 0)):
+        if not isinstance(value, int) or value < minimum:
+            raise UserError(f"synthetic {name} must be a whole number, at least {minimum}, not {value!r}")
     for name, dial in (("overlap", checked.overlap), ("relatedness", checked.relatedness)):
         if not isinstance(dial, int | float) or not 0 <= dial <= 1:
             raise UserError(f"synthetic {name} must lie in [0, 1], not {dial!r}")
@@ -254,7 +252,7 @@ def _meaning(rng: random.Random) -> Meaning:
 def _linearise(meaning: Meaning, grammar: Structure) -> list[Chunk]:
     """Return (slot or None, concepts) in the language's order."""
 
-    def place(item: T, position: str, items: list[T]) -> list[T]:
+    def attach(item: T, position: str, items: list[T]) -> list[T]:
         return [item, *items] if position in ("first", "before") else [*items, item]
 
     phrases: list[list[Chunk]] = []
@@ -263,16 +261,16 @@ def _linearise(meaning: Meaning, grammar: Structure) -> list[Chunk]:
         if (phrase.order, "after") in (("unit", grammar.unit), ("modifier", grammar.modifier)):
             concepts = concepts[::-1]
         chunks: list[Chunk] = [(phrase.slot, concepts)]
-        phrases.append(place((None, (phrase.marker,)), grammar.adposition, chunks) if phrase.marker else chunks)
+        phrases.append(attach((None, (phrase.marker,)), grammar.adposition, chunks) if phrase.marker else chunks)
     if meaning.noun:
-        noun: list[Chunk] = place((None, ("the",)), grammar.article, [(None, (meaning.noun,))])
-        phrases = place(noun, grammar.noun, phrases)
+        noun: list[Chunk] = attach((None, ("the",)), grammar.article, [(None, (meaning.noun,))])
+        phrases = attach(noun, grammar.noun, phrases)
     phrases.insert({"first": 0, "second": 1, "last": len(phrases)}[grammar.verb], [(None, (meaning.verb,))])
     if meaning.polite:
-        phrases = place([(None, ("please",))], grammar.polite, phrases)
+        phrases = attach([(None, ("please",))], grammar.polite, phrases)
     length = sum(len(concepts) for chunks in phrases for _, concepts in chunks)
     for filler in ("me", "now")[: max(0, 4 - length)]:
-        phrases = place([(None, (filler,))], grammar.polite, phrases)
+        phrases = attach([(None, (filler,))], grammar.polite, phrases)
     return [chunk for chunks in phrases for chunk in chunks]
 
 
@@ -316,8 +314,7 @@ def _loan(seed: int, concept: str, attempt: int) -> str:
 def _native(seed: int, locale: str, concept: str, relatedness: float, attempt: int) -> str:
     """Write a word: a stem, each syllable the family's or the language's own, and one of three endings.
 
-    Where each character is a word to label, words are shorter: one character for function words, two for others, the first of
-    them the stem.
+    Where each character is a word to label, a function word has one character, any other word two: stem and ending.
     attempt: 0, then counts the forms already in use; later attempts take nothing from the family.
     """
     language = LANGUAGES[locale]

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import written
 from .cache import hash_files, key
 
-FORMAT = 1  # part of a trained tokenizer's cache key; one more whenever the same texts give another
+FORMAT = 1  # part of a trained tokenizer's cache key; increment when the same texts give another one
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
 VOCABULARY = 6000
 LONGEST = 8  # characters of a piece
