@@ -56,7 +56,7 @@ def train_study(
     saved = folder.load_checkpoint()
     finished = {} if saved is None else saved[1]["finished"]
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
-    for number, members in enumerate(cohorts_of(study, config.together)):
+    for number, members in enumerate(cohorts_of(study, config.max_learners)):
         if str(number) not in finished:
             learners, wanted = [study.learners[g] for g in members], [study.wanted[g] for g in members]
             cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens, exact=config.exact)
