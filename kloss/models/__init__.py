@@ -2,11 +2,10 @@
 
 from .bank import AdapterBank
 from .flat import FlatModel
-from .xlmr import BASE, LARGE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
+from .xlmr import BASE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
 
 __all__ = [
     "BASE",
-    "LARGE",
     "TINY",
     "AdapterBank",
     "FlatModel",

@@ -1,0 +1,107 @@
+"""The Triton backend of `multi_lora.py`: which kernels a forward and a backward pass launch.
+
+    S  = drop(x) A_gᵀ                  shrink   [T, slices*R], fp32          g = adapter of the row
+    y  = x Wᵀ + b + s_g S B_gᵀ          expand   [T, N]
+    dS = s_g dy B_g                    shrink   [T, slices*R], fp32
+    dx = dy W + mask ⊙ (dS A_g)        expand   [T, K]
+    dA_g = dSᵀ drop(x)                 reduce   [slices*R, K]               dB_g = s_g dyᵀ S   [N, R]
+
+Row t of x and y is row i of S and dS, where order[i] = t: in `order` an adapter's rows are neighbours. A tile holds rows of one
+adapter only, and its height is fixed for each kernel. A reduction walks the adapter's own rows from the first, in fixed steps. So
+an adapter's values have the same bits whatever else is in the batch. There are no atomics. S and dS are kept in fp32 and rounded
+to x's dtype where they enter a product, as torch rounds them in that dtype. Dropout's scale 1/(1-p) is the same for all rows of a
+tile and is applied to fp32 sums.
+
+`expand` computes the base product too (fused: first the LoRA term, masked or scaled in the accumulator, then the base product's
+loop on top), or adds to the vendor's product in place. `tuned.fuse` chooses; exact=True forces the fused form, whose base product
+has fixed tiles as well.
+"""
+
+import torch
+from torch import Tensor
+
+from . import tuned
+from .lora_tiles import Factor, expand, reduce, shrink
+from .segments import Work
+
+
+def saved(x: Tensor, rows: int, SR: int, dropout: bool) -> tuple[Tensor, Tensor]:
+    """Empty tensors that forward fills for backward: S fp32 [rows, SR], and dropout's keys int64 [rows] in order."""
+    s = x.new_empty(rows, SR, dtype=torch.float32)
+    return s, x.new_empty(rows if dropout else 0, dtype=torch.int64)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    work: list[Tensor],
+    ranks: Tensor | None,
+    dropout: list[Tensor],
+    site: int,
+    slices: int,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, S and the keys. work: order, then the fields of `Work`. dropout: p, seed and row_key, or nothing."""
+    order, tiles = work[0], Work(*work[1:])
+    (G, SR, K), R, rows = lora_a.shape, lora_b.shape[2], order.numel()
+    s, keys = saved(x, rows, SR, bool(dropout))
+    a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
+    draws = (*dropout, keys) if dropout else ()
+    shrink(x, a, s, order, tiles.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+    fused = exact or tuned.fuse(rows, G, K)
+    y = _base(x, weight.t(), bias, rows if fused else 0)
+    b = Factor(lora_b, lora_b.stride(0), 0, lora_b.stride(1), lora_b.stride(2))
+    expand(s, b, x, weight.t(), bias, y, order, tiles, ranks, scaling, R=R, blocks=slices, slices=slices, fused=fused)
+    return y, s, keys
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    s: Tensor,
+    keys: Tensor,
+    work: list[Tensor],
+    ranks: Tensor | None,
+    dropout: list[Tensor],
+    slices: int,
+    exact: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB; empty where `needs` says no."""
+    order, tiles = work[0], Work(*work[1:])
+    (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
+    need_x, need_a, need_b = needs
+    C = N // slices
+    p_and_keys = (dropout[0], keys) if dropout else (None, None)
+    dx, d_a, d_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if need_x or need_a:
+        ds = torch.empty_like(s)
+        b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
+        shrink(dy, b, ds, order, tiles.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
+    if need_x:
+        fused = exact or tuned.fuse(rows, G, N)
+        dx = _base(dy, weight, None, rows if fused else 0)
+        a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
+        expand(ds, a, dy, weight, None, dx, order, tiles, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
+    if need_a:
+        d_a = reduce(x, ds, lora_a, order, tiles, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
+    if need_b:
+        d_b = reduce(dy, s, lora_b, order, tiles, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
+    return dx, d_a, d_b
+
+
+def _base(x: Tensor, w: Tensor, bias: Tensor | None, first: int) -> Tensor:
+    """An empty y with y = x w + bias from row `first` on, by the vendor's product."""
+    y = x.new_empty(x.shape[0], w.shape[1])
+    if first < x.shape[0]:
+        rows, out = x[first:], y[first:]
+        torch.mm(rows, w, out=out) if bias is None else torch.addmm(bias, rows, w, out=out)
+    return y
