@@ -183,7 +183,8 @@ class _Team:
             steps = self.steps[first:last].to(cohort.device)[batch.segments.adapter.long()]
             keys = row_keys(steps, batch.sequence, batch.cu_seqlens, rows=batch.input_ids.numel())
             hidden, lora = (p if p is None else p[first:last] for p in self.dropout.values())
-            dropout = StepDropout(hidden, hidden, lora, self.seeds[first:last], keys, batch.segments.row_adapter)
+            seeds, row_adapter = self.seeds[first:last], batch.segments.row_adapter
+            dropout = StepDropout(hidden, hidden, lora, seeds, keys, row_adapter, cohort.model.num_sites)
             bank = self.bank.span(first, last) if isinstance(self.bank, AdapterBank) else None
             logits = cohort.model(batch.input_ids, batch.cu_seqlens, batch.segments, bank, dropout=dropout)
             loss, _ = token_loss(logits, batch.labels, batch.segments)
