@@ -52,6 +52,10 @@ class Dropout(NamedTuple):
             rows=None if rows is None else RowDropout(*(tensor[index] for tensor in rows)),
         )
 
+    def first(self, rows: int) -> "Dropout":
+        """The keys of the first `rows` rows."""
+        return self if self.row_key.numel() == rows else self.take(slice(rows))
+
 
 class RowDropout(NamedTuple):
     """Per-row dropout state of one site; private to kernels.

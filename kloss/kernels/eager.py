@@ -22,7 +22,7 @@ def widened(tensor: Tensor | None) -> Tensor | None:
 
     Without it products in bf16 have 1/7 to 1/100 of fp32's rate.
     """
-    if tensor is None or tensor.device.type != "cpu":
+    if tensor is None or tensor.dtype == torch.float32 or tensor.device.type != "cpu":
         return tensor
     if tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return tensor

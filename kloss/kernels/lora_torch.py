@@ -63,10 +63,11 @@ def backward(
     dropout: list[Tensor],
     slices: int,
     exact: bool,
-    needs: list[bool],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB; empty where `needs` says no."""
-    need_x, need_a, need_b = needs
+    """dx, dA and dB, empty where not needed."""
     dx = base_product(dy, weight.t(), None, work, exact) if need_x else x.new_empty(0)
     d_a, d_b = (f.new_zeros(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
     dropped = _dropped(x, mask) if need_a else x

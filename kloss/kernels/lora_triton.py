@@ -73,12 +73,13 @@ def backward(
     dropout: list[Tensor],
     slices: int,
     exact: bool,
-    needs: list[bool],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB; empty where `needs` says no."""
+    """dx, dA and dB, empty where not needed."""
     order, tiles = work[0], Work(*work[1:])
     (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
-    need_x, need_a, need_b = needs
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, d_a, d_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)

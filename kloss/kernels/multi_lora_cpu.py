@@ -80,10 +80,11 @@ def backward(
     dropout: list[Tensor],
     slices: int,
     exact: bool,
-    needs: list[bool],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB; empty where `needs` says no."""
-    need_x, need_a, need_b = needs
+    """dx, dA and dB, empty where not needed."""
     dy = dy.contiguous()
     dx = base_product(dy, weight.t(), None, work, exact).contiguous() if need_x else None
     d_a, d_b = (x.new_empty(f.shape) if need else None for f, need in ((lora_a, need_a), (lora_b, need_b)))

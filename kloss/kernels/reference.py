@@ -47,7 +47,8 @@ def multi_lora_linear(
 
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
-    dropped = x if dropout is None else apply_dropout(x[: segments.order.numel()], dropout, segments.row_adapter)
+    covered = segments.order.numel()
+    dropped = x if dropout is None else apply_dropout(x[:covered], dropout.first(covered), segments.row_adapter)
     terms, index = [x.new_zeros(0, weight.shape[0])], [segments.order[:0]]
     for g, start, end in segments.host_runs():
         rows, rank = segments.order[start:end], lora_b.shape[2] if ranks is None else int(ranks[g])
