@@ -1,6 +1,6 @@
-"""The multi-adapter linear's kernels against the reference: values, every gradient, and isolation to the
-bit.
-"""
+"""The multi-adapter linear's Triton kernels against the reference: values, every gradient, and isolation to the bit."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ from helpers import (
 from hypothesis import given, settings
 
 import kloss.kernels as kernels
-from kloss.kernels import Dropout, make_segments, segments, tuned
+from kloss.kernels import Dropout, make_segments, multi_lora_cpu, segments, tuned
 from kloss.kernels.dropout import keep_mask
-from kloss.kernels.multi_lora import multi_lora_linear
+
+multi_lora_linear = partial(kernels.multi_lora_linear, backend="triton")
 
 CASES = {
     "odd": dict(lengths=[5, 0, 1, 70, 3], adapter=[2, 1, 0, 2, -1], adapters=4, k=41, n=23, rank=8, behind=3),
@@ -153,9 +154,7 @@ def test_any_batch_is_each_adapter_alone(device, shape):
 def test_rank_tails_are_skipped_not_computed(device):
     """S is never written beyond an adapter's rank: the poison of fresh memory is still there."""
     case = problem([9, 66], [1, 0], adapters=2, k=20, n=18, rank=64, slices=3, ranks=[3, 64], device=device)
-    work = segments.with_work(case.segments).work
-    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work
-    _, s, _ = torch.ops.kloss.multi_lora(*tensors, case.keywords["ranks"], None, None, None, 0, 3, True)
+    _, s, _ = torch.ops.kloss.multi_lora(*operator_arguments(case, exact=True))
     rank = case.keywords["ranks"][case.segments.row_adapter[case.segments.order].long()]
     live = torch.arange(64, device=device) < rank[:, None]
     assert torch.equal(s.unflatten(1, (3, 64)).isfinite(), live[:, None, :].expand(-1, 3, -1))
@@ -225,7 +224,7 @@ def test_autocast_runs_in_the_asked_dtype(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("width", [20, 32], ids=["reference", "csrc"])
+@pytest.mark.parametrize("width", [20, 32], ids=["torch", "csrc"])
 def test_one_adapter_is_the_plain_lora_linear(width, device):
     case = problem([20], [0], adapters=1, k=width, n=width, device=device)
     wanted = outputs(kernels.multi_lora_linear, case)["y"]
@@ -250,31 +249,44 @@ def test_the_kernel_draws_the_mask_of_the_reference():
 
 
 def operator_arguments(case, exact=False):
-    work = segments.with_work(case.segments).work
-    p, seed, row_key, site = case.keywords["dropout"][:4]
-    return (
-        case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work, None,
-        p, seed, row_key, site, 1, exact,
-    )  # fmt: skip
+    """Arguments of the operator as the public function gives them to Triton."""
+    work, dropout = [case.segments.order, *segments.with_work(case.segments).work], case.keywords.get("dropout")
+    draws, site = ([], 0) if dropout is None else ([dropout.p, dropout.seed, dropout.row_key], dropout.site)
+    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling
+    return *tensors, work, case.keywords["ranks"], draws, site, case.keywords["slices"], exact, "triton"
 
 
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    case = problem([3, 4], [1, 0], adapters=2, k=16, n=16, p=0.5, device=device)
-    for tensor in (case.x, case.lora_a, case.lora_b, case.weight):
-        tensor.requires_grad_()
-    arguments = operator_arguments(case)
-    torch.library.opcheck(torch.ops.kloss.multi_lora, arguments)
-    with torch.no_grad():
-        _, s, keys = torch.ops.kloss.multi_lora(*arguments)
-    x, weight, _, lora_a, lora_b, scaling, *lists = (t.detach() if torch.is_tensor(t) else t for t in arguments)
-    backward = case.dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists[:6], lists[6], 1, False
+def test_opcheck(device, backend, monkeypatch):
+    if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
+        pytest.skip("not built, or not for this device")
+    given = {}
+    for name in ("multi_lora", "multi_lora_backward"):  # the calls that the public function and its gradient make
+
+        def spy(*args, name=name, op=getattr(torch.ops.kloss, name)):
+            given.setdefault(name, args)
+            return op(*args)
+
+        monkeypatch.setattr(torch.ops.kloss, name, spy)
+    case = problem([3, 4], [1, 0], adapters=2, k=32, n=96, slices=3, ranks=[8, 8], p=0.5, device=device)
+    outputs(kernels.multi_lora_linear, case, backend=backend)
+    monkeypatch.undo()
+    forward = [t.detach() if torch.is_tensor(t) else t for t in given["multi_lora"]]
+    assert forward[-1] == backend
+    for i in (0, 1, 3, 4):
+        forward[i].requires_grad_()
+    torch.library.opcheck(torch.ops.kloss.multi_lora, forward)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(torch.ops.kloss.multi_lora_backward, (*backward, *needs))
+        torch.library.opcheck(torch.ops.kloss.multi_lora_backward, (*given["multi_lora_backward"][:-3], *needs))
 
 
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_fullgraph_forward_and_backward_at_two_lengths(device):
+def test_fullgraph_forward_and_backward_at_two_lengths(device, backend):
+    if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
+        pytest.skip("not built, or not for this device")
+    multi_lora_linear = partial(kernels.multi_lora_linear, backend=backend)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
@@ -285,7 +297,7 @@ def test_fullgraph_forward_and_backward_at_two_lengths(device):
         return multi_lora_linear(*arguments, **keywords) * 2
 
     for lengths in ([5, 30], [6, 47]):
-        case = problem(lengths, [1, 0], adapters=2, p=0.5, device=device)
+        case = problem(lengths, [1, 0], adapters=2, k=32, n=32, p=0.5, device=device)
         case = case._replace(segments=segments.with_work(case.segments))
         got, wanted = outputs(layer, case, exact=True), outputs(eager, case, exact=True)
         assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in got)
@@ -321,13 +333,82 @@ def test_a_graph_replays_with_other_contents():
         assert torch.equal(y, step())
 
 
-def test_faults_are_named():
-    case = problem([5], [0], adapters=1, p=0.5)
-    arguments = case.x, case.weight.half(), None, case.lora_a, case.lora_b, case.scaling, case.segments
-    with pytest.raises(ValueError, match="one dtype"):
-        multi_lora_linear(*arguments)
-    with pytest.raises(ValueError, match="lora_b has shape"):
-        multi_lora_linear(case.x, case.weight, None, case.lora_a, case.lora_b[:, :3], case.scaling, case.segments)
-    short = case.keywords["dropout"]._replace(row_key=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="row_key has 2 entries"):
-        outputs(multi_lora_linear, case._replace(keywords={**case.keywords, "dropout": short}))
+def bad_problem(name, change):
+    """A call with one argument changed: by a function of the tensor, or to a value."""
+    case = problem([5], [0], adapters=2, k=32, n=96, slices=3, ranks=[3, 8], p=0.5)
+    given = dict(zip(("x", "weight", "bias", "lora_a", "lora_b", "scaling", "segments"), case[:7], strict=True)) | case.keywords
+    if name.startswith("dropout."):
+        field = name.removeprefix("dropout.")
+        return given | {"dropout": case.keywords["dropout"]._replace(**{field: change(getattr(case.keywords["dropout"], field))})}
+    return given | {name: change(given[name]) if callable(change) else change}
+
+
+FAULTS = {
+    "weight dtype": ("weight", torch.Tensor.half, "one dtype"),
+    "bias dtype": ("bias", torch.Tensor.half, "one dtype"),
+    "x dtype": ("x", torch.Tensor.int, "one dtype"),
+    "x without K": ("x", lambda x: x[:, :0], "must be at least 1"),
+    "x of one dimension": ("x", lambda x: x[0], r"x \[T, K\]"),
+    "x with too few rows": ("x", lambda x: x[:3], "x has 3 rows, the segments cover 5"),
+    "weight": ("weight", lambda w: w[:, :9], r"^weight has shape \(96, 9\), expected \(96, 32\)"),
+    "no outputs": ("weight", lambda w: w[:0], "must be at least 1"),
+    "bias": ("bias", lambda b: b[:9], "^bias has shape"),
+    "lora_a": ("lora_a", lambda a: a[:, :-1], "^lora_a has shape"),
+    "lora_b": ("lora_b", lambda b: b[:, :3], "^lora_b has shape"),
+    "adapters": ("lora_b", lambda b: b[:1], "^lora_b has shape"),
+    "rank 0": ("lora_b", lambda b: b[..., :0], "must be at least 1"),
+    "integer lora_a": ("lora_a", torch.Tensor.int, "expected float lora_a"),
+    "scaling": ("scaling", lambda s: s[:1], "^scaling has shape"),
+    "scaling dtype": ("scaling", torch.Tensor.double, "scaling in float32"),
+    "slices 0": ("slices", 0, "0 slices"),
+    "slices -3": ("slices", -3, "-3 slices"),
+    "slices that do not divide": ("slices", 5, "96 outputs do not divide into 5 slices"),
+    "number of ranks": ("ranks", lambda r: r[:1], "^ranks has shape"),
+    "rank below 1": ("ranks", lambda r: r - 3, r"ranks must lie in 1..8, .*got 0..5"),
+    "rank above R": ("ranks", lambda r: r + 1, r"ranks must lie in 1..8, .*got 4..9"),
+    "float ranks": ("ranks", torch.Tensor.float, "integer dtype"),
+    "row_key": ("dropout.row_key", lambda keys: keys[:2], "row_key has 2 entries, the segments cover 5"),
+    "p": ("dropout.p", lambda p: p[:1], r"^dropout.p has shape \(1,\), expected \(2,\)"),
+    "seed": ("dropout.seed", lambda seed: seed[:1], "^dropout.seed has shape"),
+    "device": ("lora_b", lambda b: b.to("meta"), "lora_b is on meta, x on cpu"),
+    "backend": ("backend", "cuda", "triton, csrc, torch or None, got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch", None])
+@pytest.mark.parametrize(("name", "change", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_named(name, change, message, backend):
+    """Before any backend, so all refuse the same calls in the same words."""
+    with pytest.raises(ValueError, match=message):
+        kernels.multi_lora_linear(**{"backend": backend} | bad_problem(name, change))
+
+
+def test_a_backend_refuses_what_it_cannot_compute():
+    case = problem([5], [0], adapters=1, k=20, n=24)
+    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b
+    for backend, dtype, message in (("csrc", torch.float32, "multiples of 32; got torch.float32 on cpu, K 20, N 24, slices 1"),
+                                    ("triton", torch.float64, "fp64"), ("csrc", torch.float64, "no fp64")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            kernels.multi_lora_linear(*(t.to(dtype) for t in tensors), case.scaling, case.segments, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
+def test_ranks_may_be_of_any_integer_dtype(backend, dtype):
+    if backend == "csrc" and not multi_lora_cpu.built():
+        pytest.skip("not built")
+    case = problem([5, 4], [0, 1], adapters=2, k=32, n=32, ranks=[3, 8])
+    other = case._replace(keywords=case.keywords | {"ranks": case.keywords["ranks"].to(dtype)})
+    got, wanted = (outputs(kernels.multi_lora_linear, one, backend=backend) for one in (other, case))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_the_kernels_clamp_a_rank_that_nobody_checked():
+    """As on a GPU, where the values of ranks are not read: 99 is R, -1 is 0."""
+    case = problem([5, 4], [0, 1], adapters=2, k=20, n=24, rank=8, ranks=[8, 8])
+    arguments = list(operator_arguments(case, exact=True))
+    wanted = torch.ops.kloss.multi_lora(*arguments)[0]
+    arguments[7] = torch.tensor([99, -1])
+    got = torch.ops.kloss.multi_lora(*arguments)[0]
+    assert torch.equal(got[:5], wanted[:5])
+    torch.testing.assert_close(got[5:], torch.nn.functional.linear(case.x[5:], case.weight, case.bias))

@@ -116,7 +116,8 @@ def _checked(backend: str, x: Tensor, weight: Tensor, slices: int) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' computes fp32, bf16 and fp16, got fp64; 'torch' computes it")
-    if backend == "csrc" and not (x.device.type == "cpu" and multi_lora_cpu.fits(x, weight, slices)):
+    cannot_look = torch.compiler.is_compiling()  # for the extension on disk; the operator checks again
+    if backend == "csrc" and not (cannot_look or (x.device.type == "cpu" and multi_lora_cpu.fits(x, weight, slices))):
         given = f"{x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"
         needs = f"the C++ extension, a CPU, no fp64, and K and N / slices that are multiples of {multi_lora_cpu.LANES}"
         raise ValueError(f"backend 'csrc' needs {needs}; got {given}")

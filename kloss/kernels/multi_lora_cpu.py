@@ -59,6 +59,7 @@ def forward(
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and S. work: order and ends. dropout: per-row keys and thresholds, or nothing; scaling includes 1/(1-p)."""
+    assert built()
     x = x.contiguous()
     y = base_product(x, weight, bias, work, exact).contiguous()
     s, nothing = saved(x, work[0].numel(), lora_a.shape[1], bool(dropout))
