@@ -261,24 +261,23 @@ def operator_arguments(case, exact=False):
 def test_opcheck(device, backend, monkeypatch):
     if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
         pytest.skip("not built, or not for this device")
-    given = {}
-    for name in ("multi_lora", "multi_lora_backward"):  # the calls that the public function and its gradient make
+    given, ops = {}, {name: getattr(torch.ops.kloss, name) for name in ("multi_lora", "multi_lora_backward")}
 
-        def spy(*args, name=name, op=getattr(torch.ops.kloss, name)):
-            given.setdefault(name, args)
-            return op(*args)
+    def spy(name, *args):
+        given[name] = torch.utils._pytree.tree_map(lambda value: value.detach() if torch.is_tensor(value) else value, args)
+        return ops[name](*args)
 
-        monkeypatch.setattr(torch.ops.kloss, name, spy)
+    for name in ops:  # what the public function and its gradient call
+        monkeypatch.setattr(torch.ops.kloss, name, partial(spy, name))
     case = problem([3, 4], [1, 0], adapters=2, k=32, n=96, slices=3, ranks=[8, 8], p=0.5, device=device)
     outputs(kernels.multi_lora_linear, case, backend=backend)
-    monkeypatch.undo()
-    forward = [t.detach() if torch.is_tensor(t) else t for t in given["multi_lora"]]
+    forward, backward = given["multi_lora"], given["multi_lora_backward"]
     assert forward[-1] == backend
     for i in (0, 1, 3, 4):
         forward[i].requires_grad_()
-    torch.library.opcheck(torch.ops.kloss.multi_lora, forward)
+    torch.library.opcheck(ops["multi_lora"], forward)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(torch.ops.kloss.multi_lora_backward, (*given["multi_lora_backward"][:-3], *needs))
+        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-3], *needs))
 
 
 @pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
