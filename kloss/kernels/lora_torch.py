@@ -75,7 +75,8 @@ def backward(
         dy_g = _by_slice(aligned(dy[rows]), slices)
         ds = _products(dy_g, _live_b(aligned(lora_b[g]), slices, rank), scale)  # [n, slices*rank]
         if need_b:
-            s_g = _by_slice(aligned(s[run].unflatten(1, (slices, -1))[..., :rank].flatten(1)), slices)
+            s_g = s[run].unflatten(1, (slices, -1))[..., :rank].contiguous().flatten(1)  # as forward computed it
+            s_g = _by_slice(aligned(s_g), slices)
             d_b_g = torch.baddbmm(s.new_zeros(1, 1, 1), dy_g.transpose(1, 2), s_g, beta=0, alpha=scale)
             d_b[g, :, :rank] = d_b_g.flatten(0, 1)
         if need_a:

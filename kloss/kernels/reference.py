@@ -119,12 +119,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Mean of -log softmax(logits)[label] over each adapter's labelled rows, and how many they are; 0 for none."""
+    """Mean of -log softmax(logits)[label] over each adapter's labelled rows, in at least fp32, and how many; 0 for none."""
     losses, counts = [], []
     for g in range(segments.num_adapters):
         rows = (segments.row_adapter == g).nonzero()[:, 0]
         rows = rows[labels[rows] >= 0]
-        picked = logits[rows].float().log_softmax(-1).gather(1, labels[rows, None])
+        picked = logits[rows].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, labels[rows, None])
         losses.append(-picked.sum() / max(1, len(rows)))
         counts.append(len(rows))
     return torch.stack(losses), torch.tensor(counts)
