@@ -231,8 +231,8 @@ def test_the_other_ops_are_as_good_as_the_reference(dropped, dtype):
 def test_packed_attention_takes_buckets_made_before():
     qkv, cu_seqlens = torch.randn(60, 12), torch.tensor([0, 3, 3, 30, 41, 58], dtype=torch.int32)
     buckets = make_buckets(cu_seqlens)
-    assert [tuple(part.shape) for part, _ in buckets.parts] == [(1, 8), (1, 16), (2, 32)]
-    assert torch.equal(buckets.index[buckets.slot_of_row], torch.arange(58)) and int(buckets.live.sum()) == 58
+    assert [tuple(index.shape) for index, _ in buckets.blocks] == [(1, 8), (1, 16), (2, 32)]
+    assert torch.equal(buckets.row_of_slot[buckets.slot_of_row], torch.arange(58)) and int(buckets.live.sum()) == 58
     assert torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
     other = make_buckets(torch.tensor([0, 29, 58], dtype=torch.int32))
     assert not torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=other), packed_attention(qkv, cu_seqlens, 2))

@@ -4,12 +4,13 @@ The specification is `reference.py`; these have its names and signatures. An ada
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
 from .buckets import Buckets, make_buckets
@@ -17,12 +18,12 @@ from .dropout import Dropout, apply_dropout, keep_mask
 from .segments import Segments
 
 
-def widened(tensor: Tensor | None) -> Tensor | None:
+def widened(tensor: Tensor) -> Tensor:
     """On a CPU the tensor in at least fp32, except bf16 with AVX-512.
 
     Without it products in bf16 have 1/7 to 1/100 of fp32's rate.
     """
-    if tensor is None or tensor.dtype == torch.float32 or tensor.device.type != "cpu":
+    if tensor.dtype == torch.float32 or tensor.device.type != "cpu":
         return tensor
     if tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return tensor
@@ -46,7 +47,7 @@ class _AdapterLinear(Function):
     """y = W_g x + b_g, one adapter's rows at a time, so that no other adapter is in its sums."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
         wide, wide_weight, wide_bias = widened(x), widened(weight), widened(bias)
         y = wide.new_zeros(x.shape[0], weight.shape[1])
         ctx.runs = segments.host_runs()  # once, for backward too: on a GPU the host waits
@@ -59,13 +60,13 @@ class _AdapterLinear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         wide, wide_weight, dy = widened(x), widened(weight), widened(dy)
-        dx = torch.zeros_like(wide) if need_x else None
-        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_w else None
-        db = weight.new_zeros(weight.shape[:2], dtype=ctx.bias_dtype) if need_b else None
+        dx = wide.new_zeros(wide.shape if need_x else 0)
+        dw = weight.new_zeros(weight.shape if need_w else 0)
+        db = weight.new_zeros(weight.shape[:2] if need_b else 0, dtype=ctx.bias_dtype)
         for g, start, end in ctx.runs:
             rows = ctx.segments.rows(start, end)
             dy_g = aligned(dy[rows])
@@ -75,7 +76,7 @@ class _AdapterLinear(Function):
                 dw[g] = torch.mm(dy_g.t(), aligned(wide[rows]))
             if need_b:
                 db[g] = dy_g.sum(0)
-        return dx.to(x.dtype) if need_x else None, dw, db, None
+        return dx.to(x.dtype) if need_x else None, dw if need_w else None, db if need_b else None, None
 
 
 def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
@@ -98,13 +99,13 @@ class _Gather(Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor, back: Tensor, live: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, live: Tensor | None) -> Tensor:
         ctx.save_for_backward(back, live)
         return x[index]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         back, live = ctx.saved_tensors
         dx = dy[back]
         return dx if live is None else torch.where(live[:, None], dx, dx.new_zeros(())), None, None, None
@@ -114,11 +115,11 @@ class _ContiguousGradient(Function):
     """The tensor itself; its gradient arrives contiguous."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         return dy.contiguous()
 
 
@@ -134,20 +135,20 @@ def packed_attention(
     Returns [T, H], 0 for rows behind cu_seqlens[-1].
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3
-    slots, index, live, slot_of_row = make_buckets(cu_seqlens) if buckets is None else buckets
-    if not slots:
+    blocks, index, live, slot_of_row = make_buckets(cu_seqlens) if buckets is None else buckets
+    if not blocks:
         return qkv.new_zeros(rows, width)
     total = slot_of_row.numel()
     gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
-    blocks = []
+    outputs = []
     # Split, not sliced: the gradient of a slice is a matrix of zeros of the whole size.
-    for block, (slot, mask) in zip(gathered.split([slot.numel() for slot, _ in slots]), slots, strict=True):
-        block = block.view(*slot.shape, 3, num_heads, -1)
+    for padded, (slots, mask) in zip(gathered.split([slots.numel() for slots, _ in blocks]), blocks, strict=True):
+        padded = padded.view(*slots.shape, 3, num_heads, -1)
         # Contiguous both ways: BLAS chooses its order of summation by strides, and bits must not depend on a bucket's size.
-        q, k, v = block.permute(2, 0, 3, 1, 4).contiguous()  # each [n, heads, length, D]
-        attended = _ContiguousGradient.apply(_attend(widened(q), widened(k), widened(v), mask, slot, dropout).to(qkv.dtype))
-        blocks.append(attended.transpose(1, 2).reshape(-1, width))
-    out = _Gather.apply(torch.cat(blocks), slot_of_row, index, live)
+        q, k, v = padded.permute(2, 0, 3, 1, 4).contiguous()  # each [n, heads, length, D]
+        attended = _ContiguousGradient.apply(_attend(widened(q), widened(k), widened(v), mask, slots, dropout).to(qkv.dtype))
+        outputs.append(attended.transpose(1, 2).reshape(-1, width))
+    out = _Gather.apply(torch.cat(outputs), slot_of_row, index, live)
     return out if total == rows else torch.cat([out, out.new_zeros(rows - total, width)])
 
 

@@ -39,7 +39,8 @@ def forward(
     y = base_product(x, weight, bias, work, exact)
     s, mask = saved(x, work[0].numel(), lora_a.shape[1], bool(dropout))
     if dropout:
-        mask = keep(*dropout, torch.arange(mask.shape[1], dtype=torch.int32, device=x.device))
+        keys, threshold = dropout
+        mask = keep(keys, threshold, torch.arange(mask.shape[1], dtype=torch.int32, device=x.device))
     dropped = _dropped(x, mask)
     for g, run, rows, rank, scale in _runs(work, ranks, lora_b.shape[2], scaling):
         s_g = torch.mm(aligned(dropped[rows]), _live_a(aligned(lora_a[g]), slices, rank).t())  # [n, slices*rank]

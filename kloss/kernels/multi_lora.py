@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from . import multi_lora_cpu
 from .dropout import Dropout, kept_scaling, row_dropout
@@ -72,14 +73,16 @@ def multi_lora_linear(
     if dropout is not None:
         draws, site = [dropout.p, dropout.seed, dropout.row_key], dropout.site
     if backend == "triton":
-        work = [segments.order, *with_work(segments).work]
+        segments = with_work(segments)
+        assert segments.work is not None
+        work = [segments.order, *segments.work]
     else:
-        x, weight, bias = widened(x), widened(weight), widened(bias)
+        x, weight, bias = widened(x), widened(weight), None if bias is None else widened(bias)
         lora_a, lora_b = widened(lora_a.to(dtype)), widened(lora_b.to(dtype))
         work = [segments.order, segments.ends]
         if dropout is not None:
-            draws = list(row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)[:2])
-            scaling = kept_scaling(scaling, dropout.p)
+            keys, threshold, _ = row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)
+            draws, scaling = [keys, threshold], kept_scaling(scaling, dropout.p)
     arguments = x, weight, bias, lora_a, lora_b, scaling, work, ranks, draws, site, slices, exact, backend
     return torch.ops.kloss.multi_lora(*arguments)[0].to(dtype)
 
@@ -178,7 +181,7 @@ def _check(
                 raise ValueError(f"ranks must lie in 1..{R}, the last dimension of lora_b; got {low}..{high}")
 
 
-def _without_autocast(device_type: str, function: Callable, *arguments):
+def _without_autocast(device_type: str, function: Callable, *arguments: Any) -> Any:
     """function(*arguments) with autocast off: the dtypes are chosen."""
     if not torch.is_autocast_enabled(device_type):
         return function(*arguments)
@@ -188,7 +191,7 @@ def _without_autocast(device_type: str, function: Callable, *arguments):
 
 class _MultiLora(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, s, keys = torch.ops.kloss.multi_lora(*args)
         x, weight, bias, lora_a, lora_b, scaling, work, ranks, dropout, _, slices, exact, backend = args
@@ -200,7 +203,7 @@ class _MultiLora(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _ds, _dkeys):
+    def backward(ctx: Any, dy: Tensor | None, _ds: None, _dkeys: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 13
         saved = ctx.saved_tensors
@@ -217,23 +220,25 @@ class _MultiLora(Function):
         return dx if need_x else None, dw, db, d_a if need_a else None, d_b if need_b else None, *(None,) * 8
 
 
-def _forward(x, *rest):
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *settings, backend = rest
     return _without_autocast(x.device.type, _module(backend).forward, x, *settings)
 
 
-def _backward(dy, *rest):
+def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *settings, backend, need_x, need_a, need_b = rest
     return _without_autocast(dy.device.type, _module(backend).backward, dy, *settings, need_x, need_a, need_b)
 
 
-def _fake_forward(x, weight, bias, lora_a, lora_b, scaling, work, ranks, dropout, site, slices, exact, backend):
-    saved = _module(backend).saved(x, work[0].shape[0], lora_a.shape[1], bool(dropout))
-    return x.new_empty(x.shape[0], weight.shape[0]), *saved
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, _, lora_a, _, _, work, _, dropout, _, _, _, backend = args
+    s, keys = _module(backend).saved(x, work[0].shape[0], lora_a.shape[1], bool(dropout))
+    return x.new_empty(x.shape[0], weight.shape[0]), s, keys
 
 
-def _fake_backward(dy, x, weight, lora_a, lora_b, *rest):
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), rest[-3:], strict=True))
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    x, lora_a, lora_b = args[1], args[3], args[4]
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), args[-3:], strict=True))
 
 
 _SCHEMA = (

@@ -87,11 +87,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
     dy = dy.contiguous()
-    dx = base_product(dy, weight.t(), None, work, exact).contiguous() if need_x else None
-    d_a, d_b = (x.new_empty(f.shape) if need else None for f, need in ((lora_a, need_a), (lora_b, need_b)))
+    dx = base_product(dy, weight.t(), None, work, exact).contiguous() if need_x else x.new_empty(0)
+    d_a, d_b = (x.new_empty(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
     common = _common(x.contiguous(), lora_a, lora_b, scaling, work, ranks, dropout)
-    torch.ops.kloss.cpu_lora_backward_(*common, slices, VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, d_a, d_b))
+    outputs = (gradient if need else None for gradient, need in ((dx, need_x), (d_a, need_a), (d_b, need_b)))
+    torch.ops.kloss.cpu_lora_backward_(*common, slices, VARIANT, dy, s, torch.empty_like(s), *outputs)
+    return dx, d_a, d_b
 
 
 def _common(
