@@ -250,10 +250,12 @@ def test_the_kernel_draws_the_mask_of_the_reference():
 
 def operator_arguments(case, exact=False):
     """Arguments of the operator as the public function gives them to Triton."""
-    work, dropout = [case.segments.order, *segments.with_work(case.segments).work], case.keywords.get("dropout")
-    draws, site = ([], 0) if dropout is None else ([dropout.p, dropout.seed, dropout.row_key], dropout.site)
+    lists, dropout = [case.segments.order, *segments.with_work(case.segments).work], case.keywords.get("dropout")
+    site = 0 if dropout is None else dropout.site
+    if dropout is not None:
+        lists += dropout.p, dropout.seed, dropout.row_key
     tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling
-    return *tensors, work, case.keywords["ranks"], draws, site, case.keywords["slices"], exact, "triton"
+    return *tensors, case.keywords["ranks"], lists, site, case.keywords["slices"], exact, "triton"
 
 
 @pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
@@ -408,7 +410,7 @@ def test_the_kernels_clamp_a_rank_that_nobody_checked():
     case = problem([5, 4], [0, 1], adapters=2, k=20, n=24, rank=8, ranks=[8, 8])
     arguments = list(operator_arguments(case, exact=True))
     wanted = torch.ops.kloss.multi_lora(*arguments)[0]
-    arguments[7] = torch.tensor([99, -1])
+    arguments[6] = torch.tensor([99, -1])
     got = torch.ops.kloss.multi_lora(*arguments)[0]
     assert torch.equal(got[:5], wanted[:5])
     torch.testing.assert_close(got[5:], torch.nn.functional.linear(case.x[5:], case.weight, case.bias))

@@ -15,10 +15,10 @@ from .eager import aligned
 from .segments import host_runs, rows_of
 
 
-def saved(x: Tensor, rows: int, SR: int, dropout: bool) -> tuple[Tensor, Tensor]:
-    """Empty tensors that forward fills for backward: S [rows, SR], and the mask bool [rows, K, rounded up to even]."""
-    K = x.shape[1]
-    return x.new_empty(rows, SR), x.new_empty(rows if dropout else 0, K + K % 2, dtype=torch.bool)
+def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty tensors that forward fills for backward: S [T, SR], and with dropout the mask, bool [T, K rounded up to even]."""
+    rows, K = lists[0].shape[0], x.shape[1]
+    return x.new_empty(rows, SR), x.new_empty(rows if len(lists) > 2 else 0, K + K % 2, dtype=torch.bool)
 
 
 def forward(
@@ -28,21 +28,25 @@ def forward(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     site: int,
     slices: int,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, S and the mask. work: order and ends. dropout: per-row keys and thresholds, or nothing; scaling includes 1/(1-p)."""
-    y = base_product(x, weight, bias, work, exact)
-    s, mask = saved(x, work[0].numel(), lora_a.shape[1], bool(dropout))
+    """y, S and the mask.
+
+    scaling: with dropout's 1/(1-p).
+    lists: order, ends, and with dropout each row's key and threshold.
+    """
+    order, ends, *dropout = lists
+    y = base_product(x, weight, bias, order, ends, exact)
+    s, mask = saved(x, lora_a.shape[1], lists)
     if dropout:
         keys, threshold = dropout
         mask = keep(keys, threshold, torch.arange(mask.shape[1], dtype=torch.int32, device=x.device))
     dropped = _dropped(x, mask)
-    for g, run, rows, rank, scale in _runs(work, ranks, lora_b.shape[2], scaling):
+    for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
         s_g = torch.mm(aligned(dropped[rows]), _live_a(aligned(lora_a[g]), slices, rank).t())  # [n, slices*rank]
         b = _live_b(aligned(lora_b[g]), slices, rank)
         y[rows] += _products(_by_slice(s_g, slices), b.transpose(1, 2), scale)
@@ -59,9 +63,8 @@ def backward(
     scaling: Tensor,
     s: Tensor,
     mask: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     slices: int,
     exact: bool,
     need_x: bool,
@@ -69,10 +72,11 @@ def backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dx = base_product(dy, weight.t(), None, work, exact) if need_x else x.new_empty(0)
+    order, ends, *dropout = lists
+    dx = base_product(dy, weight.t(), None, order, ends, exact) if need_x else x.new_empty(0)
     d_a, d_b = (f.new_zeros(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
     dropped = _dropped(x, mask) if need_a else x
-    for g, run, rows, rank, scale in _runs(work, ranks, lora_b.shape[2], scaling):
+    for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
         dy_g = _by_slice(aligned(dy[rows]), slices)
         ds = _products(dy_g, _live_b(aligned(lora_b[g]), slices, rank), scale)  # [n, slices*rank]
         if need_b:
@@ -89,11 +93,10 @@ def backward(
     return dx, d_a, d_b
 
 
-def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, work: list[Tensor], exact: bool) -> Tensor:
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, ends: Tensor, exact: bool) -> Tensor:
     """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, for BLAS chooses its order of summation by the whole shape."""
     if not exact:
         return F.linear(x, weight, bias)
-    order, ends = work
     runs = host_runs(ends)
     first = runs[-1][2] if runs else 0  # of the rows without an adapter
     behind = torch.arange(order.numel(), x.shape[0], device=x.device)
@@ -104,10 +107,9 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, work: list[Tens
 
 
 def _runs(
-    work: list[Tensor], ranks: Tensor | None, R: int, scaling: Tensor
+    order: Tensor, ends: Tensor, ranks: Tensor | None, R: int, scaling: Tensor
 ) -> Iterator[tuple[int, slice, slice | Tensor, int, float]]:
     """Of each adapter that has rows: its number, its rows of S, its rows of x, its rank and its scaling."""
-    order, ends = work
     runs = host_runs(ends)
     all_ranks, scales = [R] * len(scaling) if ranks is None else ranks.tolist(), scaling.tolist()
     for (g, start, end), rows in zip(runs, rows_of(runs, order), strict=True):

@@ -25,10 +25,10 @@ from .lora_tiles import Factor, expand, reduce, shrink
 from .segments import Work
 
 
-def saved(x: Tensor, rows: int, SR: int, dropout: bool) -> tuple[Tensor, Tensor]:
-    """Empty tensors that forward fills for backward: S fp32 [rows, SR], and dropout's keys int64 [rows] in order."""
-    s = x.new_empty(rows, SR, dtype=torch.float32)
-    return s, x.new_empty(rows if dropout else 0, dtype=torch.int64)
+def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty tensors that forward fills for backward: S fp32 [T, SR], and with dropout its keys int64 [T], rows in order."""
+    rows = lists[0].shape[0]
+    return x.new_empty(rows, SR, dtype=torch.float32), x.new_empty(rows if len(lists) > 5 else 0, dtype=torch.int64)
 
 
 def forward(
@@ -38,24 +38,23 @@ def forward(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     site: int,
     slices: int,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, S and the keys. work: order, then the fields of `Work`. dropout: p, seed and row_key, or nothing."""
-    order, tiles = work[0], Work(*work[1:])
+    """y, S and the keys. lists: order, the fields of `Work`, and with dropout p, seed and row_key."""
+    order, work, dropout = lists[0], Work(*lists[1:5]), lists[5:]
     (G, SR, K), R, rows = lora_a.shape, lora_b.shape[2], order.numel()
-    s, keys = saved(x, rows, SR, bool(dropout))
+    s, keys = saved(x, SR, lists)
     a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
     draws = (*dropout, keys) if dropout else ()
-    shrink(x, a, s, order, tiles.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+    shrink(x, a, s, order, work.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1)
     fused = exact or tuned.fuse(rows, G, K)
     y = _base(x, weight.t(), bias, rows if fused else 0)
     b = Factor(lora_b, lora_b.stride(0), 0, lora_b.stride(1), lora_b.stride(2))
-    expand(s, b, x, weight.t(), bias, y, order, tiles, ranks, scaling, R=R, blocks=slices, slices=slices, fused=fused)
+    expand(s, b, x, weight.t(), bias, y, order, work, ranks, scaling, R=R, blocks=slices, slices=slices, fused=fused)
     return y, s, keys
 
 
@@ -68,9 +67,8 @@ def backward(
     scaling: Tensor,
     s: Tensor,
     keys: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     slices: int,
     exact: bool,
     need_x: bool,
@@ -78,7 +76,7 @@ def backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    order, tiles = work[0], Work(*work[1:])
+    order, work, dropout = lists[0], Work(*lists[1:5]), lists[5:]
     (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
@@ -86,16 +84,16 @@ def backward(
     if need_x or need_a:
         ds = torch.empty_like(s)
         b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
-        shrink(dy, b, ds, order, tiles.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
+        shrink(dy, b, ds, order, work.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
     if need_x:
         fused = exact or tuned.fuse(rows, G, N)
         dx = _base(dy, weight, None, rows if fused else 0)
         a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
-        expand(ds, a, dy, weight, None, dx, order, tiles, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
+        expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
     if need_a:
-        d_a = reduce(x, ds, lora_a, order, tiles, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
+        d_a = reduce(x, ds, lora_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
     if need_b:
-        d_b = reduce(dy, s, lora_b, order, tiles, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
+        d_b = reduce(dy, s, lora_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
     return dx, d_a, d_b
 
 

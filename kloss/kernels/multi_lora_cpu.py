@@ -39,9 +39,9 @@ def fits(x: Tensor, weight: Tensor, slices: int) -> bool:
     return _variants(x.dtype) > VARIANT
 
 
-def saved(x: Tensor, rows: int, SR: int, dropout: bool) -> tuple[Tensor, Tensor]:
-    """Empty tensors that forward fills for backward: S [rows, SR]; dropout needs nothing more than its keys."""
-    return x.new_empty(rows, SR), x.new_empty(0, dtype=torch.int64)
+def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty tensors that forward fills for backward: S [T, SR], and nothing for dropout, whose keys are in `lists`."""
+    return x.new_empty(lists[0].shape[0], SR), x.new_empty(0, dtype=torch.int64)
 
 
 def forward(
@@ -51,19 +51,22 @@ def forward(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     site: int,
     slices: int,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y and S. work: order and ends. dropout: per-row keys and thresholds, or nothing; scaling includes 1/(1-p)."""
+    """y, S and nothing.
+
+    scaling: with dropout's 1/(1-p).
+    lists: order, ends, and with dropout each row's key and threshold.
+    """
     assert built()
     x = x.contiguous()
-    y = base_product(x, weight, bias, work, exact).contiguous()
-    s, nothing = saved(x, work[0].numel(), lora_a.shape[1], bool(dropout))
-    torch.ops.kloss.cpu_lora_(*_common(x, lora_a, lora_b, scaling, work, ranks, dropout), slices, VARIANT, y, s)
+    y = base_product(x, weight, bias, lists[0], lists[1], exact).contiguous()
+    s, nothing = saved(x, lora_a.shape[1], lists)
+    torch.ops.kloss.cpu_lora_(*_common(x, lora_a, lora_b, scaling, ranks, lists), slices, VARIANT, y, s)
     return y, s, nothing
 
 
@@ -76,9 +79,8 @@ def backward(
     scaling: Tensor,
     s: Tensor,
     nothing: Tensor,
-    work: list[Tensor],
     ranks: Tensor | None,
-    dropout: list[Tensor],
+    lists: list[Tensor],
     slices: int,
     exact: bool,
     need_x: bool,
@@ -87,17 +89,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
     dy = dy.contiguous()
-    dx = base_product(dy, weight.t(), None, work, exact).contiguous() if need_x else x.new_empty(0)
+    dx = base_product(dy, weight.t(), None, lists[0], lists[1], exact).contiguous() if need_x else x.new_empty(0)
     d_a, d_b = (x.new_empty(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
-    common = _common(x.contiguous(), lora_a, lora_b, scaling, work, ranks, dropout)
+    common = _common(x.contiguous(), lora_a, lora_b, scaling, ranks, lists)
     outputs = (gradient if need else None for gradient, need in ((dx, need_x), (d_a, need_a), (d_b, need_b)))
     torch.ops.kloss.cpu_lora_backward_(*common, slices, VARIANT, dy, s, torch.empty_like(s), *outputs)
     return dx, d_a, d_b
 
 
 def _common(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, work: list[Tensor], ranks: Tensor | None, dropout: list[Tensor]
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, ranks: Tensor | None, lists: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """What both operators of csrc take first; a bank's views of A and B are not copied."""
     a, b = (f if f.stride()[1:] == (f.shape[2], 1) else f.contiguous() for f in (lora_a, lora_b))
-    return x, a, b, scaling.contiguous(), *work, ranks, *(dropout or (None, None))
+    order, ends, *dropout = lists
+    return x, a, b, scaling.contiguous(), order, ends, ranks, *(dropout or (None, None))

@@ -50,10 +50,9 @@ def read_weights(paths: dict[str, Path], name: str) -> dict[str, Tensor]:
 
 def _names(num_layers: int) -> dict[str, tuple[str, ...]]:
     """Our parameter name -> the transformers names whose tensors it holds, concatenated."""
-    embeddings = ("word", "position", "token_type")
-    table: dict[str, tuple[str, ...]] = {
-        f"{x}_embeddings.weight": (f"roberta.embeddings.{x}_embeddings.weight",) for x in embeddings
-    }
+    table: dict[str, tuple[str, ...]] = {}
+    for x in ("word", "position", "token_type"):
+        table[f"{x}_embeddings.weight"] = (f"roberta.embeddings.{x}_embeddings.weight",)
     for kind in ("weight", "bias"):
         table[f"embedding_norm.{kind}"] = (f"roberta.embeddings.LayerNorm.{kind}",)
         table[f"classifier.{kind}"] = (f"classifier.{kind}",)
