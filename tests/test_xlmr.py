@@ -113,8 +113,9 @@ def test_a_sequence_too_long_is_an_error():
 
 def test_a_bank_needs_segments():
     model = make_model()
-    with pytest.raises(ValueError, match="segments"):
-        model(*make_batch([3], 60), bank=AdapterBank(SMALL, 1, 2))
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match="segments"):
+            call(*make_batch([3], 60), bank=AdapterBank(SMALL, 1, 2))
 
 
 def test_all_parameters_learn_until_the_backbone_is_frozen():

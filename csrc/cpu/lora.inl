@@ -230,10 +230,10 @@ std::vector<Job> row_jobs(const Lora& l) {
   return jobs;
 }
 
-std::vector<Job> adapter_jobs(const Lora& l, int64_t parts) {
+std::vector<Job> adapter_jobs(const Lora& l, int64_t count) {
   std::vector<Job> jobs;
   for (int64_t g = 0; g < l.adapters; ++g)
-    for (int64_t part = 0; part < parts; ++part) jobs.push_back({g, g ? l.ends[g - 1] : 0, l.ends[g], part});
+    for (int64_t part = 0; part < count; ++part) jobs.push_back({g, g ? l.ends[g - 1] : 0, l.ends[g], part});
   return jobs;
 }
 

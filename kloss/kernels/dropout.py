@@ -33,7 +33,7 @@ class Dropout(NamedTuple):
     site: number of the site in the network.
     adapter: int32 [T], the entry of p and seed that each row uses, -1 for no dropout. None: the segments' adapter in
         `multi_lora_linear`, entry 0 elsewhere.
-    rows: private. Per-row state that `StepDropout` has computed ahead; it takes the place of the keys on a CPU.
+    rows: private. Per-row state that `StepDropout` has computed ahead; a CPU uses it instead of the keys.
     """
 
     p: Tensor

@@ -1,6 +1,6 @@
-"""What runs where there is no kernel: every op but the multi-adapter linear in plain torch, tuned, on any device.
+"""The ops that have no kernel yet, in plain torch, tuned. The multi-adapter linear is in `multi_lora.py`.
 
-The specification is `reference.py`; these have its names and signatures. An adapter's results do not depend on the others.
+They have the names and signatures of `reference.py`, their specification. An adapter's results do not depend on the others.
 """
 
 import math

@@ -1,9 +1,7 @@
-"""The four Triton kernels of the multi-adapter linear, and their launchers: shrink, expand, reduce, and the sum of partial
-reductions.
+"""The Triton kernels of the multi-adapter linear and their launchers: shrink, expand, reduce, and the sum of partial reductions.
 
 Equations: `lora_triton.py`. Order and tiles: `segments.py`. Sizes: T rows, K contraction, C columns of a block of outputs, R rank
-of the bank, SR slices * R, G adapters. Outputs consist of `blocks` blocks: one for each slice where every slice has its own
-columns, else one.
+of the bank, SR slices * R, G adapters. Outputs have `blocks` blocks of columns: one per slice if slices have their own, else 1.
 """
 
 from typing import NamedTuple

@@ -59,9 +59,9 @@ def multi_lora_linear(
         the values are not checked, for that needs a synchronisation; the kernels clamp them to [0, R].
     dropout: of x on the LoRA path only, by the segments' adapters.
     exact: the base product has fixed tiles too, so a row's bits do not depend on who shares the batch.
-    backend: "triton", "csrc" (fp32 and bf16 on a CPU, K and N / slices multiples of 32) or "torch". None: Triton on a GPU, csrc
-        on a CPU where it fits, else plain torch; fp64 is always plain torch.
-    Returns [T, N] in x's dtype, differentiable once in x, weight, bias, lora_a, lora_b. Under autocast its dtype goes before x's.
+    backend: "triton", "csrc" (on a CPU, K and N / slices multiples of 32) or "torch". None: Triton on a GPU, csrc on a CPU where
+        it fits, else plain torch; fp64 is always plain torch.
+    Returns [T, N] in x's dtype, under autocast in autocast's. Differentiable once in x, weight, bias, lora_a, lora_b.
     Raises ValueError for tensors that do not fit each other.
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """

@@ -153,14 +153,14 @@ def attach(
     adapters: G.
     rank: one for all or one per adapter; the largest is R.
     targets: ends of layer names: ("query", "value") matches every name that is one of them or ends in "." and one of them.
-        "all-linear" matches every nn.Linear except the output head: layers outside `model.base_model`, if the model has one, and
-        `model.get_output_embeddings()`.
+        "all-linear" matches every nn.Linear except the output head. The head is `model.get_output_embeddings()` and what lies
+        outside `model.base_model`, if the model has these.
     alpha: LoRA's, one for all or one per adapter. None: the rank, so that the scaling alpha / rank is 1.
     dropout: of the adapters' inputs in training, in [0, 1), one for all or one per adapter.
     seed: of A and of dropout. Adapter g does not depend on the number of adapters or on the other ranks.
     Returns the model. Its other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
-    Raises UserError, and changes nothing, for a model that has adapters, targets that match no nn.Linear or another module,
-    layers that are not called as nn.Linear is, or numbers out of range.
+    Raises UserError for a model that has adapters, for targets that match no nn.Linear or another module, for layers that are not
+    called as nn.Linear is, and for numbers out of range. Then nothing has changed.
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
@@ -225,8 +225,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
     Blocks may be nested, and each thread has its own. With gradient checkpointing call backward inside the block: it computes the
-    layers again, in the calling thread. The mask of an adapter's row depends on (attach's seed, adapter, step, number of that
-    adapter's rows before it in the batch, position, layer, feature), never on neighbours.
+    layers again, in the calling thread. The mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that
+    adapter, position, layer, feature), never on neighbours.
     Raises UserError for a model without adapters, and for ids that are not adapters of it.
     """
     shared = _layers(model)[0].shared
@@ -285,8 +285,8 @@ def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     """Overwrite adapter g with one that peft or `save_peft` wrote.
 
     Its dropout stays. Layers missing in the files get a zero update.
-    Raises UserError, and changes nothing, inside `use_adapters`, for files that are missing or damaged, a rank above R, or a
-    tensor that no adapted layer has.
+    Raises UserError inside `use_adapters`, for files that are missing or damaged, a rank above R, or a tensor that no adapted
+    layer has. Then nothing has changed.
     """
     shared = _layers(model)[0].shared
     if shared.running.batch is not None:

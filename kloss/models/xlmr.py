@@ -120,8 +120,9 @@ class Layer(nn.Module):
         def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
             base = getattr(self, name)
             adapters = None if bank is None else bank.adapters_of(self.index, name)
-            if bank is None or segments is None or adapters is None:
+            if bank is None or adapters is None:
                 return F.linear(x, base.weight, base.bias)
+            assert segments is not None
             return multi_lora_linear(
                 x,
                 base.weight,
@@ -187,7 +188,9 @@ class XLMRForTokenClassification(nn.Module):
         *,
         dropout: StepDropout | None = None,
     ) -> Tensor:
-        """Last hidden states [T, H] of packed token ids [T]; arguments as in `forward`."""
+        """Last hidden states [T, H] of packed token ids [T]; arguments and errors as in `forward`."""
+        if bank is not None and segments is None:
+            raise ValueError("a bank needs segments, which say which adapter each row has")
         row = torch.arange(input_ids.shape[0], device=input_ids.device)
         position = row - cu_seqlens[torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)]
         max_length = self.config.max_length
@@ -226,8 +229,6 @@ class XLMRForTokenClassification(nn.Module):
         Returns [T, num_labels] in the model's dtype.
         Raises ValueError for a sequence longer than the model's positions, and for a bank without segments.
         """
-        if bank is not None and segments is None:
-            raise ValueError("a bank needs segments, which say which adapter each row has")
         x = self.encode(input_ids, cu_seqlens, segments, bank, dropout=dropout)
         if bank is None or segments is None or bank.head is None:
             return self.classifier(x)
