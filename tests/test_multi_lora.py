@@ -280,7 +280,7 @@ def test_opcheck(device, backend, monkeypatch):
         forward[i].requires_grad_()
     torch.library.opcheck(ops["multi_lora"], forward)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-3], *needs))
+        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-4], *needs, backend))
 
 
 @pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])

@@ -5,6 +5,7 @@ summation by shapes, strides and addresses, so products get an adapter's own row
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,30 +16,55 @@ from .eager import aligned
 from .segments import host_runs, rows_of
 
 
+class Forward(NamedTuple):
+    """Arguments of a backend's `forward`, those of `multi_lora_linear` but for `lists`, which each backend describes."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    ranks: Tensor | None
+    lists: list[Tensor]
+    site: int
+    slices: int
+    exact: bool
+
+
+class Backward(NamedTuple):
+    """Arguments of a backend's `backward`. s, keys: what forward saved. need_*: which gradients to compute."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    s: Tensor
+    keys: Tensor
+    ranks: Tensor | None
+    lists: list[Tensor]
+    slices: int
+    exact: bool
+    need_x: bool
+    need_a: bool
+    need_b: bool
+
+
 def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Empty tensors that forward fills for backward: S [T, SR], and with dropout the mask, bool [T, K rounded up to even]."""
     rows, K = lists[0].shape[0], x.shape[1]
     return x.new_empty(rows, SR), x.new_empty(rows if len(lists) > 2 else 0, K + K % 2, dtype=torch.bool)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    site: int,
-    slices: int,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the mask.
 
     scaling: with dropout's 1/(1-p).
     lists: order, ends, and with dropout each row's key and threshold.
     """
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact = call
     order, ends, *dropout = lists
     y = base_product(x, weight, bias, order, ends, exact)
     s, mask = saved(x, lora_a.shape[1], lists)
@@ -54,24 +80,9 @@ def forward(
     return y, s, mask
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    s: Tensor,
-    mask: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    slices: int,
-    exact: bool,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
+    dy, x, weight, lora_a, lora_b, scaling, s, mask, ranks, lists, slices, exact, need_x, need_a, need_b = call
     order, ends, *dropout = lists
     dx = base_product(dy, weight.t(), None, order, ends, exact) if need_x else x.new_empty(0)
     d_a, d_b = (f.new_zeros(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))

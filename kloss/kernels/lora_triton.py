@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import tuned
 from .lora_tiles import Factor, expand, reduce, shrink
+from .lora_torch import Backward, Forward
 from .segments import Work
 
 
@@ -31,20 +32,9 @@ def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
     return x.new_empty(rows, SR, dtype=torch.float32), x.new_empty(rows if len(lists) > 5 else 0, dtype=torch.int64)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    site: int,
-    slices: int,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the keys. lists: order, the fields of `Work`, and with dropout p, seed and row_key."""
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact = call
     order, work, dropout = lists[0], Work(*lists[1:5]), lists[5:]
     (G, SR, K), R, rows = lora_a.shape, lora_b.shape[2], order.numel()
     s, keys = saved(x, SR, lists)
@@ -58,24 +48,9 @@ def forward(
     return y, s, keys
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    s: Tensor,
-    keys: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    slices: int,
-    exact: bool,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
+    dy, x, weight, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, exact, need_x, need_a, need_b = call
     order, work, dropout = lists[0], Work(*lists[1:5]), lists[5:]
     (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
     C = N // slices

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import multi_lora_cpu
 from .dropout import Dropout, kept_scaling, row_dropout
 from .eager import lower, widened
+from .lora_torch import Backward, Forward
 from .segments import Segments, make_segments, with_work
 
 BACKENDS = {"triton": "lora_triton", "csrc": "multi_lora_cpu", "torch": "lora_torch"}
@@ -201,7 +202,7 @@ class _MultiLora(Function):
             y, s, keys = torch.ops.kloss.multi_lora(*args)
         x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, backend = args
         ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, s, keys, ranks, *lists)
-        ctx.settings, ctx.has_bias = (slices, exact, backend), bias is not None
+        ctx.slices, ctx.exact, ctx.backend, ctx.has_bias = slices, exact, backend, bias is not None
         ctx.mark_non_differentiable(s, keys)
         ctx.set_materialize_grads(False)
         return y, s, keys
@@ -215,8 +216,8 @@ class _MultiLora(Function):
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dw = db = d_a = d_b = None
         if need_x or need_a or need_b:
-            tensors, lists, needs = saved[:8], saved[8:], (need_x, need_a, need_b)
-            dx, d_a, d_b = torch.ops.kloss.multi_lora_backward(dy, *tensors, lists, *ctx.settings, *needs)
+            settings = ctx.slices, ctx.exact, need_x, need_a, need_b, ctx.backend
+            dx, d_a, d_b = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
         if need_w:
             dw = _without_autocast(dy.device.type, torch.mm, dy.t(), saved[0])
         if need_bias and ctx.has_bias:
@@ -225,13 +226,11 @@ class _MultiLora(Function):
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *settings, backend = rest
-    return _without_autocast(x.device.type, _module(backend).forward, x, *settings)
+    return _without_autocast(x.device.type, _module(rest[-1]).forward, Forward(x, *rest[:-1]))
 
 
 def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *settings, backend, need_x, need_a, need_b = rest
-    return _without_autocast(dy.device.type, _module(backend).backward, dy, *settings, need_x, need_a, need_b)
+    return _without_autocast(dy.device.type, _module(rest[-1]).backward, Backward(dy, *rest[:-1]))
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +240,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     x, lora_a, lora_b = args[1], args[3], args[4]
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), args[-3:], strict=True))
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), args[-4:-1], strict=True))
 
 
 _SCHEMA = (
@@ -250,7 +249,7 @@ _SCHEMA = (
 )
 _BACKWARD_SCHEMA = (
     "Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor s, Tensor keys, Tensor? ranks, "
-    "Tensor[] lists, int slices, bool exact, str backend, bool need_x, bool need_a, bool need_b"
+    "Tensor[] lists, int slices, bool exact, bool need_x, bool need_a, bool need_b, str backend"
 )
 # torch.library.custom_op costs the host 8 µs more forward and 18 µs more backward.
 _library = torch.library.Library("kloss", "FRAGMENT")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .eager import widened
-from .lora_torch import base_product
+from .lora_torch import Backward, Forward, base_product
 
 LANES = 32  # K and the outputs of a slice must be multiples of it
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
@@ -44,25 +44,14 @@ def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
     return x.new_empty(lists[0].shape[0], SR), x.new_empty(0, dtype=torch.int64)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    site: int,
-    slices: int,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and nothing.
 
     scaling: with dropout's 1/(1-p).
     lists: order, ends, and with dropout each row's key and threshold.
     """
     assert built()
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact = call
     x = x.contiguous()
     y = base_product(x, weight, bias, lists[0], lists[1], exact).contiguous()
     s, nothing = saved(x, lora_a.shape[1], lists)
@@ -70,24 +59,9 @@ def forward(
     return y, s, nothing
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    s: Tensor,
-    nothing: Tensor,
-    ranks: Tensor | None,
-    lists: list[Tensor],
-    slices: int,
-    exact: bool,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
+    dy, x, weight, lora_a, lora_b, scaling, s, _, ranks, lists, slices, exact, need_x, need_a, need_b = call
     dy = dy.contiguous()
     dx = base_product(dy, weight.t(), None, lists[0], lists[1], exact).contiguous() if need_x else x.new_empty(0)
     d_a, d_b = (x.new_empty(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
