@@ -1,4 +1,4 @@
-// Torch's side of csrc: schemas, checks, dispatch. The only file that includes torch, by its stable ABI.
+// Schemas, checks and dispatch of csrc's operators. The only file that includes torch, by its stable ABI.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,13 +15,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The code for one instruction set and type. supported: by this processor.
 struct Kind {
-  bool here;
+  bool supported;
   void (*forward)(const kloss::cpu::Lora&, kloss::cpu::Parallel);
   void (*backward)(const kloss::cpu::Lora&, kloss::cpu::Parallel);
 };
 
-#define KLOSS_KIND(NAME, HERE) {HERE, kloss::cpu::NAME::forward, kloss::cpu::NAME::backward}
+#define KLOSS_KIND(NAME, SUPPORTED) {SUPPORTED, kloss::cpu::NAME::forward, kloss::cpu::NAME::backward}
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 bool avx512() {
@@ -43,17 +44,17 @@ const Kind F32[] = {KLOSS_KIND(generic_f32, true)};
 template <size_t N>
 const Kind* pick(const Kind (&kinds)[N], int64_t variant) {
   for (const Kind& kind : kinds)
-    if (kind.here && variant-- == 0) return &kind;
+    if (kind.supported && variant-- == 0) return &kind;
   return nullptr;
 }
 
-// Those for this type and processor, the fastest first; null behind the last.
+// The variant for a type on this processor, 0 being the fastest; null if there are fewer.
 const Kind* kind_for(ScalarType type, int64_t variant) {
   if (type == ScalarType::BFloat16) return pick(BF16, variant);
   return type == ScalarType::Float ? pick(F32, variant) : nullptr;
 }
 
-// Threads take the next job as they become free: adapters may have very different numbers of rows.
+// Runs jobs on all threads. A free thread takes the next job: adapters may have very different numbers of rows.
 void parallel(int64_t jobs, void (*job)(int64_t, const void*), const void* context) {
   std::atomic<int64_t> next{0};
   int64_t threads = std::min<int64_t>(jobs, torch::stable::get_num_threads());
@@ -62,12 +63,13 @@ void parallel(int64_t jobs, void (*job)(int64_t, const void*), const void* conte
   });
 }
 
+// Checks a contiguous tensor.
 void check(const Tensor& tensor, ScalarType type, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name, " has another type, device or layout");
 }
 
-// A tensor [G, rows, columns] whose matrices are contiguous, wherever each of them lies.
+// Checks a tensor [G, rows, columns] whose matrices are each contiguous.
 void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
   bool fits = tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == 3;
   STD_TORCH_CHECK(
@@ -80,31 +82,40 @@ const void* pointer(const std::optional<Tensor>& tensor, ScalarType type, const 
   return tensor->const_data_ptr();
 }
 
+// Checks that every value lies in low..high. Values index memory, so they are not trusted; a sign bit of `outside` shows a fault.
+void check_range(const int64_t* values, int64_t count, int64_t low, int64_t high, const char* name) {
+  uint64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i)
+    outside |= ((uint64_t)values[i] - (uint64_t)low) | ((uint64_t)high - (uint64_t)values[i]);
+  STD_TORCH_CHECK(!(outside >> 63), name, " has a value outside ", low, "..", high);
+}
+
 struct Call {
   kloss::cpu::Lora lora;
   const Kind* kind;
 };
 
+// Checks the arguments that both operators share. output: y forward, dy backward.
 Call call(
-    const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& scale, const Tensor& order, const Tensor& ends,
-    const std::optional<Tensor>& ranks, const std::optional<Tensor>& keys, const std::optional<Tensor>& least, int64_t slices,
-    int64_t variant, const Tensor& y, const Tensor& s) {
+    const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& scaling_kept, const Tensor& order, const Tensor& ends,
+    const std::optional<Tensor>& ranks, const std::optional<Tensor>& keys, const std::optional<Tensor>& threshold, int64_t slices,
+    int64_t variant, const Tensor& output, const Tensor& s) {
   ScalarType type = x.scalar_type();
   const Kind* kind = kind_for(type, variant);
   STD_TORCH_CHECK(kind != nullptr, "no such kernel for this type on this processor");
   check(x, type, "x");
   check_rows(a, type, "lora_a");
   check_rows(b, type, "lora_b");
-  check(y, type, "y");
+  check(output, type, "y");
   check(s, type, "s");
-  check(scale, ScalarType::Float, "scale");
+  check(scaling_kept, ScalarType::Float, "scaling_kept");
   check(order, ScalarType::Long, "order");
   check(ends, ScalarType::Long, "ends");
   int64_t adapters = a.size(0), rank = b.size(2), k = x.size(1), n = b.size(1), rows = x.size(0), all = order.size(0);
   bool fits = slices > 0 && a.size(1) == slices * rank && a.size(2) == k && b.size(0) == adapters && n % slices == 0 &&
-              scale.size(0) == adapters && ends.size(0) >= adapters && y.size(0) == rows && y.size(1) == n && all <= rows &&
-              s.size(0) == all && s.size(1) == slices * rank && (!ranks || ranks->size(0) == adapters) &&
-              (!keys || (keys->size(0) >= all && least && least->size(0) >= all));
+              scaling_kept.size(0) == adapters && ends.size(0) >= adapters && output.size(0) == rows && output.size(1) == n &&
+              all <= rows && s.size(0) == all && s.size(1) == slices * rank && (!ranks || ranks->size(0) == adapters) &&
+              (!keys || (keys->size(0) >= all && threshold && threshold->size(0) >= all));
   STD_TORCH_CHECK(fits, "shapes do not fit each other");
   STD_TORCH_CHECK(
       k % kloss::cpu::LANES == 0 && n / slices % kloss::cpu::LANES == 0, "widths must be multiples of ", kloss::cpu::LANES);
@@ -112,42 +123,47 @@ Call call(
   lora.adapters = adapters, lora.inputs = k, lora.outputs = n, lora.rank = rank, lora.slices = slices;
   lora.a_stride = a.stride(0), lora.b_stride = b.stride(0);
   lora.a = a.const_data_ptr(), lora.b = b.const_data_ptr(), lora.x = x.const_data_ptr();
-  lora.scale = static_cast<const float*>(scale.const_data_ptr());
+  lora.scaling_kept = static_cast<const float*>(scaling_kept.const_data_ptr());
   lora.order = static_cast<const int64_t*>(order.const_data_ptr());
   lora.ends = static_cast<const int64_t*>(ends.const_data_ptr());
   lora.ranks = static_cast<const int64_t*>(pointer(ranks, ScalarType::Long, "ranks"));
   lora.keys = static_cast<const int64_t*>(pointer(keys, ScalarType::Long, "keys"));
-  lora.least = static_cast<const int16_t*>(pointer(least, ScalarType::Short, "least"));
-  lora.y = y.mutable_data_ptr(), lora.s = s.mutable_data_ptr();
+  lora.threshold = static_cast<const int16_t*>(pointer(threshold, ScalarType::Short, "threshold"));
+  lora.s = s.mutable_data_ptr();
+  check_range(lora.order, all, 0, all - 1, "order");
+  check_range(lora.ends, adapters, 0, all, "ends");
+  for (int64_t g = 1; g < adapters; ++g) STD_TORCH_CHECK(lora.ends[g - 1] <= lora.ends[g], "ends must not decrease");
+  if (lora.ranks) check_range(lora.ranks, adapters, 1, rank, "ranks");
   return {lora, kind};
 }
 
 void forward(
-    Tensor x, Tensor a, Tensor b, Tensor scale, Tensor order, Tensor ends, std::optional<Tensor> ranks,
-    std::optional<Tensor> keys, std::optional<Tensor> least, int64_t slices, int64_t variant, Tensor y,
+    Tensor x, Tensor a, Tensor b, Tensor scaling_kept, Tensor order, Tensor ends, std::optional<Tensor> ranks,
+    std::optional<Tensor> keys, std::optional<Tensor> threshold, int64_t slices, int64_t variant, Tensor y,
     Tensor s) {
-  Call made = call(x, a, b, scale, order, ends, ranks, keys, least, slices, variant, y, s);
+  Call made = call(x, a, b, scaling_kept, order, ends, ranks, keys, threshold, slices, variant, y, s);
+  made.lora.y = y.mutable_data_ptr();
   made.kind->forward(made.lora, parallel);
 }
 
 void backward(
-    Tensor x, Tensor a, Tensor b, Tensor scale, Tensor order, Tensor ends, std::optional<Tensor> ranks,
-    std::optional<Tensor> keys, std::optional<Tensor> least, int64_t slices, int64_t variant, Tensor dy,
+    Tensor x, Tensor a, Tensor b, Tensor scaling_kept, Tensor order, Tensor ends, std::optional<Tensor> ranks,
+    std::optional<Tensor> keys, std::optional<Tensor> threshold, int64_t slices, int64_t variant, Tensor dy,
     Tensor s, Tensor ds, std::optional<Tensor> dx, std::optional<Tensor> da, std::optional<Tensor> db) {
-  Call made = call(x, a, b, scale, order, ends, ranks, keys, least, slices, variant, dy, s);
+  Call made = call(x, a, b, scaling_kept, order, ends, ranks, keys, threshold, slices, variant, dy, s);
   check(ds, x.scalar_type(), "ds");
   STD_TORCH_CHECK(
       ds.numel() == s.numel() && (!dx || dx->numel() == x.numel()) && (!da || da->numel() == a.numel()) &&
           (!db || db->numel() == b.numel()),
-      "gradients have other sizes than what they are of");
-  made.lora.ds = ds.mutable_data_ptr();
+      "dx, da, db and ds must have the sizes of x, lora_a, lora_b and s");
+  made.lora.dy = dy.const_data_ptr(), made.lora.ds = ds.mutable_data_ptr();
   made.lora.dx = const_cast<void*>(pointer(dx, x.scalar_type(), "dx"));
   made.lora.da = const_cast<void*>(pointer(da, x.scalar_type(), "da"));
   made.lora.db = const_cast<void*>(pointer(db, x.scalar_type(), "db"));
   made.kind->backward(made.lora, parallel);
 }
 
-// How many variants there are for tensors of x's type on this processor.
+// The number of variants for x's type on this processor.
 int64_t variants(Tensor x) {
   int64_t count = 0;
   while (x.is_cpu() && kind_for(x.scalar_type(), count)) ++count;
@@ -158,12 +174,12 @@ int64_t variants(Tensor x) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kloss, m) {
   m.def(
-      "cpu_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor order, Tensor ends, Tensor? ranks, Tensor? keys, "
-      "Tensor? least, int slices, int variant, Tensor(a!) y, Tensor(b!) s) -> ()");
+      "cpu_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling_kept, Tensor order, Tensor ends, Tensor? ranks, "
+      "Tensor? keys, Tensor? threshold, int slices, int variant, Tensor(a!) y, Tensor(b!) s) -> ()");
   m.def(
-      "cpu_lora_backward_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor scale, Tensor order, Tensor ends, Tensor? ranks, "
-      "Tensor? keys, Tensor? least, int slices, int variant, Tensor dy, Tensor s, Tensor(a!) ds, Tensor(b!)? dx, Tensor(c!)? da, "
-      "Tensor(d!)? db) -> ()");
+      "cpu_lora_backward_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling_kept, Tensor order, Tensor ends, Tensor? ranks, "
+      "Tensor? keys, Tensor? threshold, int slices, int variant, Tensor dy, Tensor s, Tensor(a!) ds, Tensor(b!)? dx, "
+      "Tensor(c!)? da, Tensor(d!)? db) -> ()");
   m.def("cpu_lora_variants(Tensor x) -> int");
 }
 

@@ -109,7 +109,8 @@ def outputs(op, case: Problem, dtype=None, grads=LEAVES, **more) -> dict[str, Te
     )  # fmt: skip
     if grads:
         y.backward(case.dy.to(y.dtype))
-    return {"y": y.detach(), **{name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}}
+    leaves = {name: tensor for name, tensor in tensors.items() if name in grads}  # without adapters lora_a has no gradient
+    return {"y": y.detach(), **{name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}}
 
 
 def on_cpu(case: Problem) -> Problem:

@@ -12,8 +12,8 @@ from helpers import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kloss.kernels import Dropout, row_keys
-from kloss.kernels.dropout import apply_dropout, keep_mask
+from kloss.kernels import Dropout, StepDropout, apply_dropout, row_keys
+from kloss.kernels.dropout import keep_mask
 from kloss.kernels.dropout_device import keep_block, stream_keys, threshold_of
 
 WIDTH = 32
@@ -118,6 +118,40 @@ def test_row_keys_are_step_sequence_position(lengths, behind, data):
     arguments = torch.tensor(step, dtype=torch.int64), torch.tensor(number, dtype=torch.int64), cu_seqlens
     assert row_keys(*arguments).tolist() == wanted
     assert row_keys(*arguments, rows=len(wanted) + behind).tolist() == wanted + [0] * behind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kept_elements_keep_their_mean(dtype):
+    """The scale is not rounded to x's dtype: 1 / (1 - 0.1) in bf16 is 0.16 % too small."""
+    x = torch.rand(512, 256, generator=torch.Generator().manual_seed(0)).add(0.5).to(dtype)
+    dropout = Dropout(torch.tensor([0.1]), torch.tensor([1]), torch.arange(512), 2)
+    dropped, kept = apply_dropout(x, dropout), keep_mask(dropout, torch.arange(256, dtype=torch.int32))[0]
+    assert dropped.dtype == dtype
+    mean = dropped[kept].double().sum() / x[kept].double().sum()
+    assert abs(mean * (1 - round(0.1 * 65536) / 65536) - 1) < 1e-4
+
+
+def test_keys_of_some_rows_are_those_rows():
+    chance, seed = torch.tensor([0.3, 0.6]), torch.tensor([4, 9])
+    adapter, row_key = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32), torch.arange(5) * 65536 + 3
+    ahead = StepDropout(chance, None, None, seed, row_key, adapter, 4).at("hidden", 2)
+    features, index = torch.arange(64, dtype=torch.int32), torch.tensor([3, 0, 3, 2])
+    for keys in (Dropout(chance, seed, row_key, 2, adapter), ahead):
+        for some in (index, slice(1, 4)):
+            for part, whole in zip(keep_mask(keys.take(some), features), keep_mask(keys, features), strict=True):
+                assert torch.equal(part, whole[some])
+        assert keys.first(5) is keys and torch.equal(keys.first(2).row_key, row_key[:2])
+
+
+def test_all_sites_at_once_are_the_sites_one_by_one():
+    chance, seed = torch.tensor([0.3, 0.6]), torch.tensor([4, 9])
+    adapter, row_key = torch.tensor([0, 1, -1, 1], dtype=torch.int32), torch.arange(4) * 65536 + 3
+    step = StepDropout(chance, None, chance / 2, seed, row_key, adapter, 7)
+    assert step.at("attention", 1) is None
+    x = torch.rand(4, 33)
+    for kind, p in (("hidden", chance), ("lora", chance / 2)):
+        for site in (0, 3, 6):
+            assert torch.equal(apply_dropout(x, step.at(kind, site)), apply_dropout(x, Dropout(p, seed, row_key, site, adapter)))
 
 
 def test_dropped_elements_are_zero_whatever_they_held():

@@ -1,6 +1,6 @@
-"""The multi-adapter linear's kernels against the reference: values, every gradient, and isolation to the
-bit.
-"""
+"""The multi-adapter linear's Triton kernels against the reference: values, every gradient, and isolation to the bit."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ from helpers import (
 from hypothesis import given, settings
 
 import kloss.kernels as kernels
-from kloss.kernels import Dropout, make_segments, segments, tuned
+from kloss.kernels import Dropout, make_segments, multi_lora_cpu, segments, tuned
 from kloss.kernels.dropout import keep_mask
-from kloss.kernels.multi_lora import multi_lora_linear
+
+multi_lora_linear = partial(kernels.multi_lora_linear, backend="triton")
 
 CASES = {
     "odd": dict(lengths=[5, 0, 1, 70, 3], adapter=[2, 1, 0, 2, -1], adapters=4, k=41, n=23, rank=8, behind=3),
@@ -153,9 +154,7 @@ def test_any_batch_is_each_adapter_alone(device, shape):
 def test_rank_tails_are_skipped_not_computed(device):
     """S is never written beyond an adapter's rank: the poison of fresh memory is still there."""
     case = problem([9, 66], [1, 0], adapters=2, k=20, n=18, rank=64, slices=3, ranks=[3, 64], device=device)
-    work = segments.with_work(case.segments).work
-    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work
-    _, s, _ = torch.ops.kloss.multi_lora(*tensors, case.keywords["ranks"], None, None, None, 0, 3, True)
+    _, s, _ = torch.ops.kloss.multi_lora(*operator_arguments(case, exact=True))
     rank = case.keywords["ranks"][case.segments.row_adapter[case.segments.order].long()]
     live = torch.arange(64, device=device) < rank[:, None]
     assert torch.equal(s.unflatten(1, (3, 64)).isfinite(), live[:, None, :].expand(-1, 3, -1))
@@ -225,7 +224,7 @@ def test_autocast_runs_in_the_asked_dtype(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("width", [20, 32], ids=["reference", "csrc"])
+@pytest.mark.parametrize("width", [20, 32], ids=["torch", "csrc"])
 def test_one_adapter_is_the_plain_lora_linear(width, device):
     case = problem([20], [0], adapters=1, k=width, n=width, device=device)
     wanted = outputs(kernels.multi_lora_linear, case)["y"]
@@ -250,31 +249,46 @@ def test_the_kernel_draws_the_mask_of_the_reference():
 
 
 def operator_arguments(case, exact=False):
-    work = segments.with_work(case.segments).work
-    p, seed, row_key, site = case.keywords["dropout"][:4]
-    return (
-        case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments.order, *work, None,
-        p, seed, row_key, site, 1, exact,
-    )  # fmt: skip
+    """Arguments of the operator as the public function gives them to Triton."""
+    lists, dropout = [case.segments.order, *segments.with_work(case.segments).work], case.keywords.get("dropout")
+    site = 0 if dropout is None else dropout.site
+    if dropout is not None:
+        lists += dropout.p, dropout.seed, dropout.row_key
+    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling
+    return *tensors, case.keywords["ranks"], lists, site, case.keywords["slices"], exact, "triton"
 
 
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    case = problem([3, 4], [1, 0], adapters=2, k=16, n=16, p=0.5, device=device)
-    for tensor in (case.x, case.lora_a, case.lora_b, case.weight):
-        tensor.requires_grad_()
-    arguments = operator_arguments(case)
-    torch.library.opcheck(torch.ops.kloss.multi_lora, arguments)
-    with torch.no_grad():
-        _, s, keys = torch.ops.kloss.multi_lora(*arguments)
-    x, weight, _, lora_a, lora_b, scaling, *lists = (t.detach() if torch.is_tensor(t) else t for t in arguments)
-    backward = case.dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists[:6], lists[6], 1, False
+def test_opcheck(device, backend, monkeypatch):
+    if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
+        pytest.skip("not built, or not for this device")
+    given, ops = {}, {name: getattr(torch.ops.kloss, name) for name in ("multi_lora", "multi_lora_backward")}
+
+    def spy(name, *args):
+        given[name] = torch.utils._pytree.tree_map(lambda value: value.detach() if torch.is_tensor(value) else value, args)
+        return ops[name](*args)
+
+    case = problem([3, 4], [1, 0], adapters=2, k=32, n=96, slices=3, ranks=[8, 8], p=0.5, device=device)
+    with monkeypatch.context() as patch:
+        for name in ops:  # what the public function and its gradient call
+            patch.setattr(torch.ops.kloss, name, partial(spy, name))
+        outputs(kernels.multi_lora_linear, case, backend=backend)
+    forward, backward = given["multi_lora"], given["multi_lora_backward"]
+    assert forward[-1] == backend
+    for i in (0, 1, 3, 4):
+        forward[i].requires_grad_()
+    torch.library.opcheck(ops["multi_lora"], forward)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(torch.ops.kloss.multi_lora_backward, (*backward, *needs))
+        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-4], *needs, backend))
 
 
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_fullgraph_forward_and_backward_at_two_lengths(device):
+def test_fullgraph_forward_and_backward_at_two_lengths(device, backend):
+    if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
+        pytest.skip("not built, or not for this device")
+    multi_lora_linear = partial(kernels.multi_lora_linear, backend=backend)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
@@ -285,7 +299,7 @@ def test_fullgraph_forward_and_backward_at_two_lengths(device):
         return multi_lora_linear(*arguments, **keywords) * 2
 
     for lengths in ([5, 30], [6, 47]):
-        case = problem(lengths, [1, 0], adapters=2, p=0.5, device=device)
+        case = problem(lengths, [1, 0], adapters=2, k=32, n=32, p=0.5, device=device)
         case = case._replace(segments=segments.with_work(case.segments))
         got, wanted = outputs(layer, case, exact=True), outputs(eager, case, exact=True)
         assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in got)
@@ -321,13 +335,23 @@ def test_a_graph_replays_with_other_contents():
         assert torch.equal(y, step())
 
 
-def test_faults_are_named():
-    case = problem([5], [0], adapters=1, p=0.5)
-    arguments = case.x, case.weight.half(), None, case.lora_a, case.lora_b, case.scaling, case.segments
-    with pytest.raises(ValueError, match="one dtype"):
-        multi_lora_linear(*arguments)
-    with pytest.raises(ValueError, match="lora_b has shape"):
-        multi_lora_linear(case.x, case.weight, None, case.lora_a, case.lora_b[:, :3], case.scaling, case.segments)
-    short = case.keywords["dropout"]._replace(row_key=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="row_key has 2 entries"):
-        outputs(multi_lora_linear, case._replace(keywords={**case.keywords, "dropout": short}))
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
+def test_ranks_may_be_of_any_integer_dtype(backend, dtype):
+    if backend == "csrc" and not multi_lora_cpu.built():
+        pytest.skip("not built")
+    case = problem([5, 4], [0, 1], adapters=2, k=32, n=32, ranks=[3, 8])
+    other = case._replace(keywords=case.keywords | {"ranks": case.keywords["ranks"].to(dtype)})
+    got, wanted = (outputs(kernels.multi_lora_linear, one, backend=backend) for one in (other, case))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_the_kernels_clamp_a_rank_that_nobody_checked():
+    """As on a GPU, where the values of ranks are not read: 99 is R, -1 is 0."""
+    case = problem([5, 4], [0, 1], adapters=2, k=20, n=24, rank=8, ranks=[8, 8])
+    arguments = list(operator_arguments(case, exact=True))
+    wanted = torch.ops.kloss.multi_lora(*arguments)[0]
+    arguments[6] = torch.tensor([99, -1])
+    got = torch.ops.kloss.multi_lora(*arguments)[0]
+    assert torch.equal(got[:5], wanted[:5])
+    torch.testing.assert_close(got[5:], torch.nn.functional.linear(case.x[5:], case.weight, case.bias))

@@ -1,6 +1,7 @@
 """The CPU's kernels of csrc against the reference, for every instruction set that this processor has."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 
 import kloss.kernels as kernels
-from kloss.kernels import Dropout, make_segments, multi_lora_cpu, reference
+from kloss.kernels import Dropout, make_segments, multi_lora, multi_lora_cpu
 from kloss.kernels.dropout import keep_mask
-from kloss.kernels.multi_lora_cpu import multi_lora_linear
+
+multi_lora_linear = partial(kernels.multi_lora_linear, backend="csrc")
 
 CASES = {
     "odd": dict(lengths=[5, 0, 1, 70, 3], adapter=[2, 1, 0, 2, -1], adapters=4, k=96, n=64, rank=8, behind=3),
@@ -191,27 +193,23 @@ def test_any_subset_may_require_gradients(dtype):
         assert all(torch.equal(got[name], full[name]) for name in got)
 
 
-def test_what_it_does_not_take_the_reference_does(monkeypatch):
-    for home, name in ((reference, "reference"), (multi_lora_cpu, "csrc")):
-        monkeypatch.setattr(home, "multi_lora_linear", lambda *arguments, name=name, **keywords: name)
+def test_what_it_does_not_take_plain_torch_does(monkeypatch):
+    ran, module = [], multi_lora._module
+    monkeypatch.setattr(multi_lora, "_module", lambda backend: (ran.append(backend), module(backend))[1])
 
-    def home(**shape):
-        return kernels_output(problem([5], [0], adapters=1, **shape))
+    def backend(**shape):
+        outputs(kernels.multi_lora_linear, problem([5], [0], adapters=1, **shape), grads=())
+        return ran.pop()
 
-    here = "csrc" if multi_lora_cpu.built() else "reference"
-    assert home(k=64, n=96) == home(k=64, n=96, slices=3) == here
-    assert home(k=48, n=96) == home(k=64, n=80) == home(k=64, n=96, slices=2) == "reference"
-    assert home(k=64, n=96, dtype=torch.float64) == "reference"
+    here = "csrc" if multi_lora_cpu.built() else "torch"
+    assert backend(k=64, n=96) == backend(k=64, n=96, slices=3) == here
+    assert backend(k=48, n=96) == backend(k=64, n=80) == backend(k=64, n=96, slices=2) == "torch"
+    assert backend(k=64, n=96, dtype=torch.float64) == "torch"
     monkeypatch.setattr(multi_lora_cpu, "built", lambda: False)
-    assert home(k=64, n=96) == "reference"
+    assert backend(k=64, n=96) == "torch"
 
 
-def kernels_output(case):
-    arguments = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, case.segments
-    return kernels.multi_lora_linear(*arguments, **case.keywords)
-
-
-@pytest.mark.parametrize("width", [20, 32], ids=["reference", "csrc"])
+@pytest.mark.parametrize("width", [20, 32], ids=["torch", "csrc"])
 def test_autocast_runs_in_the_asked_dtype_backward_too(width):
     case = problem([5, 30], [1, 0], adapters=2, k=width, n=width, p=0.5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -238,6 +236,13 @@ def test_the_operator_refuses_what_does_not_fit():
         ((x, a, b, *how, 1, 9, y, s), "no such kernel"),
         ((x[:, :8].contiguous(), a[:, :, :8].contiguous(), b, *how, 1, 0, y, s), "multiples of 32"),
         ((x, a, b, how[0], how[1], how[2][:1], *how[3:], 1, 0, y, s), "do not fit"),
+        ((x, a, b, how[0], torch.tensor([0, 1, 2, 4]), *how[2:], 1, 0, y, s), "order has a value outside 0..3"),
+        ((x, a, b, how[0], torch.tensor([0, -1, 2, 3]), *how[2:], 1, 0, y, s), "order has a value outside 0..3"),
+        ((x, a, b, *how[:2], torch.tensor([2, 5, 5]), *how[3:], 1, 0, y, s), "ends has a value outside 0..4"),
+        ((x, a, b, *how[:2], torch.tensor([-(2**63), 4, 4]), *how[3:], 1, 0, y, s), "ends has a value outside 0..4"),
+        ((x, a, b, *how[:2], torch.tensor([3, 2, 4]), *how[3:], 1, 0, y, s), "not decrease"),
+        ((x, a, b, *how[:3], torch.tensor([8, 0]), *how[4:], 1, 0, y, s), "ranks has a value outside 1..8"),
+        ((x, a, b, *how[:3], torch.tensor([9, 1]), *how[4:], 1, 0, y, s), "ranks has a value outside 1..8"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*change)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kloss.kernels import make_segments, token_loss
-from kloss.kernels.reference import adapter_adamw_
+from kloss.kernels import adapter_adamw_, make_segments, token_loss
 from kloss.models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
 

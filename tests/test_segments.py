@@ -48,7 +48,7 @@ def test_tiles_cover_every_row_once_and_start_at_their_adapter(batch):
     total = build(batch).order.numel() + behind
     got = with_work(build(batch, rows=total))
     starts = [0, *got.ends.tolist()]
-    for tiles, size in ((got.work.short, SHORT_TILE), (got.work.long, LONG_TILE)):
+    for tiles, size in ((got.work.tiles_64, SHORT_TILE), (got.work.tiles_128, LONG_TILE)):
         assert tiles.shape == (tile_capacity(total, adapters, size), 3)
         covered = torch.zeros(total, dtype=torch.int32)
         for g, first, last in tiles.tolist():
@@ -89,8 +89,8 @@ def test_capacity_is_reached_and_no_more():
     rows, adapters = 4 * SHORT_TILE + 5, 4
     tight = with_work(build((adapters, [(SHORT_TILE + 1, g) for g in range(4)] + [(1, -1)], 0)))
     assert tight.order.numel() == rows
-    used = (tight.work.short[:, 1] < tight.work.short[:, 2]).sum()
-    assert used == tight.work.short.shape[0] == tile_capacity(rows, adapters, SHORT_TILE) == 9
+    used = (tight.work.tiles_64[:, 1] < tight.work.tiles_64[:, 2]).sum()
+    assert used == tight.work.tiles_64.shape[0] == tile_capacity(rows, adapters, SHORT_TILE) == 9
 
 
 @pytest.mark.parametrize("device", DEVICES)

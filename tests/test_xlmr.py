@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kloss.errors import UserError
-from kloss.kernels import make_segments, row_keys
-from kloss.models import BASE, AdapterBank, StepDropout, XLMRConfig, XLMRForTokenClassification
+from kloss.kernels import StepDropout, make_segments, row_keys
+from kloss.models import BASE, AdapterBank, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
 
 SMALL = XLMRConfig(
@@ -113,8 +113,9 @@ def test_a_sequence_too_long_is_an_error():
 
 def test_a_bank_needs_segments():
     model = make_model()
-    with pytest.raises(ValueError, match="segments"):
-        model(*make_batch([3], 60), bank=AdapterBank(SMALL, 1, 2))
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match="segments"):
+            call(*make_batch([3], 60), bank=AdapterBank(SMALL, 1, 2))
 
 
 def test_all_parameters_learn_until_the_backbone_is_frozen():
@@ -149,8 +150,8 @@ def dropped_logits(model, bank, parts: list[tuple[int, int, Tensor]], p: float =
     adapter = torch.tensor([g for g, *_ in parts], dtype=torch.int32)
     segments = make_segments(offsets, adapter, bank.adapters)
     keys = row_keys(torch.full((len(parts),), step), torch.tensor([number for _, number, _ in parts]), offsets)
-    chance = torch.full((bank.adapters,), p)
-    dropout = StepDropout(chance, chance, chance, 100 + torch.arange(bank.adapters), keys, segments.row_adapter)
+    chance, seeds = torch.full((bank.adapters,), p), 100 + torch.arange(bank.adapters)
+    dropout = StepDropout(chance, chance, chance, seeds, keys, segments.row_adapter, model.num_sites)
     logits = model(torch.cat([ids for *_, ids in parts]), offsets, segments, bank, dropout=dropout)
     return {g: logits[segments.row_adapter == g].detach() for g in set(adapter.tolist())}
 
@@ -181,19 +182,19 @@ def test_every_site_draws_its_own_mask_and_each_kind_can_be_left_out():
     seen = []
 
     class Spy(StepDropout):
-        def at(self, kind, site, sites):
+        def at(self, kind, site):
             seen.append((kind, site))
-            return super().at(kind, site, sites)
+            return super().at(kind, site)
 
     ids, offsets = make_batch([6], 60)
     segments = make_segments(offsets, torch.zeros(1, dtype=torch.int32), 1)
     chance = torch.tensor([0.5])
     spy = Spy(chance, None, chance, torch.tensor([1]), row_keys(torch.zeros(1).long(), torch.zeros(1).long(), offsets),
-              segments.row_adapter)  # fmt: skip
+              segments.row_adapter, model.num_sites)  # fmt: skip
     model(ids, offsets, segments, bank, dropout=spy)
     sites = [site for _, site in seen]
-    assert len(set(sites)) == len(sites) == 2 * 7 + 2
-    assert [kind for kind, _ in seen].count("lora") == 8 and spy.at("attention", 1, 16) is None
+    assert sorted(sites) == list(range(model.num_sites)) and model.num_sites == 2 * 7 + 2
+    assert [kind for kind, _ in seen].count("lora") == 8 and spy.at("attention", 1) is None
 
 
 # Files
@@ -362,6 +363,21 @@ def test_saving_over_a_checkpoint_replaces_it_whole(tmp_path):
     other.save_pretrained(tmp_path)
     same(XLMRForTokenClassification.from_pretrained(tmp_path), other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_head_is_drawn_from_its_seed_in_any_dtype():
+    """In fp32 on the CPU, so that the numbers are the same for every dtype and device."""
+    model = make_model()
+    before = model.layers[0].up.weight.clone()
+    model.draw_head_(3)
+    wanted = torch.empty(5, 24).normal_(0, SMALL.initializer_range, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(model.classifier.weight, wanted) and not model.classifier.bias.any()
+    assert torch.equal(model.layers[0].up.weight, before)
+    half = make_model().bfloat16()
+    half.draw_head_(3)
+    assert torch.equal(half.classifier.weight, wanted.bfloat16()) and half.classifier.weight.requires_grad
+    model.draw_head_(4)
+    assert not torch.equal(model.classifier.weight, wanted)
 
 
 def test_sizes_of_the_presets():

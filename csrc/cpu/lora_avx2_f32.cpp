@@ -5,7 +5,8 @@
 #include <memory>
 #include <vector>
 
-#pragma GCC target("avx2,fma")  // behind the standard headers, whose functions other files share
+// Behind the standard headers: other files share their functions.
+#pragma GCC target("avx2,fma")
 #include <immintrin.h>
 
 #define KLOSS_NAME avx2_f32

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import row_keys, token_loss
-from ..models import Rows, StepDropout, XLMRForTokenClassification
+from ..kernels import StepDropout, row_keys, token_loss
+from ..models import Rows, XLMRForTokenClassification
 from .learner import Learner
 from .packing import PackedBatch
 
@@ -62,7 +62,7 @@ def train_step(
     losses, first = [], 0
     for batch in batches:
         last = first + batch.segments.num_adapters
-        dropout = _dropout(settings, bank.steps, first, last, batch)
+        dropout = _dropout(settings, bank.steps, first, last, batch, model.num_sites)
         logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank.span(first, last), dropout=dropout)
         loss, _ = token_loss(logits, batch.labels, batch.segments)
         loss.sum().backward()
@@ -72,9 +72,9 @@ def train_step(
     return torch.cat(losses), norms
 
 
-def _dropout(settings: StepSettings, steps: Tensor, first: int, last: int, batch: PackedBatch) -> StepDropout:
+def _dropout(settings: StepSettings, steps: Tensor, first: int, last: int, batch: PackedBatch, num_sites: int) -> StepDropout:
     """Dropout's keys for a batch of rows first..last-1."""
     step = steps[first:last].to(batch.input_ids.device)[batch.segments.adapter.long()]
     keys = row_keys(step, batch.sequence, batch.cu_seqlens, rows=batch.input_ids.numel())
     hidden, lora = (None if p is None else p[first:last] for p in (settings.dropout, settings.lora_dropout))
-    return StepDropout(hidden, hidden, lora, settings.seeds[first:last], keys, batch.segments.row_adapter)
+    return StepDropout(hidden, hidden, lora, settings.seeds[first:last], keys, batch.segments.row_adapter, num_sites)

@@ -1,4 +1,4 @@
-"""The functions of dropout.py for use inside Triton kernels: the same bits, from the same formulas."""
+"""The formulas of dropout.py for use inside Triton kernels; they give the same bits."""
 
 import triton
 import triton.language as tl
@@ -20,21 +20,20 @@ def _mix64(z):
 
 @triton.jit
 def stream_keys(seed, row_key, site):
-    """The 64-bit key of each row at a site. seed: int64 scalar or [BT]. row_key: int64 [BT]. Returns uint64
-    [BT].
-    """
+    """The 64-bit key of each row at a site. seed: int64 scalar or [BT]. row_key: int64 [BT]. Returns uint64 [BT]."""
     start = seed.to(tl.uint64) + (site + 1).to(tl.uint64) * GOLDEN
     return _mix64(_mix64(start) + row_key.to(tl.uint64) * ODD)
 
 
 @triton.jit
 def threshold_of(p):
-    """round(p * 65536) to even, at most 65535, and 1 / (1 - threshold / 65536). p: fp32. Returns uint32,
-    fp32.
+    """The threshold round(p * 65536), ties to even, at most 65535, and the scale 1 / (1 - threshold / 65536).
+
+    p: fp32. Returns uint32, fp32.
     """
-    wanted = p * 65536.0
-    below = tl.floor(wanted)
-    rest, count = wanted - below, below.to(tl.int32)
+    product = p * 65536.0
+    below = tl.floor(product)
+    rest, count = product - below, below.to(tl.int32)
     count += ((rest > 0.5) | ((rest == 0.5) & (count % 2 == 1))).to(tl.int32)
     count = tl.minimum(count, 65535)
     return count.to(tl.uint32), tl.div_rn(65536.0, (65536 - count).to(tl.float32))
@@ -42,8 +41,9 @@ def threshold_of(p):
 
 @triton.jit
 def keep_block(keys, threshold, first, WIDTH: tl.constexpr):
-    """Which of the features first..first+WIDTH stay. keys: uint64 [BT]. threshold: uint32. first: even.
-    Returns int1 [BT, WIDTH].
+    """Which of the features first..first+WIDTH are kept.
+
+    keys: uint64 [BT]. threshold: uint32. first: even. Returns int1 [BT, WIDTH].
     """
     counter = (first // 2 + tl.arange(0, WIDTH // 2)).to(tl.uint32)
     h = (counter * COUNTER)[None, :] ^ keys.to(tl.uint32)[:, None]

@@ -1,54 +1,61 @@
-"""The four kernels of `multi_lora.py` and their launchers: shrink, expand, reduce, and the sum of what reduce
-split.
+"""The Triton kernels of the multi-adapter linear and their launchers: shrink, expand, reduce, and the sum of partial reductions.
 
-Equations, and what order and tiles are: `multi_lora.py`, `segments.py`. Sizes: T rows, K contraction, C
-columns of a group of outputs, R rank of the bank, G adapters. A group is a slice where each slice has its own
-block of columns.
+Equations: `lora_triton.py`. Order and tiles: `segments.py`. Sizes: T rows, K contraction, C columns of a block of outputs, R rank
+of the bank, SR slices * R, G adapters. Outputs have `blocks` blocks of columns: one per slice if slices have their own, else 1.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import tuned
 from .dropout_device import keep_block, stream_keys, threshold_of
-from .segments import LONG_TILE, SHORT_TILE, slot_capacity
+from .segments import LONG_TILE, SHORT_TILE, Work, slot_capacity
+
+
+@triton.jit
+def clamped_rank(rank, R):
+    """The rank within [0, R]: a wrong one must not reach another adapter's memory. Returns int32."""
+    return tl.minimum(tl.maximum(rank, 0), R).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["site"])
 def shrink_kernel(
-    x_ptr,  # [T, groups*K]
-    w_ptr,  # [G, ...], element (column c, k) of group i_s at i_s*stride_ws + c*stride_wc + k*stride_wk
-    s_ptr,  # [T, groups*C] fp32, rows in order
+    x_ptr,  # [T, blocks*K]
+    f_ptr,  # [G, ...], element (column c, k) of block i_s at i_s*stride_fs + c*stride_fc + k*stride_fk
+    s_ptr,  # [T, blocks*C] fp32, rows in order
     order_ptr,  # [T]
     tiles_ptr,  # [tiles, 3]
     ranks_ptr,  # [G] or None
-    factor_ptr,  # [G] or None
-    p_ptr, seed_ptr,  # [G]
-    row_key_ptr, keys_ptr,  # [T], keys in order
-    site, K, C, R, groups,
-    stride_xt, stride_xk, stride_wg, stride_ws, stride_wc, stride_wk,
+    scaling_ptr,  # [G] or None
+    p_ptr,  # [G]
+    seed_ptr,  # [G]
+    row_key_ptr,  # [T]
+    keys_ptr,  # [T], written, rows in order
+    site, K, C, R, blocks,
+    stride_xt, stride_xk, stride_fg, stride_fs, stride_fc, stride_fk,
     DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """S[i, i_s*C + c] = factor_g Σ_k x[order[i], i_s*K + k] w[g, i_s, c, k]; columns with c % R beyond the
-    rank are left out.
-    """
-    blocks = tl.cdiv(C, BC)
+    """S[i, i_s*C + c] = scaling_g Σ_k x[order[i], i_s*K + k] f[g, i_s, c, k]; columns with c % R >= rank are not written."""
+    blocks_c = tl.cdiv(C, BC)
     pid = tl.program_id(0)
-    i_c, i_s, i_t = pid % blocks, pid // blocks % groups, pid // (blocks * groups)
+    i_c, i_s, i_t = pid % blocks_c, pid // blocks_c % blocks, pid // (blocks_c * blocks)
     g = tl.load(tiles_ptr + i_t * 3).to(tl.int64)
     first, last = tl.load(tiles_ptr + i_t * 3 + 1), tl.load(tiles_ptr + i_t * 3 + 2)
     if (g < 0) | (first >= last):
         return
     o_c = i_c * BC + tl.arange(0, BC)
-    rank = R if ranks_ptr is None else tl.load(ranks_ptr + g).to(tl.int32)
+    rank = R if ranks_ptr is None else clamped_rank(tl.load(ranks_ptr + g), R)
     m_c = (o_c < C) & (o_c % R < rank)
     o_i = first + tl.arange(0, BT)
     m_t = o_i < last
     o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
-    factor = 1.0 if factor_ptr is None else tl.load(factor_ptr + g)
+    scaling = 1.0 if scaling_ptr is None else tl.load(scaling_ptr + g)
     if DROPOUT:
-        threshold, factor = threshold_of(tl.load(p_ptr + g))
+        threshold, scaling = threshold_of(tl.load(p_ptr + g))
         row_key = tl.load(row_key_ptr + o_t, mask=m_t, other=0)
         keys = stream_keys(tl.load(seed_ptr + g), row_key, site)
         if (i_c == 0) & (i_s == 0):
@@ -56,7 +63,7 @@ def shrink_kernel(
     if tl.max(m_c.to(tl.int32)) == 0:
         return
     acc = tl.zeros((BT, BC), tl.float32)
-    w_ptr += g * stride_wg + i_s.to(tl.int64) * stride_ws
+    f_ptr += g * stride_fg + i_s.to(tl.int64) * stride_fs
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
         m_k = o_k < K
@@ -64,39 +71,38 @@ def shrink_kernel(
         b_x = tl.load(p_x, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BT, BK]
         if DROPOUT:
             b_x = tl.where(keep_block(keys, threshold, k, BK), b_x, 0.0)
-        p_w = w_ptr + o_k.to(tl.int64)[:, None] * stride_wk + o_c.to(tl.int64)[None, :] * stride_wc
-        b_w = tl.load(p_w, mask=m_k[:, None] & m_c[None, :], other=0.0)  # [BK, BC]
-        acc = tl.dot(b_x, b_w.to(b_x.dtype), acc, input_precision="ieee")
-    p_s = s_ptr + o_i.to(tl.int64)[:, None] * (groups * C) + (i_s * C + o_c)[None, :]
-    tl.store(p_s, acc * factor, mask=m_t[:, None] & m_c[None, :])
+        p_f = f_ptr + o_k.to(tl.int64)[:, None] * stride_fk + o_c.to(tl.int64)[None, :] * stride_fc
+        b_f = tl.load(p_f, mask=m_k[:, None] & m_c[None, :], other=0.0)  # [BK, BC]
+        acc = tl.dot(b_x, b_f.to(b_x.dtype), acc, input_precision="ieee")
+    p_s = s_ptr + o_i.to(tl.int64)[:, None] * (blocks * C) + (i_s * C + o_c)[None, :]
+    tl.store(p_s, acc * scaling, mask=m_t[:, None] & m_c[None, :])
 
 
 @triton.jit
 def expand_kernel(
     s_ptr,  # [T, slices*R] fp32, rows in order
-    q_ptr,  # [G, ...], element (column c, slice i, rank r) at c*stride_qc + i*stride_qs + r*stride_qr
+    f_ptr,  # [G, ...], element (column c, slice i, rank r) at c*stride_fc + i*stride_fs + r*stride_fr
     x_ptr,  # [T, K]
-    w_ptr,  # [K, groups*C]
-    bias_ptr,  # [groups*C] or None
-    y_ptr,  # [T, groups*C]
+    w_ptr,  # [K, blocks*C]
+    bias_ptr,  # [blocks*C] or None
+    y_ptr,  # [T, blocks*C]
     order_ptr,  # [T]
     tiles_ptr,  # [tiles, 3]
     ranks_ptr,  # [G] or None
-    factor_ptr,  # [G] or None
+    scaling_ptr,  # [G] or None
     p_ptr,  # [G]
-    keys_ptr,  # [T], in order
-    K, C, R, groups, slices,
-    stride_xt, stride_xk, stride_wk, stride_wc, stride_yt, stride_qg, stride_qc, stride_qs, stride_qr,
+    keys_ptr,  # [T], rows in order
+    K, C, R, blocks, slices,
+    stride_xt, stride_xk, stride_wk, stride_wc, stride_yt, stride_fg, stride_fc, stride_fs, stride_fr,
     FUSED: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = factor_g mask Σ_r S[i, r] q[g, n, r] + (x[t] w[:, n] + bias[n] if FUSED, else y[t, n]), t =
-    order[i].
+    """y[t, n] = scaling_g mask Σ_r S[i, r] f[g, n, r] + (x[t] w[:, n] + bias[n] if FUSED, else y[t, n]), t = order[i].
 
-    groups > 1: block i_s of C columns takes rank slice i_s only. groups == 1: the sum runs over all slices.
+    blocks > 1: block i_s of C columns takes slice i_s of S only. blocks == 1: the sum runs over all slices.
     """
-    blocks = tl.cdiv(C, BC)
+    blocks_c = tl.cdiv(C, BC)
     pid = tl.program_id(0)
-    i_c, i_s, i_t = pid % blocks, pid // blocks % groups, pid // (blocks * groups)
+    i_c, i_s, i_t = pid % blocks_c, pid // blocks_c % blocks, pid // (blocks_c * blocks)
     g = tl.load(tiles_ptr + i_t * 3).to(tl.int64)
     first, last = tl.load(tiles_ptr + i_t * 3 + 1), tl.load(tiles_ptr + i_t * 3 + 2)
     if (first >= last) | ((g < 0) & (not FUSED)):
@@ -107,26 +113,26 @@ def expand_kernel(
     o_i = first + tl.arange(0, BT)
     m_t = o_i < last
     o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
-    rank = R if ranks_ptr is None else tl.load(ranks_ptr + g, mask=g >= 0, other=0).to(tl.int32)
+    rank = R if ranks_ptr is None else clamped_rank(tl.load(ranks_ptr + g, mask=g >= 0, other=0), R)
     steps = tl.cdiv(rank, BR)
-    per_group = slices // groups
+    per_block = slices // blocks
     acc = tl.zeros((BT, BC), tl.float32)
-    q_ptr += g * stride_qg
-    for j in range(0, tl.where(g >= 0, per_group * steps, 0)):
-        i_q, o_r = i_s * per_group + j // steps, j % steps * BR + tl.arange(0, BR)
+    f_ptr += g * stride_fg
+    for j in range(0, tl.where(g >= 0, per_block * steps, 0)):
+        i_f, o_r = i_s * per_block + j // steps, j % steps * BR + tl.arange(0, BR)
         m_r = o_r < rank
-        p_s = s_ptr + o_i.to(tl.int64)[:, None] * (slices * R) + (i_q * R + o_r)[None, :]
+        p_s = s_ptr + o_i.to(tl.int64)[:, None] * (slices * R) + (i_f * R + o_r)[None, :]
         b_s = tl.load(p_s, mask=m_t[:, None] & m_r[None, :], other=0.0)  # [BT, BR]
-        p_q = q_ptr + o_n[None, :] * stride_qc + i_q.to(tl.int64) * stride_qs + o_r.to(tl.int64)[:, None] * stride_qr
-        b_q = tl.load(p_q, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BC]
-        b_q = b_q.to(x_ptr.dtype.element_ty)
-        acc = tl.dot(b_s.to(b_q.dtype), b_q, acc, input_precision="ieee")
+        p_f = f_ptr + o_n[None, :] * stride_fc + i_f.to(tl.int64) * stride_fs + o_r.to(tl.int64)[:, None] * stride_fr
+        b_f = tl.load(p_f, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BC]
+        b_f = b_f.to(x_ptr.dtype.element_ty)
+        acc = tl.dot(b_s.to(b_f.dtype), b_f, acc, input_precision="ieee")
     if DROPOUT:
         threshold, scale = threshold_of(tl.load(p_ptr + g, mask=g >= 0, other=0.0))
         keys = tl.load(keys_ptr + o_i, mask=m_t, other=0).to(tl.uint64, bitcast=True)
         acc = tl.where(keep_block(keys, threshold, i_c * BC, BC), acc * scale, 0.0)
-    if factor_ptr is not None:
-        acc *= tl.load(factor_ptr + g, mask=g >= 0, other=0.0)
+    if scaling_ptr is not None:
+        acc *= tl.load(scaling_ptr + g, mask=g >= 0, other=0.0)
     if FUSED:
         o_k = tl.arange(0, BK)
         p_x = x_ptr + o_t[:, None] * stride_xt + o_k.to(tl.int64)[None, :] * stride_xk
@@ -148,40 +154,38 @@ def expand_kernel(
 
 @triton.jit
 def reduce_kernel(
-    x_ptr,  # [T, groups*C]
-    s_ptr,  # [T, groups*A] fp32, rows in order
-    out_ptr,  # [G, ...], element (column n of groups*C, a) at n*stride_oc + a*stride_oa
+    x_ptr,  # [T, blocks*C]
+    s_ptr,  # [T, blocks*SR] fp32, rows in order
+    out_ptr,  # [G, ...], element (column n of blocks*C, r) at n*stride_oc + r*stride_or
     part_ptr,  # [slots, ...] fp32, laid out like out
     order_ptr,  # [T]
     chunks_ptr,  # [chunks, 4]
     ranks_ptr,  # [G] or None
-    factor_ptr,  # [G] or None
+    scaling_ptr,  # [G] or None
     p_ptr,  # [G]
-    keys_ptr,  # [T], in order
-    C, A, R, groups,
-    stride_xt, stride_xk, stride_og, stride_oc, stride_oa,
-    DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BA: tl.constexpr,
+    keys_ptr,  # [T], rows in order
+    C, SR, R, blocks,
+    stride_xt, stride_xk, stride_og, stride_oc, stride_or,
+    DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out[g, i_s*C + c, a] = factor_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*A + a] over the adapter's
-    rows, in order.
-    """
-    blocks_c, blocks_a = tl.cdiv(C, BC), tl.cdiv(A, BA)
+    """out[g, i_s*C + c, r] = scaling_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*SR + r] over the adapter's rows, in order."""
+    blocks_c, blocks_r = tl.cdiv(C, BC), tl.cdiv(SR, BR)
     pid = tl.program_id(0)
-    i_c, i_s = pid % blocks_c, pid // blocks_c % groups
-    i_a, i_t = pid // (blocks_c * groups) % blocks_a, pid // (blocks_c * groups * blocks_a)
+    i_c, i_s = pid % blocks_c, pid // blocks_c % blocks
+    i_r, i_t = pid // (blocks_c * blocks) % blocks_r, pid // (blocks_c * blocks * blocks_r)
     g = tl.load(chunks_ptr + i_t * 4).to(tl.int64)
     first, last = tl.load(chunks_ptr + i_t * 4 + 1), tl.load(chunks_ptr + i_t * 4 + 2)
     slot = tl.load(chunks_ptr + i_t * 4 + 3).to(tl.int64)
     if g < 0:
         return
-    o_c, o_a = i_c * BC + tl.arange(0, BC), i_a * BA + tl.arange(0, BA)
-    rank = R if ranks_ptr is None else tl.load(ranks_ptr + g).to(tl.int32)
-    m_c, m_a = o_c < C, (o_a < A) & (o_a % R < rank)
-    last = tl.where(tl.max(m_a.to(tl.int32)) == 0, first, last)
-    factor = 1.0 if factor_ptr is None else tl.load(factor_ptr + g)
+    o_c, o_r = i_c * BC + tl.arange(0, BC), i_r * BR + tl.arange(0, BR)
+    rank = R if ranks_ptr is None else clamped_rank(tl.load(ranks_ptr + g), R)
+    m_c, m_r = o_c < C, (o_r < SR) & (o_r % R < rank)
+    last = tl.where(tl.max(m_r.to(tl.int32)) == 0, first, last)
+    scaling = 1.0 if scaling_ptr is None else tl.load(scaling_ptr + g)
     if DROPOUT:
-        threshold, factor = threshold_of(tl.load(p_ptr + g))
-    acc = tl.zeros((BC, BA), tl.float32)
+        threshold, scaling = threshold_of(tl.load(p_ptr + g))
+    acc = tl.zeros((BC, BR), tl.float32)
     for i in range(first, last, BT):
         o_i = i + tl.arange(0, BT)
         m_t = o_i < last
@@ -191,12 +195,12 @@ def reduce_kernel(
         if DROPOUT:
             keys = tl.load(keys_ptr + o_i, mask=m_t, other=0).to(tl.uint64, bitcast=True)
             b_x = tl.where(keep_block(keys, threshold, i_c * BC, BC), b_x, 0.0)
-        p_s = s_ptr + o_i.to(tl.int64)[:, None] * (groups * A) + (i_s * A + o_a)[None, :]
-        b_s = tl.load(p_s, mask=m_t[:, None] & m_a[None, :], other=0.0)  # [BT, BA]
+        p_s = s_ptr + o_i.to(tl.int64)[:, None] * (blocks * SR) + (i_s * SR + o_r)[None, :]
+        b_s = tl.load(p_s, mask=m_t[:, None] & m_r[None, :], other=0.0)  # [BT, BR]
         acc = tl.dot(tl.trans(b_x), b_s.to(b_x.dtype), acc, input_precision="ieee")
-    acc = tl.where((first < last) & m_a[None, :], acc * factor, 0.0)
-    o_o = (i_s * C + o_c).to(tl.int64)[:, None] * stride_oc + o_a.to(tl.int64)[None, :] * stride_oa
-    m_o = m_c[:, None] & (o_a < A)[None, :]
+    acc = tl.where((first < last) & m_r[None, :], acc * scaling, 0.0)
+    o_o = (i_s * C + o_c).to(tl.int64)[:, None] * stride_oc + o_r.to(tl.int64)[None, :] * stride_or
+    m_o = m_c[:, None] & (o_r < SR)[None, :]
     if slot < 0:
         tl.store(out_ptr + g * stride_og + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_o)
     else:
@@ -211,9 +215,7 @@ def sum_kernel(
     P,
     BLOCK: tl.constexpr,
 ):
-    """out[g] = Σ part[slot] over the adapter's slots, in order; adapters without slots have their sum in out
-    already.
-    """
+    """out[g] = Σ part[slot] over the adapter's slots, in order; out[g] of an adapter without slots is complete already."""
     blocks = tl.cdiv(P, BLOCK)
     i_p, g = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     first, last = tl.load(slots_ptr + g), tl.load(slots_ptr + g + 1)
@@ -228,76 +230,124 @@ def sum_kernel(
     tl.store(out_ptr + g.to(tl.int64) * P + o_p, acc.to(out_ptr.dtype.element_ty), mask=o_p < P)
 
 
-def shrink(x, w, s, order, tiles, ranks, factor, dropout, *, K, C, R, groups, strides_w):
-    """Launch `shrink_kernel`. dropout: (p, seed, row_key, keys, site) or None. strides_w: of g, slice,
-    column, k.
-    """
+class Factor(NamedTuple):
+    """A LoRA factor [G, ...] as a kernel addresses it: elements from one adapter, slice, column and summand to the next."""
+
+    tensor: Tensor
+    adapter: int
+    slice: int
+    column: int
+    summand: int
+
+
+def shrink(
+    x: Tensor,
+    factor: Factor,
+    s: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    ranks: Tensor | None,
+    scaling: Tensor | None,
+    p: Tensor | None = None,
+    seed: Tensor | None = None,
+    row_key: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    site: int = 0,
+    K: int,
+    C: int,
+    R: int,
+    blocks: int,
+) -> None:
+    """Launch `shrink_kernel`, which writes s, and keys where p is given."""
     config = tuned.launch("shrink", tuned.arch_of(x.device), x.dtype, C)
-    p, seed, row_key, keys, site = dropout or (None, None, None, None, 0)
-    grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * groups,)
+    grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * blocks,)
     if not grid[0]:
         return
     shrink_kernel[grid](
-        x_ptr=x, w_ptr=w, s_ptr=s, order_ptr=order, tiles_ptr=tiles, ranks_ptr=ranks, factor_ptr=factor,
-        p_ptr=p, seed_ptr=seed, row_key_ptr=row_key, keys_ptr=keys, site=site, K=K, C=C, R=R, groups=groups,
+        x_ptr=x, f_ptr=factor.tensor, s_ptr=s, order_ptr=order, tiles_ptr=tiles, ranks_ptr=ranks, scaling_ptr=scaling,
+        p_ptr=p, seed_ptr=seed, row_key_ptr=row_key, keys_ptr=keys, site=site, K=K, C=C, R=R, blocks=blocks,
         stride_xt=x.stride(0), stride_xk=x.stride(1),
-        stride_wg=strides_w[0], stride_ws=strides_w[1], stride_wc=strides_w[2], stride_wk=strides_w[3],
-        DROPOUT=dropout is not None, BT=SHORT_TILE, BC=config.BC, BK=config.BK,
+        stride_fg=factor.adapter, stride_fs=factor.slice, stride_fc=factor.column, stride_fk=factor.summand,
+        DROPOUT=p is not None, BT=SHORT_TILE, BC=config.BC, BK=config.BK,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def expand(
-    s, q, x, w, bias, y, order, short, long, ranks, factor, p, keys, *, R, groups, slices, strides_q, fused
-):  # fmt: skip
-    """Launch `expand_kernel`. w: [K, groups*C] by its strides. strides_q: of g, column, slice, r. p: None
-    without dropout.
-    """
+    s: Tensor,
+    factor: Factor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    order: Tensor,
+    work: Work,
+    ranks: Tensor | None,
+    scaling: Tensor | None,
+    p: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    R: int,
+    blocks: int,
+    slices: int,
+    fused: bool,
+) -> None:
+    """Launch `expand_kernel`, which adds to y, or with fused writes it. w: [K, blocks*C], of any strides."""
     config = tuned.launch("fused" if fused else "expand", tuned.arch_of(x.device), x.dtype)
-    K, C = w.shape[0], w.shape[1] // groups
-    tiles = long if fused else short
-    grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * groups,)
+    K, C = w.shape[0], w.shape[1] // blocks
+    tiles = work.tiles_128 if fused else work.tiles_64
+    grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * blocks,)
     if not grid[0]:
         return
     expand_kernel[grid](
-        s_ptr=s, q_ptr=q, x_ptr=x, w_ptr=w, bias_ptr=bias, y_ptr=y, order_ptr=order, tiles_ptr=tiles,
-        ranks_ptr=ranks, factor_ptr=factor, p_ptr=p, keys_ptr=keys, K=K, C=C, R=R, groups=groups, slices=slices,
-        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_wk=w.stride(0), stride_wc=w.stride(1),
-        stride_yt=y.stride(0),
-        stride_qg=strides_q[0], stride_qc=strides_q[1], stride_qs=strides_q[2], stride_qr=strides_q[3],
+        s_ptr=s, f_ptr=factor.tensor, x_ptr=x, w_ptr=w, bias_ptr=bias, y_ptr=y, order_ptr=order, tiles_ptr=tiles,
+        ranks_ptr=ranks, scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, K=K, C=C, R=R, blocks=blocks, slices=slices,
+        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_wk=w.stride(0), stride_wc=w.stride(1), stride_yt=y.stride(0),
+        stride_fg=factor.adapter, stride_fc=factor.column, stride_fs=factor.slice, stride_fr=factor.summand,
         FUSED=fused, DROPOUT=p is not None, BT=LONG_TILE if fused else SHORT_TILE, BC=config.BC, BK=config.BK,
         BR=min(config.BR, tuned.power_of_two(R)), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def reduce(x, s, like, order, chunks, slots, ranks, factor, p, keys, *, C, A, R, groups, strides_out):
-    """Launch `reduce_kernel`, and `sum_kernel` where an adapter may have several chunks. Returns the gradient
-    of `like`.
+def reduce(
+    x: Tensor,
+    s: Tensor,
+    like: Tensor,
+    order: Tensor,
+    work: Work,
+    ranks: Tensor | None,
+    scaling: Tensor | None,
+    p: Tensor | None = None,
+    keys: Tensor | None = None,
+    *,
+    C: int,
+    SR: int,
+    R: int,
+    blocks: int,
+    strides: tuple[int, int],
+) -> Tensor:
+    """Launch `reduce_kernel`, and `sum_kernel` where an adapter may have several chunks.
+
+    like: the LoRA factor [G, ...] whose gradient is returned, contiguous.
+    strides: elements of the gradient from one column and one rank to the next.
     """
     config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C)
     out = like.new_empty(like.shape)
-    per_adapter, BA = out[:1].numel(), min(config.BR, tuned.power_of_two(A))
-    grid = (chunks.shape[0] * triton.cdiv(C, config.BC) * groups * triton.cdiv(A, BA),)
+    per_adapter, BR = out[:1].numel(), min(config.BR, tuned.power_of_two(SR))
+    grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, BR),)
     if not grid[0]:
         return out
     part = torch.empty(slot_capacity(order.numel()), per_adapter, dtype=torch.float32, device=x.device)
     reduce_kernel[grid](
-        x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=chunks, ranks_ptr=ranks,
-        factor_ptr=factor, p_ptr=p, keys_ptr=keys, C=C, A=A, R=R, groups=groups,
-        stride_xt=x.stride(0), stride_xk=x.stride(1),
-        stride_og=per_adapter, stride_oc=strides_out[0], stride_oa=strides_out[1],
-        DROPOUT=p is not None, BT=config.BK, BC=config.BC, BA=BA,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=work.chunks, ranks_ptr=ranks,
+        scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,
+        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_og=per_adapter, stride_oc=strides[0], stride_or=strides[1],
+        DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=BR, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if part.shape[0]:
         block = 1024
         sum_kernel[(like.shape[0] * triton.cdiv(per_adapter, block),)](
-            part_ptr=part, out_ptr=out, slots_ptr=slots, P=per_adapter, BLOCK=block
+            part_ptr=part, out_ptr=out, slots_ptr=work.slots, P=per_adapter, BLOCK=block
         )
     return out
-
-
-def base(x, w, bias, y):
-    """y = x w + bias by the vendor's product, into y."""
-    if x.shape[0]:
-        torch.mm(x, w, out=y) if bias is None else torch.addmm(bias, x, w, out=y)

@@ -1,132 +1,257 @@
-"""Linear layer with the LoRA update of each row's own adapter, in Triton.
+"""Linear layer with the LoRA update of each row's own adapter: the public functions, the checks, and the operators below them.
 
-    S  = drop(x) A_gᵀ                  shrink   [T, slices*R], fp32          g = adapter of the row
-    y  = x Wᵀ + b + s_g S B_gᵀ          expand   [T, N]
-    dS = s_g dy B_g                    shrink   [T, slices*R], fp32
-    dx = dy W + mask ⊙ (dS A_g)        expand   [T, K]
-    dA_g = dSᵀ drop(x)                 reduce   [slices*R, K]               dB_g = s_g dyᵀ S   [N, R]
-
-Row t of x, y is row i of S and dS, where order[i] = t: there an adapter's rows are neighbours. A tile holds
-rows of one adapter only, its height is fixed per kernel, and a reduction walks the adapter's own rows from
-the first in fixed steps; so an adapter's values have the same bits whatever else is in the batch. No atomics.
-S and dS are kept in fp32 and rounded to x's dtype where they enter a product, as torch rounds them in that
-dtype. Dropout's scale 1/(1-p) is the same for all rows of a tile and is applied to fp32 sums.
-
-`expand` computes the base product too (fused: the LoRA term first, masked or scaled in the accumulator, then
-the base product's loop on top) or adds to the vendor's product in place; `tuned.fuse` chooses, `exact=True`
-forces the fused form, whose base product has fixed tiles as well.
+A backend is a module with three functions. `forward` gives y [T, N], S [T, slices*R] and what dropout drew. `backward` gives dx,
+dA and dB. `saved` gives the empty tensors that forward fills for backward. `lists` holds what the backend needs of the segments
+and of dropout: one list, since each argument of an operator costs the host.
 """
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import reference, tuned
-from .dropout import Dropout
-from .lora_tiles import base, expand, reduce, shrink
-from .segments import Segments, with_work
+from . import multi_lora_cpu
+from .dropout import Dropout, kept_scaling, row_dropout
+from .eager import lower, widened
+from .lora_torch import Backward, Forward
+from .segments import Segments, make_segments, with_work
 
-_LISTS = "Tensor order, Tensor short, Tensor long, Tensor chunks, Tensor slots, Tensor? ranks"
-_SCHEMA = (
-    f"Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, {_LISTS}, Tensor? p, "
-    "Tensor? seed, Tensor? row_key, int site, int slices, bool exact"
-)
-_BACKWARD_SCHEMA = (
-    "Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor s, Tensor keys, "
-    f"{_LISTS}, Tensor? p, int slices, bool exact, bool need_x, bool need_a, bool need_b"
-)
+BACKENDS = {"triton": "lora_triton", "csrc": "multi_lora_cpu", "torch": "lora_torch"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _forward(x, weight, bias, lora_a, lora_b, scaling, order, short, long, chunks, slots, ranks, p, seed, row_key, site,
-             slices, exact):  # fmt: skip
-    R, rows = lora_b.shape[2], order.numel()
-    s = torch.empty(rows, slices * R, dtype=torch.float32, device=x.device)
-    keys = torch.empty(0 if p is None else rows, dtype=torch.int64, device=x.device)
-    shrink(
-        x, lora_a, s, order, short, ranks, None, None if p is None else (p, seed, row_key, keys, site),
-        K=x.shape[1], C=slices * R, R=R, groups=1, strides_w=(lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2)),
-    )  # fmt: skip
-    fused = exact or tuned.fuse(rows, lora_a.shape[0], x.shape[1])
-    y, behind = x.new_empty(x.shape[0], weight.shape[0]), rows if fused else 0
-    base(x[behind:], weight.t(), bias, y[behind:])
-    expand(
-        s, lora_b, x, weight.t(), bias, y, order, short, long, ranks, scaling, None, None, R=R, groups=slices,
-        slices=slices, strides_q=(lora_b.stride(0), lora_b.stride(1), 0, lora_b.stride(2)), fused=fused,
-    )  # fmt: skip
-    return y, s, keys
+@cache
+def _module(backend: str) -> ModuleType:
+    return import_module(f".{BACKENDS[backend]}", __package__)  # only now: Triton need not be there for the others
 
 
-def _backward(dy, x, weight, lora_a, lora_b, scaling, s, keys, order, short, long, chunks, slots, ranks, p, slices,
-              exact, need_x, need_a, need_b):  # fmt: skip
-    (n, R), rows = lora_b.shape[1:], order.numel()
-    columns, width = n // slices, x.shape[1]
-    dx, d_a, d_b = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    if need_x or need_a:
-        ds = torch.empty_like(s)
-        shrink(
-            dy, lora_b, ds, order, short, ranks, scaling, None, K=columns, C=R, R=R, groups=slices,
-            strides_w=(lora_b.stride(0), columns * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1)),
-        )  # fmt: skip
-    if need_x:
-        fused = exact or tuned.fuse(rows, lora_a.shape[0], n)
-        dx, behind = x.new_empty(x.shape), rows if fused else 0
-        base(dy[behind:], weight, None, dx[behind:])
-        expand(
-            ds, lora_a, dy, weight, None, dx, order, short, long, ranks, None, p, keys, R=R, groups=1, slices=slices,
-            strides_q=(lora_a.stride(0), lora_a.stride(2), R * lora_a.stride(1), lora_a.stride(1)), fused=fused,
-        )  # fmt: skip
-    if need_a:
-        d_a = reduce(x, ds, lora_a, order, chunks, slots, ranks, None, p, keys,
-                      C=width, A=slices * R, R=R, groups=1, strides_out=(1, width))  # fmt: skip
-    if need_b:
-        d_b = reduce(dy, s, lora_b, order, chunks, slots, ranks, scaling, None, None,
-                      C=columns, A=R, R=R, groups=slices, strides_out=(R, 1))  # fmt: skip
-    return dx, d_a, d_b
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    segments: Segments,
+    *,
+    slices: int = 1,
+    ranks: Tensor | None = None,
+    dropout: Dropout | None = None,
+    exact: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with the LoRA update of each row's own adapter: y[t] = W x[t] + b + s_g B_g (A_g drop(x[t])).
+
+    x: [T, K] in fp32, bf16, fp16 or fp64.
+    weight: [N, K] in x's dtype.
+    bias: [N] in x's dtype, or None.
+    lora_a: [G, slices*R, K], of any float dtype, rounded to x's.
+    lora_b: [G, N, R], likewise.
+    scaling: fp32 [G], s.
+    segments: which rows each adapter has. Rows behind segments.cu_seqlens[-1] get the base model's value.
+    slices: the N rows of weight are `slices` equal blocks; block i uses rows i*R..(i+1)*R of A (fused q, k, v).
+    ranks: int [G] or None. Adapter g uses the first ranks[g] of R, in 1..R; its tail is skipped and gets zero gradients. On a GPU
+        the values are not checked, for that needs a synchronisation; the kernels clamp them to [0, R].
+    dropout: of x on the LoRA path only, by the segments' adapters.
+    exact: the base product has fixed tiles too, so a row's bits do not depend on who shares the batch.
+    backend: "triton", "csrc" (on a CPU, K and N / slices multiples of 32) or "torch". None: Triton on a GPU, csrc on a CPU where
+        it fits, else plain torch; fp64 is always plain torch.
+    Returns [T, N] in x's dtype, under autocast in autocast's. Differentiable once in x, weight, bias, lora_a, lora_b.
+    Raises ValueError for tensors that do not fit each other.
+    Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
+    """
+    x, weight, bias = lower(x, weight, bias)
+    _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
+    backend = _checked(backend, x, weight, slices) if backend else _fastest(x, weight, slices)
+    dtype, site = x.dtype, 0 if dropout is None else dropout.site
+    if ranks is not None:
+        ranks = ranks.long()
+    if backend == "triton":
+        segments = with_work(segments)
+        assert segments.work is not None
+        lists = [segments.order, *segments.work]
+        if dropout is not None:
+            lists += dropout.p, dropout.seed, dropout.row_key
+    else:
+        if not lora_a.dtype == lora_b.dtype == dtype:
+            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+        if dtype != torch.float32:
+            x, weight, bias = widened(x), widened(weight), None if bias is None else widened(bias)
+            lora_a, lora_b = widened(lora_a), widened(lora_b)
+        lists = [segments.order, segments.ends]
+        if dropout is not None:
+            lists += row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)[:2]
+            scaling = kept_scaling(scaling, dropout.p)
+    arguments = x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact, backend
+    y = torch.ops.kloss.multi_lora(*arguments)[0]
+    return y if y.dtype == dtype else y.to(dtype)
 
 
-def _fake_forward(x, weight, bias, lora_a, lora_b, scaling, order, short, long, chunks, slots, ranks, p, seed, row_key,
-                  site, slices, exact):  # fmt: skip
-    rows = order.shape[0]
-    s = x.new_empty(rows, slices * lora_b.shape[2], dtype=torch.float32)
-    return x.new_empty(x.shape[0], weight.shape[0]), s, x.new_empty(0 if p is None else rows, dtype=torch.int64)
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor | float,
+    *,
+    dropout: Dropout | None = None,
+    exact: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or fp32 [1]."""
+    cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+    segments = make_segments(cu_seqlens, torch.zeros_like(cu_seqlens[1:]), 1, rows=x.shape[0])
+    scaling = scaling.reshape(1) if isinstance(scaling, Tensor) else torch.full((1,), scaling, device=x.device)
+    adapter = lora_a[None], lora_b[None], scaling
+    return multi_lora_linear(x, weight, bias, *adapter, segments, dropout=dropout, exact=exact, backend=backend)
 
 
-def _fake_backward(dy, x, weight, lora_a, lora_b, scaling, s, keys, order, short, long, chunks, slots, ranks, p, slices,
-                   exact, need_x, need_a, need_b):  # fmt: skip
-    wanted = (x, need_x), (lora_a, need_a), (lora_b, need_b)
-    return tuple(tensor.new_empty(tensor.shape if need else 0) for tensor, need in wanted)
+def _fastest(x: Tensor, weight: Tensor, slices: int) -> str:
+    if x.dtype == torch.float64:
+        return "torch"
+    return "triton" if x.device.type != "cpu" else "csrc" if multi_lora_cpu.fits(x, weight, slices) else "torch"
+
+
+def _checked(backend: str, x: Tensor, weight: Tensor, slices: int) -> str:
+    """The backend, if it can compute the layer."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton" and x.dtype == torch.float64:
+        raise ValueError("backend 'triton' computes fp32, bf16 and fp16, got fp64; 'torch' computes it")
+    cannot_look = torch.compiler.is_compiling()  # for the extension on disk; the operator checks again
+    if backend == "csrc" and not (cannot_look or (x.device.type == "cpu" and multi_lora_cpu.fits(x, weight, slices))):
+        given = f"{x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"
+        needs = f"the C++ extension, a CPU, no fp64, and K and N / slices that are multiples of {multi_lora_cpu.LANES}"
+        raise ValueError(f"backend 'csrc' needs {needs}; got {given}")
+    return backend
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    segments: Segments,
+    slices: int,
+    ranks: Tensor | None,
+    dropout: Dropout | None,
+) -> None:
+    """Raises ValueError for the first tensor that does not fit the others."""
+    if x.dim() != 2 or weight.dim() != 2 or lora_b.dim() != 3:
+        given = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_b {tuple(lora_b.shape)}"
+        raise ValueError(f"expected x [T, K], weight [N, K] and lora_b [G, N, R], got shapes {given}")
+    (rows, K), N, (_, _, R), G, covered = x.shape, weight.shape[0], lora_b.shape, segments.num_adapters, segments.order.numel()
+    if slices < 1 or N % slices or K < 1 or N < 1 or R < 1:
+        raise ValueError(f"{N} outputs do not divide into {slices} slices; K {K}, N {N}, rank {R} and slices must be at least 1")
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        given = f"x {dtype}, weight {weight.dtype}, bias {None if bias is None else bias.dtype}"
+        raise ValueError(f"expected one dtype for the base layer, of {', '.join(map(str, DTYPES))}; got {given}")
+    if not (lora_a.is_floating_point() and lora_b.is_floating_point() and scaling.dtype == torch.float32):
+        given = f"lora_a {lora_a.dtype}, lora_b {lora_b.dtype}, scaling {scaling.dtype}"
+        raise ValueError(f"expected float lora_a and lora_b, and scaling in float32; got {given}")
+    expected = [("weight", weight, (N, K)), ("lora_a", lora_a, (G, slices * R, K)), ("lora_b", lora_b, (G, N, R))]
+    expected.append(("scaling", scaling, (G,)))
+    if bias is not None:
+        expected.append(("bias", bias, (N,)))
+    if ranks is not None:
+        expected.append(("ranks", ranks, (G,)))
+    if dropout is not None:
+        expected += ("dropout.p", dropout.p, (G,)), ("dropout.seed", dropout.seed, (G,))
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+    if rows < covered:
+        raise ValueError(f"x has {rows} rows, the segments cover {covered}")
+    if segments.order.device != device:
+        raise ValueError(f"segments are on {segments.order.device}, x on {device}")
+    if dropout is not None and dropout.row_key.numel() < covered:
+        raise ValueError(f"row_key has {dropout.row_key.numel()} entries, the segments cover {covered} rows")
+    if ranks is not None:
+        if ranks.is_floating_point() or ranks.dtype == torch.bool:
+            raise ValueError(f"ranks must be of an integer dtype, got {ranks.dtype}")
+        if G and device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in ranks.aminmax())
+            if low < 1 or high > R:
+                raise ValueError(f"ranks must lie in 1..{R}, the last dimension of lora_b; got {low}..{high}")
+
+
+def _without_autocast(device_type: str, function: Callable, *arguments: Any) -> Any:
+    """function(*arguments) with autocast off: the dtypes are chosen."""
+    if not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return function(*arguments)
 
 
 class _MultiLora(Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, s, keys = torch.ops.kloss.multi_lora(*args)
-        x, weight, bias, lora_a, lora_b, scaling, *lists, p, _, _, _, slices, exact = args
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, s, keys, *lists, p)
-        ctx.slices, ctx.exact, ctx.has_bias = slices, exact, bias is not None
+        x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, backend = args
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, s, keys, ranks, *lists)
+        ctx.slices, ctx.exact, ctx.backend, ctx.has_bias = slices, exact, backend, bias is not None
         ctx.mark_non_differentiable(s, keys)
         ctx.set_materialize_grads(False)
         return y, s, keys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _ds, _dkeys):
+    def backward(ctx: Any, dy: Tensor | None, _ds: None, _dkeys: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 18
+            return (None,) * 12
+        saved = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dx = d_a = d_b = None
+        dx = dw = db = d_a = d_b = None
         if need_x or need_a or need_b:
-            dx, d_a, d_b = torch.ops.kloss.multi_lora_backward(
-                dy, *ctx.saved_tensors, ctx.slices, ctx.exact, need_x, need_a, need_b
-            )
-        dw = dy.t() @ ctx.saved_tensors[0] if need_w else None
-        db = dy.sum(0) if need_bias and ctx.has_bias else None
-        grads = dx if need_x else None, dw, db, d_a if need_a else None, d_b if need_b else None
-        return *grads, *(None,) * 13
+            settings = ctx.slices, ctx.exact, need_x, need_a, need_b, ctx.backend
+            dx, d_a, d_b = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
+        if need_w:
+            dw = _without_autocast(dy.device.type, torch.mm, dy.t(), saved[0])
+        if need_bias and ctx.has_bias:
+            db = dy.sum(0)
+        return dx if need_x else None, dw, db, d_a if need_a else None, d_b if need_b else None, *(None,) * 7
 
 
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _without_autocast(x.device.type, _module(rest[-1]).forward, Forward(x, *rest[:-1]))
+
+
+def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _without_autocast(dy.device.type, _module(rest[-1]).backward, Backward(dy, *rest[:-1]))
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, _, lora_a, _, _, _, lists, _, _, _, backend = args
+    return x.new_empty(x.shape[0], weight.shape[0]), *_module(backend).saved(x, lora_a.shape[1], lists)
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    x, lora_a, lora_b = args[1], args[3], args[4]
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), args[-4:-1], strict=True))
+
+
+_SCHEMA = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? ranks, Tensor[] lists, "
+    "int site, int slices, bool exact, str backend"
+)
+_BACKWARD_SCHEMA = (
+    "Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor s, Tensor keys, Tensor? ranks, "
+    "Tensor[] lists, int slices, bool exact, bool need_x, bool need_a, bool need_b, str backend"
+)
+# torch.library.custom_op costs the host 8 µs more forward and 18 µs more backward.
 _library = torch.library.Library("kloss", "FRAGMENT")
 _library.define(f"multi_lora({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 _library.define(f"multi_lora_backward({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor)")
@@ -136,34 +261,3 @@ for _device in ("CUDA", "CPU"):
 _library.impl("multi_lora", _MultiLora.apply, "Autograd")
 torch.library.register_fake("kloss::multi_lora", _fake_forward, lib=_library)
 torch.library.register_fake("kloss::multi_lora_backward", _fake_backward, lib=_library)
-
-
-def multi_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, segments: Segments,
-    *, slices: int = 1, ranks: Tensor | None = None, dropout: Dropout | None = None, exact: bool = False,
-) -> Tensor:  # fmt: skip
-    """Linear layer with the LoRA update of each row's own adapter: y[t] = W x[t] + b + s_g B_g (A_g
-    drop(x[t])).
-
-    x: [T, K] fp32, fp16 or bf16. weight: [N, K] and bias: [N] or None in x's dtype. lora_a: [G, slices*R, K]
-    and lora_b: [G, N, R] in any of these dtypes, rounded to x's where they are used. scaling: fp32 [G].
-    slices: the N rows are that many equal blocks, block i uses rows i*R..(i+1)*R of A (fused q, k, v). ranks:
-    int [G] or None, adapters that use only the first ranks[g] of R; their tails are skipped and get zero
-    gradients. dropout: of x on the LoRA path only. Rows behind segments.cu_seqlens[-1] get the base model's
-    value. exact: the base product has fixed tiles too, so a row's bits do not depend on the batch. Returns
-    [T, N], differentiable in x, weight, bias, lora_a, lora_b. Raises ValueError for shapes or dtypes that do
-    not fit. Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
-    """
-    reference.check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
-    x, weight, bias = reference.lower(x, weight, bias)
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        given = f"x {x.dtype}, weight {weight.dtype}, bias {bias if bias is None else bias.dtype}"
-        raise ValueError(f"expected one dtype for the base layer, got {given}")
-    p, seed, row_key, site = dropout[:4] if dropout else (None, None, None, 0)
-    if row_key is not None and row_key.numel() < segments.order.numel():
-        raise ValueError(f"row_key has {row_key.numel()} entries, the segments cover {segments.order.numel()} rows")
-    work = with_work(segments).work
-    return torch.ops.kloss.multi_lora(
-        x, weight, bias, lora_a, lora_b, scaling, segments.order, work.short, work.long, work.chunks, work.slots,
-        ranks, p, seed, row_key, site, slices, exact,
-    )[0]  # fmt: skip

@@ -1,7 +1,7 @@
-"""The multi-adapter linear on a CPU: the vendor's base product, and the LoRA terms of all adapters by csrc's kernels.
+"""The csrc backend of `multi_lora.py`: the vendor's base product, and the LoRA terms of all adapters by csrc's kernels.
 
-`reference.multi_lora_linear` takes an adapter at a time, several small products each; here a call serves them all, on every
-thread, without masks or intermediate matrices. An adapter's bits depend on its own rows alone.
+One call serves all adapters on every thread, without masks or intermediate matrices. An adapter's bits depend on its own rows
+alone. S and dS are rounded to x's dtype, sums are fp32.
 """
 
 from functools import cache
@@ -9,13 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from . import reference
-from .dropout import Dropout, row_dropout, thresholds
-from .segments import Segments
+from .eager import widened
+from .lora_torch import Backward, Forward, base_product
 
 LANES = 32  # K and the outputs of a slice must be multiples of it
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
@@ -23,73 +19,62 @@ VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; 
 
 @cache
 def built() -> bool:
-    """Whether this kloss was built with its C++ kernels; loads them. Raises OSError where they are there and do not load."""
-    found = sorted(Path(__file__).parents[1].glob("_C.*.so"))
-    if found:
-        torch.ops.load_library(found[0])
-    return bool(found)
+    """Whether this kloss was built with its C++ kernels; loads them. Raises OSError where they exist and do not load."""
+    files = sorted(Path(__file__).parents[1].glob("_C.*.so"))
+    if files:
+        torch.ops.load_library(files[0])
+    return bool(files)
+
+
+@cache
+def _variants(dtype: torch.dtype) -> int:
+    """How many instruction sets of this processor have kernels for a dtype, after widening."""
+    return torch.ops.kloss.cpu_lora_variants(widened(torch.empty(0, dtype=dtype)))
 
 
 def fits(x: Tensor, weight: Tensor, slices: int) -> bool:
-    """Whether the kernels take this layer: widths in LANES, and a type that this processor has them for."""
-    if not built() or x.shape[1] % LANES or weight.shape[0] // slices % LANES:
+    """Whether the kernels can compute this layer: widths in LANES, and a dtype that this processor has them for."""
+    if x.shape[1] % LANES or weight.shape[0] // slices % LANES or not built():
         return False
-    return torch.ops.kloss.cpu_lora_variants(reference.widened(x[:0])) > VARIANT
+    return _variants(x.dtype) > VARIANT
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor [G, m, n], copied if its matrices are not contiguous: a bank's views are not copied."""
-    _, m, n = tensor.shape
-    return tensor if tensor.stride()[1:] == (n, 1) else tensor.contiguous()
+def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty tensors that forward fills for backward: S [T, SR], and nothing for dropout, whose keys are in `lists`."""
+    return x.new_empty(lists[0].shape[0], SR), x.new_empty(0, dtype=torch.int64)
 
 
-class _MultiLora(Function):
-    @staticmethod
-    @custom_fwd(device_type="cpu")
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, exact):
-        dtype, x, weight = x.dtype, reference.widened(x).contiguous(), reference.widened(weight)
-        a, b = (_rows(reference.widened(tensor)) for tensor in (lora_a, lora_b))
-        y = reference.base_product(x, weight, reference.widened(bias), segments, exact).contiguous()
-        keys = least = None
-        if dropout is not None:
-            rows = row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)
-            keys, least = rows.keys, rows.least.contiguous()
-            scaling = scaling / (1 - thresholds(dropout.p).float() / 65536)
-        s = x.new_empty(segments.order.numel(), slices * b.shape[2])
-        how = scaling.contiguous(), segments.order, segments.ends, ranks, keys, least
-        torch.ops.kloss.cpu_lora_(x, a, b, *how, slices, VARIANT, y, s)
-        ctx.save_for_backward(x, weight, a, b, s, *how)
-        ctx.segments, ctx.slices, ctx.exact, ctx.dtypes = segments, slices, exact, (dtype, lora_a.dtype, lora_b.dtype)
-        return y.to(dtype)
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """y, S and nothing.
 
-    @staticmethod
-    @once_differentiable
-    @custom_bwd(device_type="cpu")
-    def backward(ctx, dy):
-        x, weight, a, b, s, *how = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dtype, a_dtype, b_dtype = ctx.dtypes
-        dy = reference.widened(dy).contiguous()
-        dx = reference.base_product(dy, weight.t(), None, ctx.segments, ctx.exact).contiguous() if need_x else None
-        da, db = (x.new_empty(of.shape) if need else None for of, need in ((a, need_a), (b, need_b)))
-        if need_x or need_a or need_b:
-            torch.ops.kloss.cpu_lora_backward_(x, a, b, *how, ctx.slices, VARIANT, dy, s, torch.empty_like(s), dx, da, db)
-        return (
-            dx.to(dtype) if need_x else None,
-            (dy.t() @ x).to(dtype) if need_w else None,
-            dy.sum(0).to(dtype) if need_bias else None,
-            da.to(a_dtype) if need_a else None,
-            db.to(b_dtype) if need_b else None,
-            *(None,) * 6,
-        )
+    scaling: with dropout's 1/(1-p).
+    lists: order, ends, and with dropout each row's key and threshold.
+    """
+    assert built()
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact = call
+    x = x.contiguous()
+    y = base_product(x, weight, bias, lists[0], lists[1], exact).contiguous()
+    s, nothing = saved(x, lora_a.shape[1], lists)
+    torch.ops.kloss.cpu_lora_(*_common(x, lora_a, lora_b, scaling, ranks, lists), slices, VARIANT, y, s)
+    return y, s, nothing
 
 
-def multi_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, segments: Segments,
-    *, slices: int = 1, ranks: Tensor | None = None, dropout: Dropout | None = None, exact: bool = False,
-) -> Tensor:  # fmt: skip
-    """`reference.multi_lora_linear` for a layer that `fits`; S and dS are rounded to x's dtype, sums are fp32."""
-    reference.check_lora_shapes(x, weight, bias, lora_a, lora_b, scaling, segments, slices)
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    how = scaling, segments, slices, ranks, dropout, exact
-    return reference.without_autocast(_MultiLora, x, weight, bias, lora_a, lora_b, *how)
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB, empty where not needed."""
+    dy, x, weight, lora_a, lora_b, scaling, s, _, ranks, lists, slices, exact, need_x, need_a, need_b = call
+    dy = dy.contiguous()
+    dx = base_product(dy, weight.t(), None, lists[0], lists[1], exact).contiguous() if need_x else x.new_empty(0)
+    d_a, d_b = (x.new_empty(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
+    common = _common(x.contiguous(), lora_a, lora_b, scaling, ranks, lists)
+    outputs = (gradient if need else None for gradient, need in ((dx, need_x), (d_a, need_a), (d_b, need_b)))
+    torch.ops.kloss.cpu_lora_backward_(*common, slices, VARIANT, dy, s, torch.empty_like(s), *outputs)
+    return dx, d_a, d_b
+
+
+def _common(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor, ranks: Tensor | None, lists: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What both operators of csrc take first; a bank's views of A and B are not copied."""
+    a, b = (f if f.stride()[1:] == (f.shape[2], 1) else f.contiguous() for f in (lora_a, lora_b))
+    order, ends, *dropout = lists
+    return x, a, b, scaling.contiguous(), order, ends, ranks, *(dropout or (None, None))

@@ -1,7 +1,7 @@
-"""Launch configurations of all kernels: one table, keyed by (op, architecture, shape bucket).
+"""Launch configurations of all kernels: one table, keyed by (op, architecture, dtype bucket).
 
-Sources of the entries: resource reports of ahead-of-time compilation (`python -m bench.kernels_report`), not
-yet timings. An architecture without an entry gets DEFAULT, whose shared memory fits every chip since sm_80.
+The entries follow resource reports of ahead-of-time compilation (`python -m bench.kernels_report`), not timings. An architecture
+without an entry gets DEFAULT, whose shared memory fits every chip since sm_80.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,7 @@ import torch
 
 
 class Launch(NamedTuple):
-    """Tile sizes and resources of one launch. BK: step of the contraction. BC: columns of the output tile.
-    BR: rank step.
-    """
+    """Tile sizes and resources of a launch. BK: step of the contraction. BC: columns of the output tile. BR: step of the rank."""
 
     BK: int
     BC: int
@@ -39,22 +37,24 @@ TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),
 }
 
-# From here on a base product in the fused kernel pays; below, or with a longer contraction, the vendor's product and a
-# separate expand. Roofline estimates: the expand reads and writes y again, the fused kernel has part-filled tiles.
+# Fuse with at least this many rows per adapter and at most this contraction; otherwise cuBLAS and a separate expand. Roofline
+# estimates, not timed: a separate expand reads and writes y again, the fused kernel has part-filled tiles.
 FUSED_ROWS_PER_ADAPTER, FUSED_CONTRACTION = 96, 1536
 
 
 def launch(op: str, arch: int, dtype: torch.dtype, columns: int | None = None) -> Launch:
-    """The configuration for an op on an architecture (80, 90, 100; 0: unknown), its BC no wider than
-    `columns` need.
+    """The configuration of an op on an architecture.
+
+    arch: 80, 90, 100, or 0 for unknown.
+    columns: of the output; BC is no wider than they need.
     """
     bucket = "single" if dtype == torch.float32 else "half"
-    chosen = TABLE.get((op, arch, bucket), DEFAULT[op, bucket])
-    return chosen if columns is None else chosen._replace(BC=min(chosen.BC, power_of_two(columns)))
+    config = TABLE.get((op, arch, bucket), DEFAULT[op, bucket])
+    return config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
 
 
 def fuse(rows: int, num_adapters: int, contraction: int) -> bool:
-    """Whether the base product belongs into the LoRA kernel for this shape."""
+    """Whether to compute the base product in the LoRA kernel."""
     return rows >= FUSED_ROWS_PER_ADAPTER * num_adapters and contraction <= FUSED_CONTRACTION
 
 
@@ -67,7 +67,5 @@ def arch_of(device: torch.device) -> int:
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size` and 16, the least that a tensor-core product
-    takes.
-    """
+    """The smallest power of two that is at least `size` and 16, the smallest side of a tensor-core product."""
     return max(16, 1 << (size - 1).bit_length())

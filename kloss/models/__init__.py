@@ -3,16 +3,14 @@
 from .bank import AdapterBank
 from .flat import FlatModel
 from .rows import Rows
-from .xlmr import BASE, LARGE, TINY, StepDropout, XLMRConfig, XLMRForTokenClassification
+from .xlmr import BASE, TINY, XLMRConfig, XLMRForTokenClassification
 
 __all__ = [
     "BASE",
-    "LARGE",
     "TINY",
     "AdapterBank",
     "FlatModel",
     "Rows",
-    "StepDropout",
     "XLMRConfig",
     "XLMRForTokenClassification",
 ]

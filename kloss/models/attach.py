@@ -1,22 +1,23 @@
-"""Many adapters on any model: its nn.Linear layers become multi-adapter ones, and a batch says whose each of its rows is.
+"""Many adapters on any model: its nn.Linear layers become multi-adapter ones, and each batch row names its adapter.
 
     kloss.attach(model, adapters=52, rank=32)
-    with kloss.use_adapters(model, [3, 0, -1, 3]):  # one for each row of the batch; -1: the base model alone
+    with kloss.use_adapters(model, [3, 0, -1, 3]):  # an adapter per batch row; -1: the base model alone
         logits = model(input_ids, attention_mask=mask).logits
 
-The adapters are ordinary parameters, so an ordinary optimiser trains them. One that had no row in a batch gets a gradient of
-zero; what an optimiser does with that (momentum, weight decay) it does to that adapter too. A state dict holds the weights:
-ranks, scalings, seed and step are those of `attach`, `load_peft` and `use_adapters`.
+The adapters are ordinary parameters, so an ordinary optimiser trains them. An adapter without rows in a batch gets a gradient of
+zero, to which the optimiser still applies momentum and weight decay. A state dict holds the weights only: ranks, scalings, seed
+and step come from `attach`, `load_peft` and `use_adapters`.
 """
 
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +30,16 @@ from .peft_files import read_adapter, write_adapter
 
 
 class _Running(threading.local):
-    """The batch of the innermost `use_adapters` of the thread that asks. A copy of a model starts with none."""
+    """The batch of the current thread's innermost `use_adapters`. A copy of a model starts without."""
 
     batch: "_Batch | None" = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _Running, ()
 
 
 class _Shared:
-    """What the layers of one model have in common: each adapter's settings, the dropout's step, the batch that is running."""
+    """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the current batch."""
 
     def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int):
         self.ranks, self.rank, self.chances = ranks, max(ranks), chances
@@ -47,23 +48,28 @@ class _Shared:
         self.step, self.running = 0, _Running()
 
 
+_Arguments = tuple[Segments, Tensor, Tensor | None, Dropout | None]
+
+
 class _Batch:
-    """One `use_adapters`. ids: an adapter or -1 for each batch row."""
+    """A block of `use_adapters`. ids: the adapter of each batch row, or -1."""
 
     def __init__(self, shared: _Shared, ids: list[int], step: int):
         self.shared, self.ids, self.step = shared, ids, step
-        self.made: dict[tuple, tuple] = {}
+        self.cache: dict[tuple[int, torch.device, bool], _Arguments] = {}
 
-    def rows(self, length: int, device: torch.device, training: bool) -> tuple[Segments, Tensor, Tensor | None, Dropout | None]:
-        """What all layers need for inputs with `length` rows for each of the batch, made once: segments; scaling fp32 [G]; ranks
-        int64 [G], None where all are R; dropout at site 0, or None."""
+    def arguments(self, length: int, device: torch.device, training: bool) -> _Arguments:
+        """Arguments of `multi_lora_linear` that all layers share, computed once. length: rows of the input per batch row.
+
+        Returns segments, scaling fp32 [G], ranks int64 [G] (None if all are R), and dropout at site 0 or None.
+        """
         key = length, device, training and any(self.shared.chances)
-        if key not in self.made:
-            with torch.inference_mode(False):  # made in an evaluation, it must serve a training step as well
-                self.made[key] = self._make(*key)
-        return self.made[key]
+        if key not in self.cache:
+            with torch.inference_mode(False):  # a training step may use what an evaluation computed
+                self.cache[key] = self._compute(*key)
+        return self.cache[key]
 
-    def _make(self, length: int, device: torch.device, drops: bool):
+    def _compute(self, length: int, device: torch.device, drops: bool) -> _Arguments:
         shared, size = self.shared, len(self.ids)
         ids = torch.tensor(self.ids, dtype=torch.int32)
         offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
@@ -72,7 +78,7 @@ class _Batch:
         ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
         if not drops:
             return segments, scaling, ranks, None
-        number = (ids[:, None] == ids).tril(-1).sum(1)  # how many rows of the same adapter come before
+        number = (ids[:, None] == ids).tril(-1).sum(1)  # earlier batch rows of the same adapter
         if int(number.max()) >= 1 << 16 or length > 1 << 16:
             raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {int(number.max()) + 1}")
         keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
@@ -81,24 +87,28 @@ class _Batch:
 
 
 class MultiAdapterLinear(nn.Module):
-    """An nn.Linear with the LoRA update of each batch row's own adapter; that nn.Linear where no `use_adapters` is running.
+    """An nn.Linear with the LoRA update of each batch row's own adapter; outside `use_adapters` the nn.Linear itself.
 
-    weight [N, K], bias [N] or None: the linear's own, frozen, under their old names. lora_a [G, R, K] and lora_b [G, N, R]:
-    fp32 (fp64 on an fp64 base), as peft keeps adapters, on the base's device; they are rounded to the input's dtype where they
-    are used. A is uniform in ±1/√K, as peft draws it, each number a function of (seed, adapter, the layer's name, row, column)
-    alone; B is zero. An adapter of rank r < R has its r rows of A and columns of B first, and zeros behind.
+    weight: [N, K], the linear's own, frozen.
+    bias: [N] or None, likewise.
+    lora_a: [G, R, K], lora_b: [G, N, R], fp32 as in peft (fp64 on an fp64 base), rounded to the input's dtype where used. An
+        adapter of rank r < R has r rows of A and r columns of B; zeros follow.
+    A is uniform in ±1/√K, as in peft. Each number is a function of (seed, adapter, layer name, row, column) alone. B is zero.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, shared: _Shared, name: str, site: int):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.shared, self.name, self.site = shared, name, site
-        self.register_parameter("weight", linear.weight)
-        self.register_parameter("bias", linear.bias)
+        for parameter in ("weight", "bias"):
+            self.register_parameter(parameter, linear._parameters[parameter])
         device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
-        place = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
+        name_hash = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
         row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
-        keys = stream_keys(shared.seeds[:, None].to(device), row, place)  # [G, R]
+        keys = stream_keys(shared.seeds[:, None].to(device), row, name_hash)  # [G, R]
         a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
         live = row < torch.tensor(shared.ranks, device=device)[:, None]
         self.lora_a = nn.Parameter(torch.where(live[..., None], a, 0.0))
@@ -106,8 +116,12 @@ class MultiAdapterLinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, ..., K], the first dimension that of the batch, in the weight's dtype (under autocast any). Returns
-        [B, ..., N]. Raises ValueError, with the layer's name, for another first dimension or dtype."""
+        """The layer's output.
+
+        x: [B, ..., K], B the batch rows of `use_adapters`, in the weight's dtype; under autocast in any.
+        Returns [B, ..., N].
+        Raises ValueError, with the layer's name, for another first dimension or dtype.
+        """
         batch, weight, bias = self.shared.running.batch, self.weight, self.bias
         if batch is None:
             return F.linear(x, weight, bias)
@@ -116,28 +130,37 @@ class MultiAdapterLinear(nn.Module):
             raise ValueError(f"{self.name}: the input has shape {list(x.shape)}, needed is {needed}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-        segments, scaling, ranks, dropout = batch.rows(x.shape[1:-1].numel(), x.device, self.training)
-        keywords = {"ranks": ranks, "dropout": dropout and dropout._replace(site=self.site)}
-        packed = x.reshape(-1, x.shape[-1])  # [T, K], the rows of one batch row are neighbours
-        y = multi_lora_linear(packed, weight, bias, self.lora_a, self.lora_b, scaling, segments, **keywords)
+        segments, scaling, ranks, dropout = batch.arguments(x.shape[1:-1].numel(), x.device, self.training)
+        packed = x.reshape(-1, x.shape[-1])  # [T, K], a batch row's rows are neighbours
+        dropout = dropout and dropout._replace(site=self.site)
+        adapters = self.lora_a, self.lora_b, scaling, segments
+        y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 def attach(
-    model: nn.Module, adapters: int = 52, rank: int | Sequence[int] = 32, targets: str | Sequence[str] = "all-linear",
-    *, alpha: float | Sequence[float] | None = None, dropout: float | Sequence[float] = 0.0, seed: int = 0,
-) -> nn.Module:  # fmt: skip
-    """Puts `adapters` LoRA adapters on a model, in place: chosen nn.Linear layers become `MultiAdapterLinear`.
+    model: nn.Module,
+    adapters: int = 52,
+    rank: int | Sequence[int] = 32,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    alpha: float | Sequence[float] | None = None,
+    dropout: float | Sequence[float] = 0.0,
+    seed: int = 0,
+) -> nn.Module:
+    """Put LoRA adapters on a model, in place: the targets' nn.Linear layers become `MultiAdapterLinear`.
 
-    adapters: G. rank: one for all or one per adapter; the largest is R. alpha: LoRA's, likewise; None is the rank, so that the
-    scaling alpha / rank is 1. dropout: of the adapters' inputs while training, in [0, 1), likewise. seed: of A and of dropout;
-    adapter g is the same whatever `adapters` and the other ranks are.
-    targets: a layer's name or its end, or several: ("query", "value") takes every layer whose name is one of them or ends in
-    "." and one of them. "all-linear" takes every nn.Linear but the output head, which is whatever lies outside
-    `model.base_model`, if there is one, and what `model.get_output_embeddings()` returns; transformers' models have both.
-    All other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
-    Returns the model. Raises UserError, and changes nothing, for a model that has adapters, targets that match no nn.Linear or
-    something else, layers that would not be called as nn.Linear is, or numbers out of range.
+    adapters: G.
+    rank: one for all or one per adapter; the largest is R.
+    targets: ends of layer names: ("query", "value") matches every name that is one of them or ends in "." and one of them.
+        "all-linear" matches every nn.Linear except the output head. The head is `model.get_output_embeddings()` and what lies
+        outside `model.base_model`, if the model has these.
+    alpha: LoRA's, one for all or one per adapter. None: the rank, so that the scaling alpha / rank is 1.
+    dropout: of the adapters' inputs in training, in [0, 1), one for all or one per adapter.
+    seed: of A and of dropout. Adapter g does not depend on the number of adapters or on the other ranks.
+    Returns the model. Its other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
+    Raises UserError for a model that has adapters, for targets that match no nn.Linear or another module, for layers that are not
+    called as nn.Linear is, and for numbers out of range. Then nothing has changed.
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
@@ -146,28 +169,28 @@ def attach(
     ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
     alphas = ranks if alpha is None else _each("alpha", alpha, adapters, "a finite number", math.isfinite)
     chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
-    chosen, shared = _chosen(model, targets), _Shared(ranks, alphas, chances, seed)
-    layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(chosen.items())}
+    linears, shared = _targeted(model, targets), _Shared(ranks, alphas, chances, seed)
+    layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     model.requires_grad_(False)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
         if module in layers:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layers[module])
     return model
 
 
-def _each(name: str, given, adapters: int, allowed: str, good: Callable[[object], bool]) -> list:
-    """One value for each adapter, from one for all or from a list."""
+def _each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
+    """One value per adapter, from one for all or from a sequence."""
     values = [given] * adapters if isinstance(given, Real) else list(given)
-    if len(values) != adapters or not all(isinstance(v, Real) and good(v) for v in values):
+    if len(values) != adapters or not all(isinstance(v, Real) and is_allowed(v) for v in values):
         raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
     return values
 
 
-def _chosen(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers to adapt by their names."""
+def _targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers to adapt, by name."""
     modules = {name: module for name, module in model.named_modules() if name}
-    # Subclasses compute in ways of their own: quantised ones, or nn.MultiheadAttention's, which is never called.
+    # Not subclasses: a quantised linear computes otherwise, nn.MultiheadAttention's is never called.
     linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
     allowed = f"all-linear, or ends of names such as {', '.join(sorted({name.rpartition('.')[2] for name in linears})) or '-'}"
     if targets == "all-linear":
@@ -194,22 +217,22 @@ def _chosen(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Line
 
 
 @contextmanager
-def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None):
-    """Within the block each batch row is computed with its own adapter: adapter_ids[b], int [B] on any device, for row b, -1 for
-    the base model alone. Blocks may be nested; each ends with the one around it, or the base model, in force again.
+def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None) -> Iterator[None]:
+    """Within the block each batch row is computed with its own adapter.
 
-    Every adapted layer must get an input [B, ..., K]. The block is that of its thread: others have their own or none. Under
-    gradient checkpointing call backward inside the same block, for it computes the layers again, with the block's adapters then
-    in force; that is why backward runs in the calling thread here.
-    step: the dropout's, below 2^31. Each block that is entered while model.training takes the next one, counted from 0 or from
-    the last one given here: to go on with a training run, give it. The mask of an adapter's row depends on (attach's seed,
-    adapter, step, how many rows of that adapter come before it in the batch, position, layer, feature), never on neighbours.
-    Raises UserError for a model without adapters or ids that are not adapters of it.
+    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone. Every adapted layer must get
+        an input [B, ..., K].
+    step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
+        last step given. Give it to resume a training run.
+    Blocks may be nested, and each thread has its own. With gradient checkpointing call backward inside the block: it computes the
+    layers again, in the calling thread. The mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that
+    adapter, position, layer, feature), never on neighbours.
+    Raises UserError for a model without adapters, and for ids that are not adapters of it.
     """
     shared = _layers(model)[0].shared
     ids, adapters = torch.as_tensor(adapter_ids), len(shared.ranks)
-    whole = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
-    if not whole or int(ids.min()) < -1 or int(ids.max()) >= adapters:
+    integers = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
+    if not integers or int(ids.min()) < -1 or int(ids.max()) >= adapters:
         raise UserError(f"adapter_ids must be one whole number in [-1, {adapters}) for each batch row, got {adapter_ids}")
     step = shared.step if step is None else step
     if not isinstance(step, Integral) or not 0 <= step < 1 << 31:
@@ -218,7 +241,7 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
         shared.step = step + 1
     before, shared.running.batch = shared.running.batch, _Batch(shared, ids.tolist(), step)
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # or a layer computed again would find another thread's batch
+        with torch.autograd.set_multithreading_enabled(False):  # another thread has no batch for checkpointed layers
             yield
     finally:
         shared.running.batch = before
@@ -233,7 +256,7 @@ def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
 
 
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
-    """Adapter g's A [rank, K] and B [N, rank] as views under peft's names; rank None: its own."""
+    """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
     layers, tensors = _layers(model), {}
     ranks = layers[0].shared.ranks
     if not 0 <= g < len(ranks):
@@ -245,7 +268,7 @@ def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Ten
 
 
 def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
-    """Writes adapter g as peft does: adapter_config.json and adapter_model.safetensors, for the model given to `attach`."""
+    """Write adapter g as peft does, for the model given to `attach`: adapter_config.json and adapter_model.safetensors."""
     layers = _layers(model)
     shared = layers[0].shared
     write_adapter(
@@ -253,24 +276,27 @@ def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
         _tensors(model, g),
         rank=shared.ranks[g],
         scaling=shared.scaling[g],
-        target_modules="|".join(re.escape(layer.name) for layer in layers),  # a pattern: plain names match ends, too
+        target_modules="|".join(re.escape(layer.name) for layer in layers),  # a pattern: a plain name also matches ends of names
         lora_dropout=float(shared.chances[g]),
     )
 
 
 def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
-    """Overwrites adapter g, outside `use_adapters`, with one that peft or `save_peft` wrote; its dropout stays as it was. Layers
-    that the files leave out get a zero update. Raises UserError, and changes nothing, for files that are missing or damaged, a
-    rank above R, or a tensor that has no place in the adapted layers."""
+    """Overwrite adapter g with one that peft or `save_peft` wrote.
+
+    Its dropout stays. Layers missing in the files get a zero update.
+    Raises UserError inside `use_adapters`, for files that are missing or damaged, a rank above R, or a tensor that no adapted
+    layer has. Then nothing has changed.
+    """
     shared = _layers(model)[0].shared
     if shared.running.batch is not None:
-        raise UserError("load adapters outside use_adapters, whose batch has their scalings already")
+        raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
     rank, scaling, tensors = read_adapter(folder, shared.rank)
-    places = _tensors(model, g, rank)
-    if bad := [name for name, tensor in tensors.items() if name not in places or places[name].shape != tensor.shape]:
+    views = _tensors(model, g, rank)
+    if bad := [name for name, tensor in tensors.items() if name not in views or views[name].shape != tensor.shape]:
         raise UserError(f"{folder}: {bad[0]} {tuple(tensors[bad[0]].shape)} has no place in the adapted layers of this model")
-    for whole in _tensors(model, g, shared.rank).values():
-        whole.zero_()
+    for view in _tensors(model, g, shared.rank).values():
+        view.zero_()
     for name, tensor in tensors.items():
-        places[name].copy_(tensor)
+        views[name].copy_(tensor)
     shared.ranks[g], shared.scaling[g] = rank, scaling

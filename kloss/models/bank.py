@@ -46,8 +46,6 @@ class AdapterBank(Rows):
     Raises UserError for a rank below 1 or an unknown target.
     """
 
-    scaling: Tensor
-
     def __init__(
         self,
         model_or_config: XLMRConfig | XLMRForTokenClassification,

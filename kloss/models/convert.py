@@ -1,4 +1,4 @@
-"""transformers' names and files for XLM-R, in and out. Nothing here unpickles code."""
+"""Convert XLM-R from and to transformers' names and files. Nothing here unpickles code."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ QKV = ("query", "key", "value")
 
 
 def find_checkpoint(name: str, files: tuple[str, ...]) -> dict[str, Path]:
-    """Paths of a model's files by name, from a local folder or, where that does not exist, the hub; absent files are left out."""
+    """Paths of a model's files by name, from a local folder or else from the hub. Files that do not exist are left out."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -49,25 +49,26 @@ def read_weights(paths: dict[str, Path], name: str) -> dict[str, Tensor]:
 
 
 def _names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the transformers names whose tensors it holds, one above the other."""
-    table = {
-        f"{part}_embeddings.weight": (f"roberta.embeddings.{part}_embeddings.weight",)
-        for part in ("word", "position", "token_type")
-    }
+    """Our parameter name -> the transformers names whose tensors it holds, concatenated."""
+    table: dict[str, tuple[str, ...]] = {}
+    for x in ("word", "position", "token_type"):
+        table[f"{x}_embeddings.weight"] = (f"roberta.embeddings.{x}_embeddings.weight",)
     for kind in ("weight", "bias"):
         table[f"embedding_norm.{kind}"] = (f"roberta.embeddings.LayerNorm.{kind}",)
         table[f"classifier.{kind}"] = (f"classifier.{kind}",)
         for i in range(num_layers):
             layer = f"roberta.encoder.layer.{i}"
-            table[f"layers.{i}.qkv.{kind}"] = tuple(f"{layer}.attention.self.{part}.{kind}" for part in QKV)
+            table[f"layers.{i}.qkv.{kind}"] = tuple(f"{layer}.attention.self.{x}.{kind}" for x in QKV)
             for ours, theirs in (LINEARS | NORMS).items():
                 table[f"layers.{i}.{ours}.{kind}"] = (f"{layer}.{theirs}.{kind}",)
     return table
 
 
 def from_transformers(state: dict[str, Tensor], num_layers: int, source: str) -> dict[str, Tensor]:
-    """transformers' state dict as ours. Accepts encoders saved with or without the `roberta.` prefix; a head may be missing.
+    """Our state dict from transformers'.
 
+    state: with or without the prefix `roberta.`, with or without a head.
+    source: the checkpoint's name, for messages.
     Raises UserError naming the first tensor that is missing.
     """
     if not any(name.startswith("roberta.") for name in state):
@@ -75,20 +76,20 @@ def from_transformers(state: dict[str, Tensor], num_layers: int, source: str) ->
     # Checkpoints of the first years of BERT call a LayerNorm's weight and bias gamma and beta.
     state = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in state.items()}
     ours = {}
-    for name, parts in _names(num_layers).items():
-        missing = [part for part in parts if part not in state]
+    for name, theirs in _names(num_layers).items():
+        missing = [x for x in theirs if x not in state]
         if missing and name.startswith("classifier."):
             continue
         if missing:
             raise UserError(f"{source} has no tensor {missing[0]}; is it an XLM-R checkpoint?")
-        ours[name] = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+        ours[name] = torch.cat([state[x] for x in theirs]) if len(theirs) > 1 else state[theirs[0]]
     return ours
 
 
 def to_transformers(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """Our state dict under the names of transformers' XLMRobertaForTokenClassification."""
-    theirs = {}
-    for name, parts in _names(num_layers).items():
-        for part, tensor in zip(parts, state[name].chunk(len(parts)), strict=True):
-            theirs[part] = tensor.detach().cpu().clone()
-    return theirs
+    converted = {}
+    for name, theirs in _names(num_layers).items():
+        for their_name, tensor in zip(theirs, state[name].chunk(len(theirs)), strict=True):
+            converted[their_name] = tensor.detach().cpu().clone()
+    return converted

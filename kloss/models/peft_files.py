@@ -1,4 +1,4 @@
-"""One LoRA adapter in peft's two files, out and in."""
+"""Write and read one LoRA adapter in peft's two files."""
 
 import math
 from pathlib import Path
@@ -8,12 +8,16 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_json, read_tensors, write_json, write_tensors
 
-ALTERED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")  # of peft: not plain LoRA
+# Settings of peft that are not plain LoRA.
+ALTERED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "alora_invocation_tokens")
 
 
-def write_adapter(folder: str | Path, tensors: dict[str, Tensor], *, rank: int, scaling: float, **settings) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors. tensors: under peft's names. settings: more of peft's, above all
-    target_modules."""
+def write_adapter(folder: str | Path, tensors: dict[str, Tensor], *, rank: int, scaling: float, **settings: object) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    tensors: under peft's names.
+    settings: other entries of peft's config, target_modules among them.
+    """
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -30,9 +34,9 @@ def write_adapter(folder: str | Path, tensors: dict[str, Tensor], *, rank: int, 
 
 
 def read_adapter(folder: str | Path, largest: int) -> tuple[int, float, dict[str, Tensor]]:
-    """(rank, scaling, tensors under peft's names) of a plain LoRA adapter of at most the rank `largest`.
+    """Rank, scaling and tensors (under peft's names) of a plain LoRA adapter.
 
-    Raises UserError for files that are missing or damaged, a higher rank, or another method.
+    Raises UserError for files that are missing or damaged, a rank above `largest`, or another method.
     """
     config = read_json(Path(folder) / "adapter_config.json")
     tensors = read_tensors(Path(folder) / "adapter_model.safetensors")

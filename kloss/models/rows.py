@@ -21,7 +21,7 @@ class Rows:
     steps: int64 [G] on the host, the updates that each row had.
     """
 
-    scaling: Tensor | None = None
+    scaling: Tensor  # of banks with adapters
     ranks_if_mixed: Tensor | None = None
     exact = False
 

@@ -6,6 +6,7 @@ Source of the architecture: Conneau et al. 2020, arXiv 1911.02116; the arithmeti
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,15 @@ from ..kernels import (
     Buckets,
     Dropout,
     Segments,
+    StepDropout,
     adapter_linear,
     add_norm,
+    apply_dropout,
     gelu,
     make_buckets,
     multi_lora_linear,
     packed_attention,
 )
-from ..kernels.dropout import RowDropout, apply_dropout, row_chances, stream_keys
 from .convert import find_checkpoint, from_transformers, read_weights, to_transformers
 
 FIRST_POSITION = 2  # XLM-R counts positions from padding_idx + 1
@@ -46,7 +48,7 @@ class XLMRConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not type(field.default) and not (type(value) is int and type(field.default) is float):
@@ -54,42 +56,35 @@ class XLMRConfig:
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a sequence may have."""
+        return self.max_position_embeddings - FIRST_POSITION
+
 
 BASE = XLMRConfig()
-LARGE = XLMRConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 TINY = XLMRConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
 
 
-class StepDropout:
-    """The dropout of one training step at every site of the network.
+class Bank(Protocol):
+    """What the model needs of a bank of adapters, such as `AdapterBank`.
 
-    hidden, attention, lora: fp32 [G], probabilities, or None where nobody drops. seed: int64 [G]. row_key: int64 [T].
-    adapter: int32 [T].
+    scaling: fp32 [G].
+    ranks_if_mixed: int [G], or None if every adapter has the rank R.
+    exact: base products have the same bits whoever shares the batch.
+    head: weight [G, C, H] and bias [G, C] of the adapters' tagging heads, or None.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor | None,
-        attention: Tensor | None,
-        lora: Tensor | None,
-        seed: Tensor,
-        row_key: Tensor,
-        adapter: Tensor,
-    ):
-        self.p = {"hidden": hidden, "attention": attention, "lora": lora}
-        self.seed, self.row_key, self.adapter = seed, row_key, adapter
-        self._keys: Tensor | None = None
-        self._chances = {name: row_chances(p, adapter, row_key.numel()) for name, p in self.p.items() if p is not None}
+    scaling: Tensor
+    ranks_if_mixed: Tensor | None
+    exact: bool
 
-    def at(self, kind: str, site: int, sites: int) -> Dropout | None:
-        """Keys of a site out of `sites`; kind is one of hidden, attention, lora."""
-        if self.p[kind] is None:
-            return None
-        if self._keys is None:  # those of all sites at once: one by one they take longer than the draws of a small batch
-            every = torch.arange(sites, device=self.seed.device)[:, None]
-            self._keys = stream_keys(self.seed[self.adapter.clamp(min=0).long()], self.row_key, every)
-        rows = RowDropout(self._keys[site], *self._chances[kind])
-        return Dropout(self.p[kind], self.seed, self.row_key, site, self.adapter, rows)
+    @property
+    def head(self) -> tuple[Tensor, Tensor] | None: ...
+
+    def adapters_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """lora_a [G, slices*R, K] and lora_b [G, N, R] of a layer's linear, or None."""
+        ...
 
 
 class Layer(nn.Module):
@@ -100,7 +95,6 @@ class Layer(nn.Module):
     def __init__(self, config: XLMRConfig, index: int):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.sites = len(self.SITES) * config.num_hidden_layers + 2  # the network's, two of them outside the layers
         self.index, self.heads, self.eps = index, config.num_attention_heads, config.layer_norm_eps
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -109,18 +103,26 @@ class Layer(nn.Module):
         self.down = nn.Linear(inner, width)
         self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, buckets: Buckets, segments, bank, dropout: StepDropout | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        buckets: Buckets,
+        segments: Segments | None,
+        bank: Bank | None,
+        dropout: StepDropout | None,
+    ) -> Tensor:
         """x: [T, H] -> [T, H]."""
 
-        def drop(kind: str, place: str) -> Dropout | None:
-            site = len(self.SITES) * self.index + self.SITES[place]
-            return None if dropout is None else dropout.at(kind, site, self.sites)
+        def drop(kind: str, site: str) -> Dropout | None:
+            return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[site])
 
         def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
             base = getattr(self, name)
             adapters = None if bank is None else bank.adapters_of(self.index, name)
-            if adapters is None:
+            if bank is None or adapters is None:
                 return F.linear(x, base.weight, base.bias)
+            assert segments is not None
             return multi_lora_linear(
                 x,
                 base.weight,
@@ -134,27 +136,27 @@ class Layer(nn.Module):
                 exact=bank.exact,
             )
 
-        def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, place: str) -> Tensor:
-            return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", place))
+        def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> Tensor:
+            return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
-        drops = drop("attention", "attention")
-        attended = packed_attention(linear(x, "qkv", 3), cu_seqlens, self.heads, dropout=drops, buckets=buckets)
+        qkv, keys = linear(x, "qkv", 3), drop("attention", "attention")
+        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, buckets=buckets)
         x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding that is not drawn yet: nn.Embedding's own draw on the meta device imports all of torch's compiler."""
+    """An embedding without values: nn.Embedding draws them, which on the meta device imports torch's compiler."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def _check_lengths(cu_seqlens: Tensor, longest: int) -> None:
-    """Raises ValueError for a sequence with more tokens than the model has positions; on a GPU an assertion stops the device."""
-    most = (cu_seqlens[1:] - cu_seqlens[:-1]).max() if cu_seqlens.numel() > 1 else cu_seqlens.new_zeros(())
+def _check_lengths(cu_seqlens: Tensor, max_length: int) -> None:
+    """Raises ValueError for a sequence longer than `max_length`; on a GPU an assertion stops the device."""
+    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max() if cu_seqlens.numel() > 1 else cu_seqlens.new_zeros(())
     if cu_seqlens.device.type != "cpu":
-        torch._assert_async(most <= longest, f"a sequence has more tokens than the {longest} that the model takes")
-    elif most > longest:
-        raise ValueError(f"a sequence has {int(most)} tokens, the model takes {longest}")
+        torch._assert_async(longest <= max_length, f"a sequence has more tokens than the {max_length} that the model takes")
+    elif longest > max_length:
+        raise ValueError(f"a sequence has {int(longest)} tokens, the model takes {max_length}")
 
 
 class XLMRForTokenClassification(nn.Module):
@@ -172,22 +174,29 @@ class XLMRForTokenClassification(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.classifier = nn.Linear(width, config.num_labels)
 
+    @property
+    def num_sites(self) -> int:
+        """Dropout sites of the network, for `StepDropout`: those of the layers, of the embeddings and of the last states."""
+        return len(Layer.SITES) * len(self.layers) + 2
+
     def encode(
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor,
         segments: Segments | None = None,
-        bank=None,
+        bank: Bank | None = None,
         *,
         dropout: StepDropout | None = None,
     ) -> Tensor:
-        """Last hidden states [T, H] of packed token ids [T]; arguments as in `forward`."""
+        """Last hidden states [T, H] of packed token ids [T]; arguments and errors as in `forward`."""
+        if bank is not None and segments is None:
+            raise ValueError("a bank needs segments, which say which adapter each row has")
         row = torch.arange(input_ids.shape[0], device=input_ids.device)
         position = row - cu_seqlens[torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)]
-        longest = self.config.max_position_embeddings - FIRST_POSITION
-        _check_lengths(cu_seqlens, longest)
+        max_length = self.config.max_length
+        _check_lengths(cu_seqlens, max_length)
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        embedded = embedded + self.position_embeddings(position.clamp(max=longest - 1) + FIRST_POSITION)
+        embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + FIRST_POSITION)
         x = F.layer_norm(
             embedded,
             (embedded.shape[-1],),
@@ -195,50 +204,51 @@ class XLMRForTokenClassification(nn.Module):
             self.embedding_norm.bias,
             self.embedding_norm.eps,
         )
-        sites = len(Layer.SITES) * len(self.layers) + 2
-        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 2, sites))
+        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 2))
         buckets = make_buckets(cu_seqlens)
         for layer in self.layers:
             x = layer(x, cu_seqlens, buckets, segments, bank, dropout)
-        return apply_dropout(x, None if dropout is None else dropout.at("hidden", sites - 1, sites))
+        return apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 1))
 
     def forward(
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor,
         segments: Segments | None = None,
-        bank=None,
+        bank: Bank | None = None,
         *,
         dropout: StepDropout | None = None,
     ) -> Tensor:
         """Label logits of packed tokens.
 
-        input_ids: int [T]. cu_seqlens: int32 [S+1]. segments, bank: which adapter each sequence uses, and the adapters with
-        their heads; without a bank the model's own head is used, as it is for sequences without an adapter.
-        dropout: the step's keys; None evaluates. Returns [T, num_labels] in the model's dtype.
+        input_ids: int [T].
+        cu_seqlens: int32 [S+1].
+        segments: which adapter each sequence has.
+        bank: the adapters and their heads. Sequences without an adapter get the model's own head, as all do without a bank.
+        dropout: the step's keys; None evaluates.
+        Returns [T, num_labels] in the model's dtype.
         Raises ValueError for a sequence longer than the model's positions, and for a bank without segments.
         """
-        if bank is not None and segments is None:
-            raise ValueError("a bank needs segments, which say whose row is whose")
         x = self.encode(input_ids, cu_seqlens, segments, bank, dropout=dropout)
-        if bank is None or bank.head is None:
+        if bank is None or segments is None or bank.head is None:
             return self.classifier(x)
         logits = adapter_linear(x, *bank.head, segments)
-        if segments.runs and segments.runs[-1][2] == x.shape[0]:  # every row has an adapter, and the host knows it
+        if segments.runs and segments.runs[-1][2] == x.shape[0]:  # the host knows that every row has an adapter
             return logits
-        own = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - segments.row_adapter.numel()))
-        return torch.where(own[:, None], logits, self.classifier(x))
+        adapted = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - segments.row_adapter.numel()))
+        return torch.where(adapted[:, None], logits, self.classifier(x))
 
     def freeze_backbone(self) -> "XLMRForTokenClassification":
-        """No parameter requires a gradient any more. Returns the model."""
+        """Stop all gradients of parameters. Returns the model."""
         return self.requires_grad_(False)
 
     @torch.no_grad()
     def draw_head_(self, seed: int) -> None:
-        """Draw the tagging head anew: normal weights of deviation `initializer_range`, zero bias."""
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.empty(self.classifier.weight.shape).normal_(0, self.config.initializer_range, generator=generator)
-        self.classifier.weight.copy_(weight)
+        """Draw the tagging head anew: normal weights, zero biases. The numbers depend on the seed alone, not on the device."""
+        weight, generator = self.classifier.weight, torch.Generator().manual_seed(seed)
+        weight.copy_(
+            torch.empty(weight.shape, dtype=torch.float32).normal_(0, self.config.initializer_range, generator=generator)
+        )
         self.classifier.bias.zero_()
 
     @classmethod
@@ -264,8 +274,8 @@ class XLMRForTokenClassification(nn.Module):
     ) -> "XLMRForTokenClassification":
         """A checkpoint in transformers' format, from a local folder or by its hub name.
 
-        num_labels: width of the head; None takes the checkpoint's. A head of that width in the checkpoint is loaded, else a
-        new one is drawn. Raises UserError for a missing, damaged or foreign checkpoint.
+        num_labels: width of the head; None takes the checkpoint's. A head of another width is replaced by a new one.
+        Raises UserError for a missing, damaged or foreign checkpoint.
         """
         name = str(name)
         paths = find_checkpoint(name, ("config.json", "model.safetensors", "pytorch_model.bin"))
@@ -274,9 +284,9 @@ class XLMRForTokenClassification(nn.Module):
         stored = read_json(paths["config.json"])
         if stored.get("model_type") not in ("xlm-roberta", "roberta"):
             raise UserError(f"{name} holds a {stored.get('model_type')!r} model, not xlm-roberta")
-        for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if stored.get(key, wanted) != wanted:
-                raise UserError(f"{name}: {key} is {stored[key]!r}, only {wanted!r} is supported")
+        for key, supported in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if stored.get(key, supported) != supported:
+                raise UserError(f"{name}: {key} is {stored[key]!r}, only {supported!r} is supported")
         known = {field.name for field in fields(XLMRConfig)}
         config = XLMRConfig(**{key: value for key, value in stored.items() if key in known})
         state = from_transformers(read_weights(paths, name), config.num_hidden_layers, name)
@@ -295,7 +305,7 @@ class XLMRForTokenClassification(nn.Module):
         return model.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, which transformers' XLMRobertaForTokenClassification loads."""
+        """Write config.json and model.safetensors, which transformers' XLMRobertaForTokenClassification loads."""
         config = {key.name: getattr(self.config, key.name) for key in fields(XLMRConfig)}
         labels = {str(i): f"LABEL_{i}" for i in range(config.pop("num_labels"))}
         config |= {

@@ -1,0 +1,160 @@
+// A product C [m, n] = A [m, k] B [k, n] in registers.
+//
+// k is counted in units: one fp32, or two neighbouring bf16, which one step of the processor multiplies. A is read in place,
+// through a pointer for each row. B is packed as b[u][c], COLUMNS or W columns at a time.
+
+#include <algorithm>
+
+#include "vectors.inl"
+
+namespace kloss::cpu::KLOSS_NAME {
+namespace {
+
+// PER elements, zeros from the `left`-th on.
+inline Unit unit(const Scalar* p, int64_t left) {
+  Scalar both[PER] = {};
+  for (int i = 0; i < PER && i < left; ++i) both[i] = p[i];
+  Unit out;
+  std::memcpy(&out, both, sizeof out);
+  return out;
+}
+
+// One round of a transposition: lane i of v[j] and lane i ^ STEP of v[j ^ STEP] change places where i has bit STEP and j has not.
+template <int STEP>
+inline void exchange(Ints* v) {
+  Ints low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i & STEP ? W + (i ^ STEP) : i;
+    high[i] = i & STEP ? W + i : i ^ STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & STEP) continue;
+    Ints a = v[i], b = v[i ^ STEP];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i ^ STEP] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// Writes W units of each of W rows as W rows of `out`.
+inline void transpose(const Scalar* const* rows, int64_t u, Unit* out, int64_t stride) {
+  Ints v[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) std::memcpy(&v[i], rows[i] + u * PER, sizeof v[i]);
+  exchange<1>(v);
+  exchange<2>(v);
+  if constexpr (W > 4) exchange<4>(v);
+  if constexpr (W > 8) exchange<8>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) std::memcpy(out + i * stride, &v[i], sizeof v[i]);
+}
+
+// Packs columns that are rows of `source` [columns, k]: b[u][c] = source[c][u].
+inline void pack_transposed(const Scalar* source, int64_t stride, int64_t columns, int64_t k, Unit* b) {
+  int64_t width = columns > W ? COLUMNS : W, all = units(k);
+  for (int64_t c0 = 0; c0 < width; c0 += W) {
+    const Scalar* rows[W];
+    int64_t done = 0;
+    for (int i = 0; i < W; ++i) rows[i] = source + std::min<int64_t>(c0 + i, columns - 1) * stride;  // the last fills the width
+    for (; done + W * PER <= k; done += W * PER) transpose(rows, done / PER, b + done / PER * width + c0, width);
+    for (int64_t u = done / PER; u < all; ++u)
+      for (int i = 0; i < W; ++i) b[u * width + c0 + i] = unit(rows[i] + u * PER, k - u * PER);
+  }
+}
+
+// Packs columns that lie side by side in k rows: b[u][c] = (row(u * PER)[c], row(u * PER + 1)[c]); a null row is zeros.
+template <class Row>
+void pack_rows(Row row, int64_t columns, int64_t k, Unit* b, int64_t width) {
+  const Scalar zeros[W] = {};
+  for (int64_t u = 0; u < units(k); ++u) {
+    const Scalar* source[PER];
+    for (int i = 0; i < PER; ++i) source[i] = u * PER + i < k ? row(u * PER + i) : nullptr;
+    for (int64_t c = 0; c < width; c += W) {
+      Unit* out = b + u * width + c;
+      Scalar part[PER][W];
+      const Scalar* from[PER];
+      for (int i = 0; i < PER; ++i) {
+        from[i] = source[i] && c < columns ? source[i] + c : zeros;
+        if (c < columns && c + W > columns && source[i]) {
+          std::fill_n(part[i], W, Scalar(0));
+          std::copy_n(source[i] + c, columns - c, part[i]);
+          from[i] = part[i];
+        }
+      }
+#if KLOSS_BF16
+      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from[0]));
+      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from[1]));
+      _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+      std::memcpy(out, from[0], W * sizeof(Unit));
+#endif
+    }
+  }
+}
+
+template <int V>
+inline void tile(const Unit* const* a, int64_t step, const Unit* b, int64_t k, float (*out)[COLUMNS]) {
+  Floats sum[ROWS][V] = {};
+  for (int64_t u = 0; u < k; ++u) {
+#if KLOSS_BF16
+    Ints column[V];
+#else
+    Floats column[V];
+#endif
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) std::memcpy(&column[v], b + (u * V + v) * W, sizeof column[v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[i][v] = dot(sum[i][v], a[i][u * step], column[v]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) std::memcpy(&out[i][v * W], &sum[i][v], sizeof sum[i][v]);
+}
+
+constexpr int64_t PACKED = 1 << 16;  // units of B that are packed at once: they fit the second-level cache
+
+// C [m, columns] = A B. A tile of rows meets all packed columns before the next tile does.
+//
+// a(i): row i of A, its units `step` apart.
+// pack(c, width, b): packs columns c..c+width-1 of B into b.
+// put(i, c, width, values): stores row i's columns c..c+width-1 of C.
+template <class A, class Pack, class Put>
+void product(int64_t m, int64_t columns, int64_t k, int64_t step, A a, Pack pack, Put put) {
+  int64_t block = std::max<int64_t>(1, PACKED / (k * COLUMNS)) * COLUMNS;
+  Unit* packed = scratch<0, Unit>(k * std::min(block, (columns + COLUMNS - 1) / COLUMNS * COLUMNS));
+  alignas(64) float out[ROWS][COLUMNS];
+  for (int64_t first = 0; first < columns; first += block) {
+    int64_t last = std::min(columns, first + block);
+    for (int64_t c = first; c < last; c += COLUMNS) pack(c, std::min<int64_t>(last - c, COLUMNS), packed + (c - first) * k);
+    for (int64_t i = 0; i < m; i += ROWS) {
+      const Unit* rows[ROWS];
+      for (int j = 0; j < ROWS; ++j) rows[j] = a(std::min(i + j, m - 1));
+      for (int64_t c = first; c < last; c += COLUMNS) {
+        int64_t width = std::min<int64_t>(last - c, COLUMNS);
+        const Unit* b = packed + (c - first) * k;
+        if (width > W)
+          tile<VECTORS>(rows, step, b, k, out);
+        else
+          tile<1>(rows, step, b, k, out);
+        for (int64_t j = 0; j < std::min<int64_t>(ROWS, m - i); ++j) put(i + j, c, width, out[j]);
+      }
+    }
+  }
+}
+
+// Stores `width` values, scaled and rounded.
+inline void put_row(Scalar* out, const float* values, float scale, int64_t width) {
+  int64_t c = 0;
+  Floats v;
+  for (; c + W <= width; c += W) {
+    std::memcpy(&v, values + c, sizeof v);
+    store(out + c, v * scale);
+  }
+  for (; c < width; ++c) out[c] = narrow(values[c] * scale);
+}
+
+}  // namespace
+}  // namespace kloss::cpu::KLOSS_NAME

@@ -1,0 +1,122 @@
+// Vectors of floats, elements in fp32 or bf16, and dropout, for the instruction set that lora.inl is compiled for.
+//
+// KLOSS_LANES: floats in a vector register; the compiler would keep wider vectors in memory. KLOSS_ROWS: rows of a register tile,
+// as many as keep all sums in registers. KLOSS_BF16: whether elements are bf16.
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "lora.h"
+
+namespace kloss::cpu::KLOSS_NAME {
+namespace {
+
+constexpr int W = KLOSS_LANES;    // numbers in a vector
+constexpr int ROWS = KLOSS_ROWS;  // register tile: ROWS x (VECTORS * W)
+constexpr int VECTORS = 2;
+constexpr int COLUMNS = VECTORS * W;
+static_assert(LANES % COLUMNS == 0);
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef uint32_t Ints __attribute__((vector_size(4 * W)));
+
+#if KLOSS_BF16
+using Scalar = uint16_t;
+using Unit = uint32_t;
+constexpr int PER = 2;  // elements of a unit
+
+inline Floats dot(Floats sum, Unit a, Ints b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+inline Floats load(const Scalar* p) {
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline void store(Scalar* p, Floats v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+inline Scalar narrow(float v) {
+  Floats all = Floats{} + v;
+  Scalar out[W];
+  store(out, all);
+  return out[0];
+}
+#else
+using Scalar = float;
+using Unit = float;
+constexpr int PER = 1;
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Floats dot(Floats sum, Unit a, Floats b) { return sum + a * b; }
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline Scalar narrow(float v) { return v; }
+#endif
+
+inline int64_t units(int64_t elements) { return (elements + PER - 1) / PER; }
+
+// A buffer of this thread and slot, 64-byte aligned, kept for the next job. Its contents are arbitrary.
+template <int SLOT, class T>
+T* scratch(int64_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+  if (bytes > size) {
+    memory.reset(std::aligned_alloc(64, bytes));
+    size = memory ? bytes : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return static_cast<T*>(memory.get());
+}
+
+// Masks of 2 * W features, all ones where a feature is kept.
+struct Keep {
+  Ints first, second;
+};
+
+// The draws of kloss/kernels/dropout.py for W pairs of features from `column` on.
+inline Ints draws(int64_t key, int64_t column) {
+  Ints h;
+  for (int i = 0; i < W; ++i) h[i] = i;
+  h = (h + (uint32_t)(column / 2)) * 0x9E3779B1u ^ (uint32_t)key;
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  h = (h ^ (h >> 15) ^ (uint32_t)((uint64_t)key >> 32)) * 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+// column: the first feature, even.
+inline Keep keep(const Lora& l, int64_t row, int64_t column) {
+  Ints h = draws(l.keys[row], column), threshold = Ints{} + (uint32_t)(l.threshold[row] + 32768);
+  Ints even = (Ints)((h & 0xFFFF) >= threshold), odd = (Ints)((h >> 16) >= threshold);
+  Ints low, high;
+  for (int i = 0; i < W; ++i) low[i] = i % 2 * W + i / 2, high[i] = low[i] + W / 2;
+  return {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
+}
+
+inline Floats select(Floats v, Ints mask) { return (Floats)((Ints)v & mask); }
+
+// drop(x) of one row without its scale: dropped elements are 0 whatever they held.
+inline void drop_row(const Lora& l, int64_t row, Scalar* out) {
+  const Scalar* x = (const Scalar*)l.x + row * l.inputs;
+  for (int64_t c = 0; c < l.inputs; c += 2 * W) {
+#if KLOSS_BF16
+    Ints h = draws(l.keys[row], c), threshold = Ints{} + (uint32_t)(l.threshold[row] + 32768), v;
+    Ints mask = ((Ints)((h & 0xFFFF) >= threshold) & 0xFFFF) | ((Ints)((h >> 16) >= threshold) & 0xFFFF0000);
+    std::memcpy(&v, x + c, sizeof v);
+    v &= mask;
+    std::memcpy(out + c, &v, sizeof v);
+#else
+    Keep k = keep(l, row, c);
+    store(out + c, select(load(x + c), k.first));
+    store(out + c + W, select(load(x + c + W), k.second));
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace kloss::cpu::KLOSS_NAME
