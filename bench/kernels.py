@@ -34,6 +34,7 @@ CANDIDATES: dict[str, list[dict]] = {
     "expand": [dict(num_stages=3), dict(num_warps=8)],
 }
 PASSES = 10  # of forward and backward in one profile
+Record = Callable[[Callable[[], object]], list[profiled.Event]]
 REFUSED = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 STEP = dict(config=XLMRConfig(vocab_size=1000, num_hidden_layers=4, num_labels=111), adapters=52, rank=32, utterances=32)
 
@@ -140,11 +141,9 @@ class Suite:
         return rotation(lambda seed: cases.make_problem(linear, batch, rank, device=self.device, dtype=self.dtype, seed=seed))
 
     def kernels(
-        self,
-        batches: Sequence[Batch] = cases.BATCHES,
-        ranks: Sequence[int] = cases.STUDY_RANKS,
+        self, batches: Sequence[Batch] = cases.BATCHES, ranks: Sequence[int] = cases.STUDY_RANKS,
         linears: Sequence[Linear] = cases.XLMR_BASE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Forward and backward, and forward only, against the base products alone."""
         for linear, batch, rank, forms in kernel_plan(batches, ranks, linears):
             case = case_name(linear, batch, rank)
@@ -185,10 +184,7 @@ class Suite:
                 self.write_times(case, theirs, baseline="kloss", floor=ours, **more)
 
     def profile(
-        self,
-        ranks: Sequence[int] = tuple(BOUNDS),
-        linears: Sequence[Linear] = cases.XLMR_BASE,
-        record: Callable = profiled.record,
+        self, ranks: Sequence[int] = tuple(BOUNDS), linears: Sequence[Linear] = cases.XLMR_BASE, record: Record = profiled.record
     ) -> None:
         """Time by kernel and share of the ceiling of each linear's forward and backward; also the whole training step."""
         for rank in ranks:
@@ -212,18 +208,17 @@ class Suite:
                     self.training_step(record)
 
     def passes(self, linear: Linear, batch: Batch, rank: int) -> Callable[[], None]:
-        """PASSES of forward and backward over rotating inputs, warmed up once."""
+        """PASSES of forward and backward over rotating inputs."""
         calls = [cases.forward_backward(problem) for problem in self.problems(linear, batch, rank)]
 
         def run():
             for index in range(PASSES):
                 calls[index % len(calls)]()
 
-        run()
         return run
 
     def training_step(
-        self, record: Callable = profiled.record, waits: Callable[..., Counter] = profiled.waits_by_line, **sizes
+        self, record: Record = profiled.record, waits: Callable[..., Counter] = profiled.waits_by_line, **sizes
     ) -> None:
         """The trainer's step with all adapters in one pass: the GPU's time, the wall's, launches, and the host's waits."""
         sizes = STEP | sizes
@@ -309,39 +304,26 @@ def comparable(batch: Batch) -> bool:
     return abs(batch.total - cases.STUDY.total) <= 0.05 * cases.STUDY.total
 
 
-class LayerTime(NamedTuple):
-    """Sums over the linears of a layer that were measured, in microseconds. host_bound: whether any was launch-bound."""
-
-    linears: int
-    p50: float
-    baseline: float
-    host_bound: bool
-
-
-def layer_time(rows: Sequence[dict], linears: Sequence[Linear], /, **fields) -> LayerTime:
-    """Sums over a layer of the rows with these fields."""
+def layer_rows(rows: Sequence[dict], linears: Sequence[Linear], /, **fields) -> list[dict]:
+    """The latest row with these fields of each linear that has one."""
     by_linear = {row["linear"]: row for row in rows if all(row.get(name) == value for name, value in fields.items())}
-    measured = [by_linear[linear.name] for linear in linears if linear.name in by_linear]
-    p50, baseline = (sum(row[name] for row in measured) for name in ("p50", "baseline_p50"))
-    return LayerTime(len(measured), p50, baseline, any(row["host_bound"] for row in measured))
+    return [by_linear[linear.name] for linear in linears if linear.name in by_linear]
 
 
 def costs(rows: Sequence[dict], linears: Sequence[Linear], batches: Sequence[Batch]) -> dict[int, float]:
     """Adapters -> ns per row of a layer, forward and backward, for comparable batches with all linears measured."""
     per_row = {}
     for batch in sorted(filter(comparable, batches)):
-        layer = layer_time(rows, linears, section="kernels", form="chosen", rank=FLAT_RANK, **batch._asdict())
-        if layer.linears == len(linears):
-            per_row[batch.adapters] = 1e3 * layer.p50 / batch.total
+        layer = layer_rows(rows, linears, section="kernels", form="chosen", rank=FLAT_RANK, **batch._asdict())
+        if len(layer) == len(linears):
+            per_row[batch.adapters] = 1e3 * sum(row["p50"] for row in layer) / batch.total
     return per_row
 
 
 def flatness(per_row: dict[int, float]) -> tuple[int, float] | None:
     """The number of adapters whose cost per row is farthest from one adapter's, and the signed relative difference."""
-    if 1 not in per_row or len(per_row) < 2:
-        return None
-    differences = {adapters: ns / per_row[1] - 1 for adapters, ns in per_row.items() if adapters != 1}
-    return max(differences.items(), key=lambda item: abs(item[1]))
+    differences = {adapters: ns / per_row[1] - 1 for adapters, ns in per_row.items() if adapters != 1 and 1 in per_row}
+    return max(differences.items(), key=lambda item: abs(item[1]), default=None)
 
 
 def targets(
@@ -351,12 +333,13 @@ def targets(
     answers: list[Target] = []
 
     def add(goal: str, met: Callable[[float], bool], **fields) -> None:
-        layer = layer_time(rows, linears, **fields, **cases.STUDY._asdict())
-        if layer.linears < len(linears):
-            answers.append(Target(goal, f"not measured ({layer.linears} of {len(linears)} linears)", None))
+        layer = layer_rows(rows, linears, **fields, **cases.STUDY._asdict())
+        if len(layer) < len(linears):
+            answers.append(Target(goal, f"not measured ({len(layer)} of {len(linears)} linears)", None))
         else:
-            ratio = layer.p50 / layer.baseline
-            answers.append(Target(goal, f"{ratio:.2f} x" + ", launch-bound" * layer.host_bound, met(ratio)))
+            ratio = sum(row["p50"] for row in layer) / sum(row["baseline_p50"] for row in layer)
+            host_bound = any(row["host_bound"] for row in layer)
+            answers.append(Target(goal, f"{ratio:.2f} x" + ", launch-bound" * host_bound, met(ratio)))
 
     for rank, bound in BOUNDS.items():
         goal = f"forward + backward, r={rank}: at most {bound} x the base products alone"
