@@ -92,13 +92,16 @@ class PeftLinear:
         self.inputs = problem.x.chunk(adapters)
         self.gradients = list(zip(*(dy.chunk(adapters) for dy in dy_slices), strict=True))
 
+    def outputs(self, g: int, x: Tensor) -> list[Tensor]:
+        """The outputs of adapter g, for each slice."""
+        for layer in self.layers:
+            layer.set_adapter(self.names[g])
+        return [layer(x) for layer in self.layers]
+
     def adapter(self, g: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """The outputs of adapter g's batch, and the gradients of x, of every A and every B."""
-        name = self.names[g]
-        for layer in self.layers:
-            layer.set_adapter(name)
-        x = self.inputs[g].detach().requires_grad_()
-        outputs = [layer(x) for layer in self.layers]
+        name, x = self.names[g], self.inputs[g].detach().requires_grad_()
+        outputs = self.outputs(g, x)
         weights = [getattr(layer, factor)[name].weight for factor in ("lora_A", "lora_B") for layer in self.layers]
         return outputs, torch.autograd.grad(outputs, (x, *weights), self.gradients[g])
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kloss.kernels import Dropout, Segments, make_segments, reference
-from kloss.kernels.multi_lora import multi_lora_linear
+from kloss.kernels import Dropout, Segments, make_segments, multi_lora_linear, reference
+from kloss.kernels.multi_lora import multi_lora_linear as triton_linear
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured: bf16 products of random data; a copy, read and written
 DROPOUT = 0.1
@@ -122,23 +122,27 @@ def make_problem(
     )  # fmt: skip
 
 
-def forward_backward(problem: Problem, *, exact: bool = False) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of the multi-adapter linear in Triton that returns y and the gradients of x, A and B."""
+def forward_backward(
+    problem: Problem, *, exact: bool = False, backend: str | None = "triton"
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the multi-adapter linear that returns y and the gradients of x, A and B. backend: None for the device's."""
+    linear = triton_linear if backend == "triton" else multi_lora_linear
     _, weight, bias, _, _, scaling, segments, dropout, dy, slices = problem
     x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
 
     def call():
         options = dict(slices=slices, dropout=dropout, exact=exact)
-        y = multi_lora_linear(x, weight, bias, lora_a, lora_b, scaling, segments, **options)
+        y = linear(x, weight, bias, lora_a, lora_b, scaling, segments, **options)
         return y, *torch.autograd.grad(y, leaves, dy)
 
     return call
 
 
-def forward_only(problem: Problem) -> Callable[[], Tensor]:
+def forward_only(problem: Problem, *, backend: str | None = "triton") -> Callable[[], Tensor]:
     """A call for inference that returns y, without gradients and without dropout."""
-    x, weight, bias, lora_a, lora_b, scaling, segments, _, _, slices = problem
-    return torch.no_grad()(lambda: multi_lora_linear(x, weight, bias, lora_a, lora_b, scaling, segments, slices=slices))
+    *tensors, segments, _, _, slices = problem
+    linear = triton_linear if backend == "triton" else multi_lora_linear
+    return torch.no_grad()(lambda: linear(*tensors, segments, slices=slices))
 
 
 def base_alone(problem: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
