@@ -96,10 +96,10 @@ def test_the_libraries_compute_the_same(library, case, device):
     check(library, case, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("library", LIBRARIES)  # varies fastest, so that slow drifts of the machine hit all
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_time(benchmark, library, direction, case, device):
     pytest.importorskip(library)
     check(library, case, device)
