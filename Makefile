@@ -11,20 +11,22 @@ run: $(ENV)/ready
 test: $(ENV)/ready-to-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(ENV)/ready-to-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: $(ENV)/ready-to-test
-	$(PY) -m bench.whole_step $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only $(ARGS)
 
 kernels: $(ENV)/ready-to-test
-	$(PY) -m bench.kernels_report $(ARGS)
+	$(PY) -m bench.compiled $(ARGS)
 
 size:
-	@git ls-files 'kloss/*.py' 'bench/*.py' 'tests/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n
+	@git ls-files 'kloss/*.py' 'kloss/*.j2' 'kloss/*.css' 'bench/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n
 
 clean:
 	rm -rf $(ENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""All learners of a study to their ends: cohort after cohort, with checkpoints that a stopped run continues from."""
+"""Train all learners of a study, cohort after cohort, with checkpoints that a stopped run continues from."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .train import Cohort
 
 
 class Progress(Protocol):
-    """What is told to the person who waits."""
+    """A progress display: work done, total (0: unknown), description; and one-off messages."""
 
     def __call__(self, done: int, total: int, text: str) -> None: ...
 
@@ -21,19 +21,24 @@ class Progress(Protocol):
 
 
 class Outcome(NamedTuple):
-    """Per learner: scores {experiences had: {locale: [TP, predicted, gold]}}, why it failed (or None), weights it trains."""
+    """Results by learner.
+
+    scores: {experiences completed: {locale: [TP, predicted, gold]}}.
+    failed: why training ended early; None: it did not.
+    weights: number of weights trained.
+    """
 
     scores: list[dict[int, dict[str, list[int]]]]
     failed: list[str | None]
     weights: list[int]
 
 
-def cohorts_of(study: Study, together: int) -> list[list[int]]:
-    """Which learners train together: all LoRA learners, at most `together` of them (0: no limit); whole models one by one."""
+def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
+    """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one."""
     lora = [g for g, learner in enumerate(study.learners) if learner.rank is not None]
-    size = together or max(1, len(lora))
-    parts = [lora[i : i + size] for i in range(0, len(lora), size)]
-    return parts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
+    size = max_learners or max(1, len(lora))
+    cohorts = [lora[i : i + size] for i in range(0, len(lora), size)]
+    return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
 
 
 def train_study(
@@ -44,13 +49,16 @@ def train_study(
     folder: RunFolder,
     progress: Progress,
 ) -> Outcome:
-    """Trains and scores every learner, from the folder's checkpoint on where there is one. load: gives a fresh backbone."""
+    """Train and score every learner, continuing from the folder's checkpoint if it has one.
+
+    load: returns a fresh backbone.
+    """
     saved = folder.load_checkpoint()
     finished = {} if saved is None else saved[1]["finished"]
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
     for number, members in enumerate(cohorts_of(study, config.together)):
         if str(number) not in finished:
-            learners, wanted = ([table[g] for g in members] for table in (study.learners, study.wanted))
+            learners, wanted = [study.learners[g] for g in members], [study.wanted[g] for g in members]
             cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens, exact=config.exact)
             if saved is not None and saved[1]["cohort"] == number:
                 cohort.load_state(saved[0], saved[1]["state"])
@@ -67,15 +75,14 @@ def train_study(
 
 
 class _Watch:
-    """Called behind every round: moves the progress bar, writes the log and, now and then, a checkpoint."""
+    """Called after every step: updates the progress display, writes the log and, at intervals, a checkpoint."""
 
     def __init__(self, cohort: Cohort, number: int, finished: dict, folder: RunFolder, interval: float, progress: Progress):
         self.number, self.finished, self.folder = number, finished, folder
         self.interval, self.progress = interval, progress
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
-        alone = len(cohort.learners) == 1
-        who = cohort.learners[0].name if alone else f"{len(cohort.learners)} learners"
-        self.name = f"cohort {number + 1}: {who}"  # with the number, since two cohorts may be as many
+        size = len(cohort.learners)
+        self.name = f"cohort {number + 1}: {cohort.learners[0].name if size == 1 else f'{size} learners'}"
         self.saved = self.logged = time.monotonic()
         self.tokens, self.first = cohort.tokens, True
 

@@ -45,7 +45,8 @@ class StepSettings(NamedTuple):
 
     def lr(self, steps: Tensor) -> Tensor:
         """Learning rate of each learner's next update, fp32 [G]. steps: int64 [G], the updates so far."""
-        return torch.tensor([x.rate(step) for x, step in zip(self.learners, steps.tolist(), strict=True)])
+        rates = [learner.rate(step) for learner, step in zip(self.learners, steps.tolist(), strict=True)]
+        return torch.tensor(rates, dtype=torch.float32)
 
 
 def train_step(

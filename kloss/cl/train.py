@@ -1,7 +1,7 @@
 """The loop: learners advance together, one packed step at a time, and are scored as experiences end."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Cohort:
         model: XLMRForTokenClassification,
         corpus: Corpus,
         learners: Sequence[Learner],
-        wanted: Sequence[dict[int, Sequence[str]]],
+        wanted: Sequence[Mapping[int, Sequence[str]]],
         *,
         pass_tokens: int = 8192,
         exact: bool = False,
@@ -160,7 +160,8 @@ class _Team:
         Returns the mean of the finite losses, and the rows whose experience has ended. A row whose loss or gradient norm is
         not finite is entered in the cohort's `failed`.
         """
-        cohort, ended = self.cohort, []
+        cohort = self.cohort
+        ended: list[int] = []
         loss, norms = train_step(cohort.model, self.bank, self.settings, self._batches(ended))
         if self.bank is not cohort.bank:
             cohort.bank.steps[self.learners] = self.bank.steps

@@ -1,7 +1,7 @@
 """All adapters of a study in one matrix: adapter g is row g.
 
-A row holds, layer by layer, A [slices*R, K] and B [N, R] of each adapted linear, then the tagging head. Saving, forking,
-loading or dropping an adapter is a row copy; the optimiser is elementwise; a gradient norm is a row reduction.
+A row holds, layer by layer, A [slices*R, K] and B [N, R] of each adapted linear, then the tagging head.
+Saving, forking or loading an adapter is a row copy; the optimiser is elementwise; a gradient norm is a row reduction.
 """
 
 import math
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from .convert import LINEARS, QKV
 from .peft_files import read_adapter, write_adapter
 from .rows import Rows
-from .xlmr import XLMRConfig
+from .xlmr import XLMRConfig, XLMRForTokenClassification
 
 TARGETS = ("qkv", "out", "up", "down")
-ALIGNMENT = 32  # slots and rows start at multiples of this: 64 bytes in 16-bit types, so a row's address never changes its bits
+ALIGNMENT = 32  # elements, 64 bytes in 16-bit types: slots and rows start there, so that a row's address never changes its bits
 
 
 class Slot(NamedTuple):
-    """Where a tensor of each adapter lies in its row: columns start:start+numel(shape)."""
+    """A tensor's columns in its adapter's row: start:start+numel(shape)."""
 
     start: int
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class AdapterBank(Rows):
 
     def __init__(
         self,
-        model_or_config: XLMRConfig | nn.Module,
+        model_or_config: XLMRConfig | XLMRForTokenClassification,
         adapters: int = 52,
         rank: int | Sequence[int] = 32,
         targets: str | Sequence[str] = "all-linear",
@@ -62,7 +62,7 @@ class AdapterBank(Rows):
         device: str | torch.device = "cpu",
         exact: bool = False,
     ):
-        self.config: XLMRConfig = getattr(model_or_config, "config", model_or_config)
+        self.config = model_or_config if isinstance(model_or_config, XLMRConfig) else model_or_config.config
         self.targets = TARGETS if targets == "all-linear" else tuple(targets)
         unknown = set(self.targets) - set(TARGETS)
         if unknown or isinstance(targets, str) and targets != "all-linear":
@@ -75,7 +75,7 @@ class AdapterBank(Rows):
         self.slots = _slots(self.config, self.targets, self.rank, head)
         self.ranks = torch.tensor(ranks)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
-        param = torch.zeros(adapters, _width(self.slots), device=device)
+        param = torch.zeros(adapters, _width(self.slots), dtype=torch.float32, device=device)
         super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
         self._make_leaves()
         for g in range(adapters):
@@ -125,11 +125,11 @@ class AdapterBank(Rows):
             tensor = self.view(self.param, name)[g]
             if name.endswith(".a"):
                 slices, inputs = tensor.shape[0] // self.rank, tensor.shape[1]
-                drawn = torch.empty(slices, rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
-                tensor.view(slices, self.rank, inputs)[:, :rank] = drawn
+                drawn = torch.empty(slices, rank, inputs, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+                tensor.view(slices, self.rank, inputs)[:, :rank] = drawn / math.sqrt(inputs)
             elif name == "head.weight":
-                deviation = self.config.initializer_range
-                tensor.copy_(torch.empty(tensor.shape).normal_(0, deviation, generator=generator))
+                drawn = torch.empty(tensor.shape, dtype=torch.float32)
+                tensor.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
         self.refresh(g)
 
     def trainable(self, g: int) -> int:
@@ -138,11 +138,11 @@ class AdapterBank(Rows):
         lora = sum(size for name, size in sizes.items() if not name.startswith("head"))
         return lora * int(self.ranks[g]) // self.rank + sum(sizes.values()) - lora
 
-    def _like(self, rows: slice | Tensor, *arguments: Tensor | None) -> "AdapterBank":
-        """A bank of the same layout over other rows. arguments: of `Rows`."""
+    def _like(self, rows: slice | Tensor, param: Tensor, *arguments: Tensor | None) -> "AdapterBank":
+        """A bank of the same layout over other rows. param, arguments: of `Rows`."""
         other = copy(self)
         other.ranks, other.scaling = self.ranks[rows], self.scaling[rows]
-        Rows.__init__(other, *arguments)
+        Rows.__init__(other, param, *arguments)
         other._make_leaves()
         return other
 
@@ -163,7 +163,10 @@ class AdapterBank(Rows):
 
     @torch.no_grad()
     def copy_rows_(self, rows: Sequence[int], source: Rows) -> None:
-        """Overwrite some adapters with all adapters of a bank of the same width; ranks, scaling and optimiser's state go along."""
+        """Overwrite some adapters with all adapters of `source`: weights, rank, scaling, optimiser's state.
+
+        Raises ValueError for a bank of another model, targets, rank or head.
+        """
         if not isinstance(source, AdapterBank) or source.slots != self.slots:
             raise ValueError("the banks differ in model, targets, rank or head")
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -230,6 +233,7 @@ class AdapterBank(Rows):
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:
     def add(leaf: Tensor) -> None:
+        assert leaf.grad is not None
         total.add_(leaf.grad)
         leaf.grad = None
 
