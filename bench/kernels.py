@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +36,9 @@ CANDIDATES: dict[str, list[dict]] = {
 PASSES = 10  # of forward and backward in one profile
 Record = Callable[[Callable[[], object]], list[profiled.Event]]
 REFUSED = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-STEP = dict(config=XLMRConfig(vocab_size=1000, num_hidden_layers=4, num_labels=111), adapters=52, rank=32, utterances=32)
+STEP: dict[str, Any] = dict(
+    config=XLMRConfig(vocab_size=1000, num_hidden_layers=4, num_labels=111), adapters=52, rank=32, utterances=32
+)
 
 
 class Form(NamedTuple):
@@ -120,7 +122,7 @@ class Suite:
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def write_times(self, case: str, times: Times, *, baseline: str, floor: Times, **more) -> None:
+    def write_times(self, case: str, times: Times, *, baseline: str, floor: Times, **more: object) -> None:
         """Write the times of a case with the ratio to the baseline's, `floor`, measured in this run."""
         host_bound, ratio = times.host_bound or floor.host_bound, times.p50 / floor.p50
         row = {"case": case, **times._asdict(), "host_bound": host_bound, **more}
@@ -211,17 +213,17 @@ class Suite:
         """PASSES of forward and backward over rotating inputs."""
         calls = [cases.forward_backward(problem) for problem in self.problems(linear, batch, rank)]
 
-        def run():
+        def run() -> None:
             for index in range(PASSES):
                 calls[index % len(calls)]()
 
         return run
 
     def training_step(
-        self, record: Record = profiled.record, waits: Callable[..., Counter] = profiled.waits_by_line, **sizes
+        self, record: Record = profiled.record, waits: Callable[..., Counter] = profiled.waits_by_line, **changes: object
     ) -> None:
         """The trainer's step with all adapters in one pass: the GPU's time, the wall's, launches, and the host's waits."""
-        sizes = STEP | sizes
+        sizes = STEP | changes
         whole_step.check_step(sizes["config"], sizes["rank"], device=self.device, dtype=self.dtype)
         step = whole_step.make_step(**sizes, dropout=0.1, device=self.device, dtype=self.dtype)
         walls = []
@@ -304,7 +306,7 @@ def comparable(batch: Batch) -> bool:
     return abs(batch.total - cases.STUDY.total) <= 0.05 * cases.STUDY.total
 
 
-def layer_rows(rows: Sequence[dict], linears: Sequence[Linear], /, **fields) -> list[dict]:
+def layer_rows(rows: Sequence[dict], linears: Sequence[Linear], /, **fields: object) -> list[dict]:
     """The latest row with these fields of each linear that has one."""
     by_linear = {row["linear"]: row for row in rows if all(row.get(name) == value for name, value in fields.items())}
     return [by_linear[linear.name] for linear in linears if linear.name in by_linear]
@@ -332,21 +334,21 @@ def targets(
     """All targets. One needs measurements of all linears, else it counts as not measured."""
     answers: list[Target] = []
 
-    def add(goal: str, met: Callable[[float], bool], **fields) -> None:
+    def add(goal: str, at_most: float = math.inf, at_least: float = 0.0, **fields: object) -> None:
         layer = layer_rows(rows, linears, **fields, **cases.STUDY._asdict())
         if len(layer) < len(linears):
             answers.append(Target(goal, f"not measured ({len(layer)} of {len(linears)} linears)", None))
         else:
             ratio = sum(row["p50"] for row in layer) / sum(row["baseline_p50"] for row in layer)
             host_bound = any(row["host_bound"] for row in layer)
-            answers.append(Target(goal, f"{ratio:.2f} x" + ", launch-bound" * host_bound, met(ratio)))
+            answers.append(Target(goal, f"{ratio:.2f} x" + ", launch-bound" * host_bound, at_least <= ratio <= at_most))
 
     for rank, bound in BOUNDS.items():
         goal = f"forward + backward, r={rank}: at most {bound} x the base products alone"
-        add(goal, lambda ratio, bound=bound: ratio <= bound, section="kernels", form="chosen", rank=rank)
+        add(goal, at_most=bound, section="kernels", form="chosen", rank=rank)
     for (name, times), rank in product(FASTER.items(), BOUNDS):
         goal = f"at least {times:g} x as fast as {name}, r={rank}"
-        add(goal, lambda ratio, times=times: ratio >= times, section="baselines", library=name, rank=rank)
+        add(goal, at_least=times, section="baselines", library=name, rank=rank)
     adapters = [batch.adapters for batch in sorted(filter(comparable, batches))]
     per_row = costs(rows, linears, batches)
     worst = flatness(per_row)

@@ -5,7 +5,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ def kernel_rows(events: Sequence[Event], passes: int, work: Sequence[KernelWork]
     return sorted(rows, key=lambda row: -row["us_per_pass"])
 
 
-def work_table(columns: dict[str, tuple[list[dict], Sequence[KernelWork]]]) -> list[str]:
+def work_table(columns: Mapping[str, tuple[list[dict], Sequence[KernelWork]]]) -> list[str]:
     """Lines of a table, work by linear, with sums: microseconds per pass and share of the ceiling.
 
     columns: for each linear its `kernel_rows` and its work.

@@ -139,13 +139,13 @@ class PeftStep:
         for name in self.names[1:]:
             self.model.add_adapter(name, lora, autocast_adapter_dtype=autocast)
         self.optimizers = []
-        options = dict(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+        adamw = partial(torch.optim.AdamW, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
         for g, name in enumerate(self.names):
             tensors = {key: tensor.clone() for key, tensor in ours.bank._peft_tensors(g).items()}
             unexpected = set_peft_model_state_dict(self.model, tensors, adapter_name=name).unexpected_keys
             assert not unexpected, unexpected
             self.model.set_adapter(name)
-            self.optimizers.append(torch.optim.AdamW(self.trainable(), **options))
+            self.optimizers.append(adamw(self.trainable()))
         self.model.train()
 
     def trainable(self) -> list[Tensor]:
