@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kloss.kernels import Dropout, Segments, make_segments, multi_lora_linear, reference
+from kloss.kernels import Dropout, Segments, make_segments, reference
 from kloss.kernels.multi_lora import multi_lora_linear as triton_linear
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured: bf16 products of random data; a copy, read and written
@@ -122,27 +122,22 @@ def make_problem(
     )  # fmt: skip
 
 
-def forward_backward(
-    problem: Problem, *, exact: bool = False, backend: str | None = "triton"
-) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of the multi-adapter linear that returns y and the gradients of x, A and B. backend: None for the device's."""
-    linear = triton_linear if backend == "triton" else multi_lora_linear
+def forward_backward(problem: Problem, *, exact: bool = False, op: Callable = triton_linear) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the multi-adapter linear that returns y and the gradients of x, A and B."""
     _, weight, bias, _, _, scaling, segments, dropout, dy, slices = problem
     x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
 
-    def call():
-        options = dict(slices=slices, dropout=dropout, exact=exact)
-        y = linear(x, weight, bias, lora_a, lora_b, scaling, segments, **options)
+    def call() -> tuple[Tensor, ...]:
+        y = op(x, weight, bias, lora_a, lora_b, scaling, segments, slices=slices, dropout=dropout, exact=exact)
         return y, *torch.autograd.grad(y, leaves, dy)
 
     return call
 
 
-def forward_only(problem: Problem, *, backend: str | None = "triton") -> Callable[[], Tensor]:
+def forward_only(problem: Problem, *, op: Callable = triton_linear) -> Callable[[], Tensor]:
     """A call for inference that returns y, without gradients and without dropout."""
-    *tensors, segments, _, _, slices = problem
-    linear = triton_linear if backend == "triton" else multi_lora_linear
-    return torch.no_grad()(lambda: linear(*tensors, segments, slices=slices))
+    x, weight, bias, lora_a, lora_b, scaling, segments, _, _, slices = problem
+    return torch.no_grad()(lambda: op(x, weight, bias, lora_a, lora_b, scaling, segments, slices=slices))
 
 
 def base_alone(problem: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -155,6 +150,16 @@ def base_forward(problem: Problem) -> Callable[[], Tensor]:
     return lambda: torch.addmm(problem.bias, problem.x, problem.weight.t())
 
 
+def on_cpu(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The same problem on the CPU with its tensors in another dtype; scaling and dropout keep theirs."""
+    floats = {name: getattr(problem, name).cpu().to(dtype) for name in ("x", "weight", "bias", "lora_a", "lora_b", "dy")}
+    segments, masks = problem.segments, problem.dropout
+    segments = make_segments(segments.cu_seqlens.cpu(), segments.adapter.cpu(), segments.num_adapters)
+    if masks is not None:
+        masks = Dropout(masks.p.cpu(), masks.seed.cpu(), masks.row_key.cpu(), masks.site)
+    return problem._replace(**floats, scaling=problem.scaling.cpu(), segments=segments, dropout=masks)
+
+
 def check(linear: Linear, batch: Batch, rank: int, *, device: str, dtype: torch.dtype) -> None:
     """Check every timed form of the op at this linear, with at most 4 adapters and 1100 rows of each.
 
@@ -163,18 +168,7 @@ def check(linear: Linear, batch: Batch, rank: int, *, device: str, dtype: torch.
     """
     few = Batch(min(4, batch.adapters), min(batch.rows, 1100))
     problem = make_problem(linear, few, rank, device=device, dtype=dtype)
-    on_cpu = [t.detach().cpu() if isinstance(t, Tensor) else t for t in problem]
-    segments = make_segments(problem.segments.cu_seqlens.cpu(), problem.segments.adapter.cpu(), few.adapters)
-    masks = Dropout(*(t.cpu() if isinstance(t, Tensor) else t for t in problem.dropout))
-
-    def plain(dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, ...]:
-        """Plain torch's y and gradients; without dropout y alone, as in inference."""
-        x, weight, bias, lora_a, lora_b = (t.to(dtype) for t in on_cpu[:5])
-        leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
-        x, lora_a, lora_b = leaves
-        options = dict(slices=problem.slices, dropout=dropout)
-        y = reference.multi_lora_linear(x, weight, bias, lora_a, lora_b, problem.scaling.cpu(), segments, **options)
-        return (y.detach(),) if dropout is None else (y.detach(), *torch.autograd.grad(y, leaves, problem.dy.cpu().to(dtype)))
+    plain, exact = (on_cpu(problem, kind) for kind in (dtype, torch.float64))
 
     def compare(form: str, ours: tuple[Tensor, ...], same: tuple[Tensor, ...], fp64: tuple[Tensor, ...]) -> None:
         for name, *values in zip(("y", "dx", "dA", "dB"), ours, same, fp64, strict=False):
@@ -188,7 +182,8 @@ def check(linear: Linear, batch: Batch, rank: int, *, device: str, dtype: torch.
                 f"allowed {allowed[g] / size[g]:.1e}"
             )
 
-    same, fp64 = plain(dtype, masks), plain(torch.float64, masks)
-    for form, exact in (("chosen", False), ("exact", True)):
-        compare(form, forward_backward(problem, exact=exact)(), same, fp64)
-    compare("forward only", (forward_only(problem)(),), plain(dtype, None), plain(torch.float64, None))
+    same, fp64 = (forward_backward(side, op=reference.multi_lora_linear)() for side in (plain, exact))
+    compare("chosen", forward_backward(problem)(), same, fp64)
+    compare("exact", forward_backward(problem, exact=True)(), same, fp64)
+    same, fp64 = (forward_only(side, op=reference.multi_lora_linear)() for side in (plain, exact))
+    compare("forward only", (forward_only(problem)(),), (same,), (fp64,))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.baselines import PeftLinear
 from bench.cases import DROPOUT, Batch, Linear, Problem, forward_backward, forward_only, make_problem
+from kloss.kernels import multi_lora_linear
 
 CASES = {
     "52 adapters x 8 rows, 128 to 128, r=8": (Linear("attention output", 128, 128), Batch(52, 8), 8),
@@ -27,7 +28,7 @@ def problem_of(case: str, device: str, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def kloss_calls(problem: Problem) -> tuple[Callable, Callable]:
-    return forward_backward(problem, backend=None), forward_only(problem, backend=None)
+    return forward_backward(problem, op=multi_lora_linear), forward_only(problem, op=multi_lora_linear)
 
 
 def peft_calls(problem: Problem) -> tuple[Callable, Callable]:

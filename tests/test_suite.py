@@ -47,9 +47,10 @@ def test_what_the_targets_need_is_measured_first():
 def test_nothing_is_timed_after_a_failed_check(suite, monkeypatch, part, name):
     honest = cases.forward_backward
 
-    def wrong(problem, **more):
-        call = honest(problem, **more)
-        return lambda: tuple(1.01 * t if i == part else t for i, t in enumerate(call()))
+    def wrong(problem, **options):
+        call = honest(problem, **options)
+        is_reference = "op" in options
+        return call if is_reference else lambda: tuple(1.01 * t if i == part else t for i, t in enumerate(call()))
 
     monkeypatch.setattr(cases, "forward_backward", wrong)
     suite.section = "kernels"
@@ -85,9 +86,9 @@ def test_no_section_writes_a_row_of_an_op_that_failed_its_check(suite, monkeypat
 def test_one_adapter_that_is_wrong_fails_the_check(monkeypatch):
     honest = cases.forward_backward
 
-    def wrong(problem, exact=False):
+    def wrong(problem, exact=False, **options):
         def call():
-            results = honest(problem, exact=exact)()
+            results = honest(problem, exact=exact, **options)()
             results[0][4 if exact else 0 : 8 if exact else 0] += 1e-4
             return results
 
@@ -100,9 +101,12 @@ def test_one_adapter_that_is_wrong_fails_the_check(monkeypatch):
 
 def test_a_wrong_or_missing_value_in_inference_fails_the_check(monkeypatch):
     honest = cases.forward_only
-    monkeypatch.setattr(
-        cases, "forward_only", lambda problem: lambda: honest(problem)().index_fill(0, torch.tensor([5]), torch.nan)
-    )
+
+    def wrong(problem, **options):
+        rows = torch.tensor([] if "op" in options else [5], dtype=torch.long)
+        return lambda: honest(problem, **options)().index_fill(0, rows, torch.nan)
+
+    monkeypatch.setattr(cases, "forward_only", wrong)
     with pytest.raises(AssertionError, match="y at plain, r=4, forward only: adapter 1"):
         cases.check(PLAIN, BATCH, 4, device="cpu", dtype=torch.float32)
 
