@@ -98,6 +98,7 @@ class Problem(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Size of the large tensors."""
         return sum(t.numel() * t.element_size() for t in (self.x, self.dy, self.weight, self.lora_a, self.lora_b))
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.compiled [--arch 80 90 100] [--jobs N]
 
-Exit code 1 where a kernel spills on sm_90, asks for more shared memory than the chip has, or uses no tensor core although its
-operands have 16 bits. Roofline times are estimates: no kernel is faster, most are slower.
+The exit code is 1 if a kernel spills on sm_90, needs more shared memory than the chip has, or multiplies 16-bit operands without
+tensor cores. Roofline times are estimates: no kernel is faster, most are slower.
 
 The op's own launchers run on tensors without memory, their kernels replaced by recorders. So what is compiled is what would be
 launched, specialised as Triton's JIT specialises: divisibility by 16, integers equal to 1, None.

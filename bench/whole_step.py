@@ -2,11 +2,10 @@
 
     python -m bench.whole_step [--layers 4] [--adapters 52] [--rank 32] [--utterances 4] [--dtype bf16] ...
 
-Both sides do one step for every adapter: forward, loss, backward, clipping, AdamW; same weights, same sentences, same dropout
-probabilities. Ours is the trainer's step, packing included. peft runs a transformers model, SDPA attention, a batch per adapter
-padded beforehand to its longest sentence, gradients for the adapter alone, fused AdamW. Rounds alternate in one process and the
-ratio is the median over rounds. A row is appended to the results only after both sides gave the same losses and gradient norms
-without dropout.
+Both sides do one step for every adapter: forward, loss, backward, clipping, AdamW. Weights, sentences and dropout probabilities
+are the same. Ours is the trainer's step, packing included. peft runs a transformers model with SDPA attention and fused AdamW,
+on a batch per adapter, padded beforehand to its longest sentence. Rounds alternate in one process; the ratio is the median over
+rounds. A row is written only after both sides gave the same losses and gradient norms without dropout.
 """
 
 import argparse
@@ -75,8 +74,8 @@ class TrainingStep(NamedTuple):
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host."""
-        parts = [(self.sentences, index, g) for g, index in enumerate(self.batches)]
-        batch = pack(parts, len(parts), self.bank.param.device)
+        batches = [(self.sentences, index, g) for g, index in enumerate(self.batches)]
+        batch = pack(batches, len(batches), self.bank.param.device)
         loss, norms = train_step(self.model, self.bank, self.settings, [batch])
         return loss.cpu(), norms.cpu()
 

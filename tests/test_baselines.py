@@ -13,20 +13,20 @@ def test_grouped_mm_does_the_same_work(monkeypatch):
     problem = small_problem()
     problem = problem._replace(scaling=torch.tensor([0.5, 2.0]))
     y, dx, d_a, *d_b = baselines.grouped_mm(problem, p=0.0)()
-    wanted = cases.forward_backward(problem._replace(dropout=None))()
-    for got, right in zip((y, dx, d_a, torch.cat(d_b, 1)), wanted, strict=True):
+    ours = cases.forward_backward(problem._replace(dropout=None))()
+    for got, right in zip((y, dx, d_a, torch.cat(d_b, 1)), ours, strict=True):
         torch.testing.assert_close(got, right)
     keep = torch.rand_like(problem.x) > 0.5
     monkeypatch.setattr(torch, "native_dropout", lambda x, p, train: (x * keep / (1 - p), keep))
     y, dx, d_a, *d_b = baselines.grouped_mm(problem, p=0.5)()
     leaves = x, a, b = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
-    parts = []
+    outputs = []
     for g in range(2):
         rows = slice(4 * g, 4 * g + 4)
         s = (x * keep * 2)[rows] @ a[g].t() * problem.scaling[g]
         delta = torch.cat([s[:, :16] @ b[g, :16].t(), s[:, 16:] @ b[g, 16:].t()], 1)
-        parts.append(F.linear(x[rows], problem.weight, problem.bias) + delta)
-    plain = torch.cat(parts)
+        outputs.append(F.linear(x[rows], problem.weight, problem.bias) + delta)
+    plain = torch.cat(outputs)
     for got, right in zip(
         (y, dx, d_a, torch.cat(d_b, 1)), (plain, *torch.autograd.grad(plain, leaves, problem.dy)), strict=True
     ):  # fmt: skip
@@ -38,12 +38,12 @@ def test_peft_does_the_same_work():
     pytest.importorskip("peft")
     problem = small_problem(rank=4)
     theirs = baselines.PeftLinear(problem, p=0.0)
-    wanted = cases.forward_backward(problem._replace(dropout=None))()
+    ours = cases.forward_backward(problem._replace(dropout=None))()
     for g in range(2):
         outputs, (dx, *weights) = theirs.adapter(g)
         y, rows = torch.cat(outputs, 1), slice(4 * g, 4 * g + 4)
         got = y, dx, torch.cat(weights[:2]), torch.cat(weights[2:])
-        for mine, right in zip(got, (wanted[0][rows], wanted[1][rows], wanted[2][g], wanted[3][g]), strict=True):
+        for mine, right in zip(got, (ours[0][rows], ours[1][rows], ours[2][g], ours[3][g]), strict=True):
             torch.testing.assert_close(mine, right)
     mixed = torch.cat([part.flatten(0, 1) for part in theirs.mixed()], 1)
     torch.testing.assert_close(mixed, cases.forward_only(problem)())

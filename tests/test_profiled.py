@@ -183,11 +183,11 @@ def test_the_profiled_step_is_that_of_whole_step(suite, monkeypatch):
 
 
 def test_a_step_with_dropout_is_the_same_step_again():
-    one, two = toy_step(), toy_step()
+    first, second = toy_step(), toy_step()
     for _ in range(2):
-        (losses, norms), other = one.run(), two.run()
-        assert torch.equal(losses, other[0]) and torch.equal(norms, other[1])
-    assert torch.equal(one.bank.param, two.bank.param) and losses.shape == norms.shape == (3,)
+        (losses, norms), again = first.run(), second.run()
+        assert torch.equal(losses, again[0]) and torch.equal(norms, again[1])
+    assert torch.equal(first.bank.param, second.bank.param) and losses.shape == norms.shape == (3,)
 
 
 def test_a_wrong_step_fails_its_check(monkeypatch):
