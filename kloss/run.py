@@ -16,18 +16,19 @@ import torch
 from .cl.backbone import load_backbone, tiny_config
 from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
+from .cl.results import results
 from .cl.rundir import open_run
 from .cl.runner import cohorts_of, train_study
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study, plan
+from .cl.summary import summary_rows
 from .config import Config
 from .errors import UserError
 from .files import write_json
 from .models import AdapterBank
 from .presets import PRESETS
-from .report import summary_rows, write_report
-from .results import results
+from .report import write_report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS = 1200  # small additions that take what the host takes for a layer in a round: 4 ms where one takes 3.4 µs

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kloss.cl import metrics
+from kloss.cl import metrics, spans, statistics
 from kloss.errors import UserError
 
 SCORES = st.floats(0, 1, width=32)
@@ -154,19 +154,19 @@ def test_summary_of_a_diverged_run_is_all_none_at_its_end():
 
 def test_bootstrap_interval_is_the_normal_one_where_that_holds():
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    low, high = metrics.bootstrap_interval(values)
+    low, high = statistics.bootstrap_interval(values)
     half = 1.96 * values.std() / 20
     np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.02)
-    wide = metrics.bootstrap_interval(values, level=0.99)
+    wide = statistics.bootstrap_interval(values, level=0.99)
     assert wide[0] < low and wide[1] > high
-    assert metrics.bootstrap_interval(values) == (low, high) != metrics.bootstrap_interval(values, seed=1)
+    assert statistics.bootstrap_interval(values) == (low, high) != statistics.bootstrap_interval(values, seed=1)
 
 
 def test_bootstrap_interval_of_few_values():
-    assert all(math.isnan(v) for v in metrics.bootstrap_interval([0.5]) + metrics.bootstrap_interval([]))
-    assert metrics.bootstrap_interval([0.5, math.nan, 0.5]) == (0.5, 0.5)
+    assert all(math.isnan(v) for v in statistics.bootstrap_interval([0.5]) + statistics.bootstrap_interval([]))
+    assert statistics.bootstrap_interval([0.5, math.nan, 0.5]) == (0.5, 0.5)
     with pytest.raises(UserError, match="between 0 and 1, not 95"):
-        metrics.bootstrap_interval([1, 2], level=95)
+        statistics.bootstrap_interval([1, 2], level=95)
 
 
 @settings(deadline=None, max_examples=30)
@@ -178,7 +178,7 @@ def test_exact_permutation_test_counts_every_split(a, b):
         rest = [pool[i] for i in range(len(pool)) if i not in chosen]
         splits.append(abs(sum(pool[i] for i in chosen) / n - sum(rest) / len(rest)))
     observed = sum(a) / n - sum(b) / len(b)
-    result = metrics.permutation_test(a, b)
+    result = statistics.permutation_test(a, b)
     close(result.difference, observed)
     close(result.p_value, sum(s >= abs(observed) - 1e-9 for s in splits) / len(splits))
 
@@ -186,21 +186,23 @@ def test_exact_permutation_test_counts_every_split(a, b):
 def test_sampled_permutation_test_agrees_with_the_exact_one():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, 8), rng.normal(0.8, 1, 7)
-    exact = metrics.permutation_test(a, b).p_value
-    sampled = metrics.permutation_test(a, b, samples=5000).p_value
+    exact = statistics.permutation_test(a, b).p_value
+    sampled = statistics.permutation_test(a, b, samples=5000).p_value
     assert 0.01 < exact < 0.9 and abs(exact - sampled) < 0.02 and exact != sampled
-    far = metrics.permutation_test(np.arange(20), np.arange(100, 120), samples=999)
+    far = statistics.permutation_test(np.arange(20), np.arange(100, 120), samples=999)
     assert far.p_value == 1 / 1000  # never 0: the observed split is one of them
 
 
 def test_permutation_test_of_an_empty_group_is_not_measured():
-    assert all(math.isnan(v) for v in metrics.permutation_test([1, 2], [math.nan]))
+    assert all(math.isnan(v) for v in statistics.permutation_test([1, 2], [math.nan]))
 
 
 def test_label_layout_refuses_what_is_not_bio():
     with pytest.raises(UserError, match="'E-date' is not a BIO label"):
-        metrics.label_layout(("O", "B-date", "E-date"))
+        spans.label_layout(("O", "B-date", "E-date"))
 
 
-def test_doctests():
-    assert doctest.testmod(metrics) == (0, doctest.testmod(metrics).attempted)
+@pytest.mark.parametrize("module", [metrics, spans, statistics])
+def test_doctests(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kloss.cl.metrics import f1_from_counts, label_layout, span_f1
+from kloss.cl.metrics import span_f1
+from kloss.cl.spans import f1_from_counts, label_layout
 from kloss.errors import UserError
 from kloss.kernels import reference, span_counts
 

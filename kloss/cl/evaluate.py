@@ -8,8 +8,8 @@ import torch
 from ..kernels import span_counts
 from ..models import Rows, XLMRForTokenClassification
 from .corpus import Corpus
-from .metrics import label_layout
 from .packing import pack
+from .spans import label_layout
 
 
 @torch.no_grad()

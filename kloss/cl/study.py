@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
 from .learner import Learner
-from .metrics import f1_from_counts
+from .spans import f1_from_counts
 from .strategies import STRATEGIES, Layout
 
 Scores = Mapping[int, Mapping[str, Sequence[int]]]

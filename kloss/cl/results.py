@@ -1,16 +1,15 @@
 """scores.json: the score matrix and the metrics of every trial, what they were measured on, and what was our choice."""
 
-import math
+from ..config import Config
+from ..models import XLMRConfig
+from .corpus import Corpus
+from .metrics import summarise
+from .runner import Outcome
+from .stream import Stream
+from .study import Study
+from .summary import summary_rows
 
-from .cl.corpus import Corpus
-from .cl.metrics import summarise
-from .cl.runner import Outcome
-from .cl.stream import Stream
-from .cl.study import Study
-from .config import Config
-from .models import XLMRConfig
-from .report import summary_rows
-
+TRIAL = ("strategy", "label", "rank", "lr", "order", "order_name", "seed", "groups")  # copied from a trial
 CHOICES = (
     "AdamW with β 0.9 and 0.999, decoupled weight decay, each learner's gradient norm clipped, a constant rate behind a short "
     "linear warm-up, and one optimiser state through a learner's whole sequence.",
@@ -29,26 +28,19 @@ CHOICES = (
 
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
-    """The JSON-ready contents of scores.json. parameters: of the backbone."""
+    """The contents of scores.json, JSON-ready. parameters: number of the backbone's parameters."""
     runs = []
     for trial in study.trials:
         matrix = trial.matrix(outcome.scores)
         reasons = [f"{study.learners[g].name} {outcome.failed[g]}" for g in trial.learners if outcome.failed[g]]
         runs.append(
             {
-                "strategy": trial.strategy,
-                "label": trial.label,
-                "rank": trial.rank,
-                "lr": trial.lr,
-                "order": trial.order,
-                "order_name": trial.order_name,
-                "seed": trial.seed,
-                "groups": trial.groups,
+                **{name: getattr(trial, name) for name in TRIAL},
                 "trainable_parameters": sum(outcome.weights[g] for g in trial.learners),
                 "steps": sum(Stream.of(corpus, study.learners[g]).steps() for g in trial.learners),
                 "diverged": "; ".join(reasons) or None,
                 "R": matrix,
-                "metrics": summarise([[math.nan if f1 is None else f1 for f1 in row] for row in matrix]),
+                "metrics": summarise(matrix),
             }
         )
     return {

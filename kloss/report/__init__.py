@@ -1,0 +1,75 @@
+"""report.html of a run folder: one file that opens offline."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..cl.metrics import is_sequential
+from ..cl.summary import by_label, summary_rows
+from ..errors import UserError
+from ..files import read_json, write_text
+from . import sections
+from .sections import Log
+
+
+def write_report(run_folder: Path | str) -> Path:
+    """Write report.html of a run folder and return its path.
+
+    Reads scores.json and, if they are there, config.json, env.json and log.jsonl.
+    Raises UserError for a folder without scores.json, an unreadable file or another format.
+    """
+    folder = Path(run_folder)
+    scores = read_json(folder / "scores.json")
+    if scores.get("format") != 1:
+        raise UserError(f"{folder / 'scores.json'} has format {scores.get('format')!r}; only format 1 is known")
+    config, env = (read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / "env.json"))
+    write_text(folder / "report.html", render(scores, config, env, _read_log(folder / "log.jsonl")))
+    return folder / "report.html"
+
+
+def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[str, Any], log: Log) -> str:
+    """The page.
+
+    scores, config, env: contents of scores.json, config.json and env.json.
+    log: phase -> its entries in log.jsonl.
+    """
+    strategies, rows = by_label(scores["runs"]), summary_rows(scores)
+    sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
+    headline = sections.headline(rows)
+    loader = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return templates.get_template("page.html.j2").render(
+        scores=scores,
+        env=env,
+        count=sections.count,
+        counted=sections.counted,
+        headline=headline,
+        results=sections.results(rows, strategies),
+        paper=sections.beside_the_paper(scores, rows),
+        sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
+        heat_maps=sections.heat_maps(sequential) if sequential else [],
+        languages=sections.languages(scores["corpus"], sequential, headline["losses"][0][0]) if headline["losses"] else None,
+        training=sections.training(log) if log else None,
+        setting=sections.setting(scores.get("choices", []), config, env),
+    )
+
+
+def _read_log(path: Path) -> Log:
+    """Phase -> its entries in log.jsonl, if it exists. A last line without its end, left by a killed run, is skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    phases: dict[str, list[dict[str, Any]]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}:{number} holds JSON of type {type(entry).__name__}, an object is needed")
+        phases.setdefault(str(entry.get("phase", "")), []).append(entry)
+    return phases

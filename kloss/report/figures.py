@@ -1,0 +1,182 @@
+"""The report's figures, as inline <svg> in the colours and the font of the page.
+
+matplotlib draws text as text. Placeholder colours become CSS variables, so a figure fits light and dark pages.
+All palettes are safe for colour-blind readers: Okabe & Ito (2008) for series, viridis for heat maps.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from ..cl.statistics import Floats
+from ..cl.summary import mean, script, spaced
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SERIES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+DASHES = ("", "6 2", "2 2", "8 2 2 2")
+DOTTED = "1 2"
+INK, MUTED, RULE = "#000001", "#000002", "#000003"  # placeholders: nothing else has these colours
+FULL, HALF = 10.6, 5.1  # inches: width of one figure in a row, and of each of two
+
+WRITING = (  # kind of writing, colour, scripts
+    ("Latin", "#0072B2", "Latin"),
+    ("other alphabets", "#56B4E9", "Cyrillic Greek Armenian Georgian Hangul"),
+    ("consonant alphabets", "#009E73", "Arabic Hebrew"),
+    ("syllable alphabets", "#E69F00", "Ethiopic Bengali Devanagari Kannada Malayalam Tamil Telugu Thai Khmer Myanmar"),
+    ("Chinese and Japanese", "#D55E00", "Han Japanese"),
+    ("unknown", "#8A8A8A", "unknown"),
+)
+
+Look = tuple[str, str]  # colour, dash
+
+
+def look(n: int) -> Look:
+    """Look of the n-th series: all colours solid, then all dashed."""
+    return SERIES[n % len(SERIES)], DASHES[n // len(SERIES) % len(DASHES)]
+
+
+def colour_of(locale: str) -> str:
+    """Colour of the kind of writing."""
+    return next((colour for _, colour, scripts in WRITING if script(locale) in scripts.split()), WRITING[-1][1])
+
+
+class Line(NamedTuple):
+    """One series: y [n] at x [n], with a band low..high [n] if given."""
+
+    look: Look
+    x: Floats
+    y: Floats
+    low: Floats | None = None
+    high: Floats | None = None
+
+
+class Panel(NamedTuple):
+    """A figure with its caption. wide: it fills a row. warning: in red behind the caption."""
+
+    caption: str
+    svg: Markup
+    wide: bool
+    warning: str
+
+
+def _figure(
+    width: float, height: float, *, left: float = 0.62, right: float = 0.08, top: float = 0.08, bottom: float = 0.68
+) -> "tuple[Figure, Axes]":
+    """A figure with one axes; all in inches. A layout engine would take longer than the drawing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _panel(caption: str, figure: "Figure", warning: str = "") -> Panel:
+    """The figure as inline <svg>, without a fixed size and without ids that nothing refers to."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    start, body = buffer.getvalue().partition("<svg")[2].split(">", 1)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    used = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", body))
+    body = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", body)
+    body = re.sub(r'font: (?:\w+ )?([\d.]+)px [^;"]*', r"font-size: \1px", body)
+    for placeholder, name in ((INK, "ink"), (MUTED, "muted"), (RULE, "rule")):
+        body = body.replace(placeholder, f"var(--{name})")
+    view = start.partition('viewBox="')[2].partition('"')[0]
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="{}" role="img" aria-label="{}">').format(view, caption)
+    return Panel(caption, head + Markup(body), figure.get_figwidth() == FULL, warning)
+
+
+def heat_map(caption: str, R: Floats, order: Sequence[str], largest: float, warning: str = "") -> Panel:
+    """Score matrix of one strategy. NaN stays blank; a white line parts learned languages from others.
+
+    R: [T+1, T], rows are steps, columns languages.
+    largest: top of the colour scale, common to all strategies.
+    """
+    T = len(order)
+    small = T <= 14
+    size = 8 if small else 7.5 if T <= 30 else 6.6
+    height = 0.66 + (T + 1) * (0.27 if small else 0.135)
+    figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.55, top=0.6, bottom=0.06)
+    image = axes.imshow(R, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="none")
+    axes.spines[:].set_visible(False)
+    stairs = np.repeat(np.arange(T + 1), 2)
+    axes.plot(stairs[1:] - 0.5, stairs[:-1] + 0.5, color="white", linewidth=1.6)
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(T), order, fontsize=size, rotation=0 if T <= 6 else 90)
+    axes.set_yticks(range(T + 1), ["before", *order], fontsize=size)
+    axes.set_ylabel("after training on", color=MUTED, fontsize=8)
+    box, inch = axes.get_position(), 1 / figure.get_figwidth()
+    bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.12 * inch, box.y0, 0.13 * inch, box.height)))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=MUTED, labelsize=7, length=0)
+    if T <= 12:
+        for (i, j), f1 in np.ndenumerate(R):
+            if not np.isnan(f1):
+                colour = "white" if f1 < 0.6 * largest else "black"
+                axes.text(j, i, f"{f1:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=colour)
+    return _panel(caption, figure, warning)
+
+
+def lines(caption: str, series: Iterable[Line], xlabel: str, ylabel: str, names: Sequence[str] = (), zero: bool = False) -> Panel:
+    """Line chart over steps or hops.
+
+    names: of the positions 1..n on the x axis; empty: numbers.
+    zero: draw the line of no change.
+    """
+    bottom = 0.42 if len(names) <= 6 else 0.68
+    figure, axes = _figure(FULL if len(names) > 16 else HALF, 2.5 + bottom, bottom=bottom)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.spines["left"].set_visible(False)
+    if zero:
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+    for (colour, dash), x, y, low, high in series:
+        style = (0, [float(length) for length in dash.split()]) if dash else "-"
+        marker = "o" if np.count_nonzero(~np.isnan(y)) <= 14 else None
+        if low is not None and high is not None:
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=3.5)
+    if names:
+        size, rotation = 7 if len(names) > 30 else 8, 0 if len(names) <= 6 else 90
+        axes.set_xticks(range(1, len(names) + 1), names, fontsize=size, rotation=rotation)
+    elif xlabel != "step":
+        axes.locator_params(axis="x", integer=True)
+    axes.margins(x=0.015)
+    axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    return _panel(caption, figure)
+
+
+def bars(caption: str, values: Mapping[str, Sequence[float]], ylabel: str) -> Panel:
+    """Mean per locale as bars, range over runs as thin lines. * marks languages without spaces.
+
+    values: locale -> one value per run. A locale that was not measured has no bar.
+    """
+    means = {locale: mean(runs) for locale, runs in values.items()}
+    locales = sorted((locale for locale in means if not np.isnan(means[locale])), key=means.__getitem__)
+    n = len(locales)
+    figure, axes = _figure(FULL if n > 14 else HALF, 2.9, bottom=0.56)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.bar(range(n), [means[m] for m in locales], color=[colour_of(m) for m in locales], width=0.76)
+    low, high = ([float(extreme(values[m])) for m in locales] for extreme in (np.nanmin, np.nanmax))
+    axes.vlines(range(n), low, high, color=INK, linewidth=0.9)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    ticks = [m if spaced(m) else f"{m} *" for m in locales]
+    axes.set_xticks(range(n), ticks, fontsize=7 if n > 30 else 8, rotation=0 if n <= 6 else 90)
+    axes.margins(x=0.01)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    return _panel(caption, figure)
