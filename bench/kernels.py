@@ -62,17 +62,12 @@ def kernel_plan(
     batches: Sequence[Batch], ranks: Sequence[int], linears: Sequence[Linear]
 ) -> Iterator[tuple[Linear, Batch, int, tuple[str, ...]]]:
     """What the kernels section measures, in order, a target's needs first: linear, batch, rank, forms."""
-    first = [rank for rank in ranks if rank in BOUNDS]
-    for rank, linear in product(first, linears):
-        yield linear, cases.STUDY, rank, tuple(FORMS)
-    even = [batch for batch in batches if comparable(batch) and batch != cases.STUDY]
-    for batch, linear in product(even, linears):
-        yield linear, batch, FLAT_RANK, ("chosen",)
-    for rank, linear in product([rank for rank in ranks if rank not in first], linears):
-        yield linear, cases.STUDY, rank, tuple(FORMS)
-    for batch in batches:
-        if not comparable(batch):
-            yield linears[0], batch, FLAT_RANK, tuple(FORMS)
+    shapes = [(cases.STUDY, rank) for rank in ranks if rank in BOUNDS]
+    shapes += [(batch, FLAT_RANK) for batch in batches if comparable(batch) and batch != cases.STUDY]
+    shapes += [(cases.STUDY, rank) for rank in ranks if rank not in BOUNDS]
+    for (batch, rank), linear in product(shapes, linears):
+        yield linear, batch, rank, tuple(FORMS) if batch == cases.STUDY else ("chosen",)
+    yield from ((linears[0], batch, FLAT_RANK, tuple(FORMS)) for batch in batches if not comparable(batch))
 
 
 class Suite:
