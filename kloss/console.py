@@ -1,4 +1,4 @@
-"""What a person sees in a terminal or log: progress with time left, the plan, the table at the end, one line for a mistake."""
+"""What a terminal or log shows: progress with time left, the plan, the table of results, one line for a mistake."""
 
 import math
 import time
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import rich.console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 EVERY = 30  # seconds between the lines of a log
 
 
 class Bar:
-    """Shows (done, total, text); a total that is not known is 0. A new total or kind of text starts a new line."""
+    """Progress bars, one for each kind of work. The kind is the text before its first comma; a total of 0 means unknown."""
 
     def __init__(self, progress: Progress):
-        self.progress, self.task, self.kind = progress, None, None
+        self.progress, self.task, self.kind = progress, TaskID(-1), ("", 0)
 
     def __call__(self, done: int, total: int, text: str) -> None:
         kind = (text.split(",")[0], total)
         if kind != self.kind:
-            if self.task is not None:
+            if self.task >= 0:
                 self.progress.update(self.task, total=1, completed=1)
             self.task, self.kind = self.progress.add_task(escape(text), total=total or None), kind
         self.progress.update(self.task, completed=done, description=escape(text))
@@ -33,31 +33,32 @@ class Bar:
 
 
 class Lines:
-    """Takes what `Bar` takes, where there is no terminal: plain lines, one every 30 s and one at the end of a kind of work."""
+    """The same calls as `Bar`, without a terminal: a line every 30 s and one at the end of each kind of work."""
 
     def __init__(self, console: rich.console.Console, clock: Callable[[], float] = time.monotonic):
         self.console, self.clock = console, clock
-        self.kind, self.done, self.total, self.text, self.ended = None, 0, 0, "", True
+        self.kind, self.done, self.total, self.text, self.ended = "", 0, 0, "", True
+        self.started = self.printed = clock()
 
     def __call__(self, done: int, total: int, text: str) -> None:
         kind, now = text.split(",")[0], self.clock()
-        other_total = total != self.total and self.done > 0  # a total may become known, or unknown, before anything is done
+        other_total = total != self.total and self.done > 0  # before any work is done, a total may become known or unknown
         if kind != self.kind or other_total or done < self.done:
             self.end()
             self.kind, self.ended = kind, False
             self.started = self.printed = now
-            self.passed = done  # as last printed; above 0 at the start where a stopped run goes on
+            self.passed = done  # as last printed; above 0 at first if a stopped run continues
         self.done, self.total, self.text = done, total, text
         if total and done >= total:
             self.end()
         elif now - self.printed >= EVERY:
-            # By the rate since the last line: the last learner alone is slower than fifty together were.
+            # Use the rate since the last line: the last learner alone is slower than fifty learners in one pass.
             left = (now - self.printed) * (total - done) / (done - self.passed) if total and done > self.passed else None
             self.printed, self.passed = now, done
             self._print(now, left)
 
     def end(self) -> None:
-        """Says how far the present kind of work came and how long it took, unless that is said already."""
+        """Print how far the current kind of work came and how long it took, once."""
         if not self.ended:
             self.ended = True
             self._print(self.clock(), None)
@@ -66,23 +67,23 @@ class Lines:
         self.console.out(text, highlight=False)
 
     def _print(self, now: float, left: float | None) -> None:
-        parts = [_duration(now - self.started)]
+        details = [_duration(now - self.started)]
         if self.done:
-            parts.insert(0, f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}")
+            details.insert(0, f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}")
         if left is not None:
-            parts.append(f"{_duration(left)} left")
-        self.say(f"{self.text}: {', '.join(parts)}")
+            details.append(f"{_duration(left)} left")
+        self.say(f"{self.text}: {', '.join(details)}")
 
 
 class Console:
-    """The terminal, or a plain log where there is none."""
+    """The terminal, or a plain log if there is none."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.out, self.err = rich.console.Console(), rich.console.Console(stderr=True)
 
     @contextmanager
     def progress(self) -> Iterator[Bar | Lines]:
-        """A progress display, live while the block runs; in a log, lines."""
+        """Show progress while the block runs: live bars in a terminal, lines in a log."""
         if not (self.out.is_interactive or self.out.is_jupyter):
             lines = Lines(self.out)
             try:
@@ -90,24 +91,19 @@ class Console:
             finally:
                 lines.end()
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=self.out, refresh_per_second=4) as progress:
             yield Bar(progress)
 
     def plan(self, lines: Sequence[tuple[str, str]]) -> None:
+        """Print (heading, text) lines as a table."""
         table = Table(show_header=False, box=None)
-        for name, text in lines:
-            table.add_row(f"[bold]{name}", escape(text))
+        for heading, text in lines:
+            table.add_row(f"[bold]{heading}", escape(text))
         self.out.print(table)
 
-    def results(self, rows: Sequence[dict], report: Path) -> None:
-        """The strategies' means with 95 % intervals over orders and seeds, and where the report is."""
+    def summary(self, rows: Sequence[dict], report: Path) -> None:
+        """Print each strategy's means with 95 % intervals over orders and seeds, and the report's path."""
         table = Table(title="F1 in points, CFT and CBT as differences; 95 % intervals over orders and seeds")
         for name in ("strategy", "runs", "F1", "CFT", "CBT", "weights trained"):
             table.add_column(name, justify="left" if name == "strategy" else "right")

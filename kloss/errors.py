@@ -1,5 +1,5 @@
-"""The one exception that means: the person who called made a mistake, and one line can say which."""
+"""The exception for a user's mistake that one line can explain."""
 
 
 class UserError(ValueError):
-    """Bad input from outside: says what was given, what is allowed and where; the command line prints it and exits with 2."""
+    """Bad input: says what was given, what is allowed and where. The command line prints it and exits with status 2."""

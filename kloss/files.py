@@ -1,45 +1,74 @@
-"""Files that are either whole or not there: written beside their place, flushed, then renamed over it."""
+"""Files and folders that are either whole or absent: written under a temporary name, flushed, then renamed."""
 
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 
+if TYPE_CHECKING:  # torch takes seconds to import, and a report does without it
+    from torch import Tensor
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary path), then renames that file to path. Whatever goes wrong, what was at path stays as it was.
 
+@contextlib.contextmanager
+def written(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write at, renamed to `path` after the block. If anything fails, `path` stays as it was.
+
+    A file replaces an older one. With `folder`, the temporary path is a new folder, and the first of several processes wins.
     Raises UserError where the file system refuses (full disk, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if folder:
+            temporary = temporary_folder(path.parent)
+        yield temporary
+        for file in temporary.rglob("*") if folder else (temporary,):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not folder or not path.is_dir():
+                raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there is unchanged") from error
     finally:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def temporary_folder(parent: Path) -> Path:
+    """Make a temporary folder in `parent`; remove those that killed processes left there more than a day ago."""
+    for leftover in parent.glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime > 86400:
+                shutil.rmtree(leftover)
+    return Path(tempfile.mkdtemp(dir=parent, prefix=".tmp-"))
+
+
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for UTF-8 text."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text atomically."""
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """`write_atomically` for JSON; NaN is refused, since it is not JSON."""
+    """Write JSON atomically. Raises ValueError for NaN, which JSON lacks."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError where it is missing, unreadable or not JSON."""
+    """Read a JSON object. Raises UserError for a file that is missing, unreadable or not JSON."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,22 +80,20 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """`write_atomically` for a safetensors file; tensors are made contiguous first."""
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    def write(temporary: Path) -> None:
+    with written(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
-    write_atomically(path, write)
 
-
-def read_tensors(path: Path) -> dict:
-    """All tensors of a safetensors file. Raises UserError for one that is missing, cut short or damaged."""
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Read all tensors of a safetensors file. Raises UserError for one that is missing, cut short or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

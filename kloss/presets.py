@@ -11,12 +11,12 @@ DEMO_LANGUAGES = ("en-US", "de-DE", "es-ES", "ru-RU", "ar-SA", "hi-IN", "ja-JP",
 
 
 def demo() -> Config:
-    """Ten synthetic languages in a few minutes of two CPU cores: does one shared adapter forget what one of its own keeps?"""
+    """Ten synthetic languages, a few minutes on two CPU cores: does a shared adapter forget what separate ones keep?"""
     return Config(languages=DEMO_LANGUAGES, limit=150, eval_limit=50, seeds=3)
 
 
 def paper() -> Config:
-    """The study's main table: XLM-R base, 52 locales, every strategy. What the paper leaves open is our choice (see report)."""
+    """The paper's main table: XLM-R base, 52 locales, every strategy. The report lists our choices where the paper has none."""
     return Config(
         data="AmazonScience/massive",
         backbone="xlm-roberta-base",
@@ -37,7 +37,7 @@ def paper() -> Config:
 
 
 def first_five() -> Config:
-    """STUDY's baseline: SHARED r=64 on the first five languages of Order 1, CBT after each step."""
+    """The paper's SHARED r=64 on the first five languages of Order 1, with CBT after each step."""
     five = random_order(LOCALES, seed=0, number=1)[:5]
     return replace(paper(), languages=five, order=five, strategies=("shared",), rank=(64,), orders=1, preset="first-five")
 

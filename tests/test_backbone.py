@@ -7,6 +7,7 @@ import pytest
 
 from kloss.cl.backbone import tiny_backbone, tiny_config
 from kloss.cl.corpus import Sentences
+from kloss.config import Config
 from kloss.models import XLMRForTokenClassification
 
 PAIRS = 24  # token i stands beside token 2 PAIRS + i and no other; those in between stand nowhere
@@ -25,6 +26,10 @@ def corpus_of(sentences: int, paired: bool):
     )  # fmt: skip
 
 
+def settings(folder, layers, hidden, steps, batch):
+    return Config(tiny_layers=layers, tiny_hidden=hidden, pretrain_steps=steps, pretrain_batch=batch, cache=str(folder))
+
+
 @pytest.fixture
 def corpus():
     return corpus_of(400, paired=True)
@@ -35,18 +40,20 @@ def test_warm_up_learns_what_stands_beside_what_and_sees_no_hidden_token(tmp_pat
     """Who knows only how frequent a token is, and on which side it stands, has a loss of log 24 = 3.2."""
     told = []
     corpus = corpus_of(4000, paired)
-    tiny_backbone(corpus, 1, 64, 300, 64, 0, str(tmp_path), lambda done, total, text: told.append(float(text.split()[-1])))
+    config = settings(tmp_path, 1, 64, 300, 64)
+    tiny_backbone(config, corpus, lambda done, total, text: told.append(float(text.split()[-1])))
     assert least < np.mean(told[-20:]) < most
 
 
 def test_a_step_that_predicts_no_token_has_no_loss(corpus, tmp_path):
     told = []
-    tiny_backbone(corpus, 1, 32, 10, 1, 0, str(tmp_path), lambda done, total, text: told.append(float(text.split()[-1])))
+    config = settings(tmp_path, 1, 32, 10, 1)
+    tiny_backbone(config, corpus, lambda done, total, text: told.append(float(text.split()[-1])))
     assert 0.0 in told and np.isfinite(told).all()
 
 
 def test_tokens_that_the_text_never_uses_stay_as_drawn(corpus, tmp_path):
-    folders = [tiny_backbone(corpus, 1, 32, steps, 8, 0, str(tmp_path), lambda *told: None) for steps in (0, 5)]
+    folders = [tiny_backbone(settings(tmp_path, 1, 32, steps, 8), corpus, lambda *told: None) for steps in (0, 5)]
     drawn, warmed = (XLMRForTokenClassification.from_pretrained(folder).word_embeddings.weight for folder in folders)
     moved = (drawn != warmed).any(1)
     assert not moved[FIRST + PAIRS : FIRST + 2 * PAIRS].any()
@@ -55,5 +62,5 @@ def test_tokens_that_the_text_never_uses_stay_as_drawn(corpus, tmp_path):
 
 def test_a_narrow_backbone_hears_its_context_as_the_base_model_does(corpus):
     """Weights of deviation s send a vector of unit entries to entries of s √width."""
-    spread = {hidden: tiny_config(corpus, 1, hidden).initializer_range * hidden**0.5 for hidden in (32, 128, 768)}
+    spread = {n: tiny_config(Config(tiny_hidden=n), corpus).initializer_range * n**0.5 for n in (32, 128, 768)}
     assert spread[32] == pytest.approx(spread[768]) == pytest.approx(spread[128]) == pytest.approx(0.02 * 768**0.5)

@@ -98,18 +98,8 @@ def test_parse_by_character_loses_nothing(chunks, locale):
     [
         ("en-US", "at [time : 10:30 pm]", ["at", "10:30", "pm"], ["O", "B-time", "I-time"]),
         ("en-US", "[date:friday][time:nine]", ["friday", "nine"], ["B-date", "B-time"]),
-        (
-            "ja-JP",
-            "[radio_name : abc fm局] を",
-            ["abc", "fm", "局", "を"],
-            ["B-radio_name", *["I-radio_name"] * 2, "O"],
-        ),
-        (
-            "zh-CN",
-            "放 [artist_name : 周杰倫]",
-            list("放周杰倫"),
-            ["O", "B-artist_name", *["I-artist_name"] * 2],
-        ),
+        ("ja-JP", "[radio_name : abc fm局] を", ["abc", "fm", "局", "を"], ["B-radio_name", *["I-radio_name"] * 2, "O"]),
+        ("zh-CN", "放 [artist_name : 周杰倫]", list("放周杰倫"), ["O", "B-artist_name", *["I-artist_name"] * 2]),
         ("th-TH", "เล่า มุก [joke_type : ตลก]", ["เล่า", "มุก", "ตลก"], ["O", "O", "B-joke_type"]),
     ],
 )
@@ -118,17 +108,7 @@ def test_parse_examples(locale, text, words, labels):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "a [time : b",
-        "a ] b",
-        "[time : a [date : b]]",
-        "[ : a]",
-        "[time a]",
-        "[time : ]",
-        "[the time : a]",
-        "[]",
-    ],
+    "text", ["a [time : b", "a ] b", "[time : a [date : b]]", "[ : a]", "[time a]", "[time : ]", "[the time : a]", "[]"]
 )
 def test_malformed_annotation_names_file_and_line(tmp_path, text):
     rows = [*records(), {"id": "9", "locale": "en-US", "partition": "train", "utt": "a b", "annot_utt": text}]
@@ -245,13 +225,7 @@ def test_limits_and_fingerprint(data, tokenizer, tmp_path):
                     mine = getattr(b, name)[b.offsets[i] : b.offsets[i + 1]]
                     assert np.array_equal(mine, getattr(a, name)[a.offsets[j] : a.offsets[j + 1]])
     assert len(list(tmp_path.glob("corpus-*"))) == 1
-    turned = (
-        {"locales": reversed(SMALL)},
-        {"locales": SMALL[:2]},
-        {"max_length": 20},
-        {"limit": 7},
-        {"eval_limit": 7},
-    )
+    turned = ({"locales": reversed(SMALL)}, {"locales": SMALL[:2]}, {"max_length": 20}, {"limit": 7}, {"eval_limit": 7})
     prints = [load(**options).fingerprint for options in ({}, *turned)]
     assert len(set(prints)) == len(prints) and load().fingerprint == prints[0]
     assert load(limit=1000).sentences("en-US", "train").offsets[-1] == whole.sentences("en-US", "train").offsets[-1]
@@ -278,10 +252,7 @@ def same(a, b):
 @pytest.mark.parametrize(("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz")])
 def test_archives(data, tokenizer, tmp_path, name, mode):
     path = archive(data, tmp_path / name, mode)
-    same(
-        load_corpus(path, tokenizer=tokenizer, cache=tmp_path),
-        load_corpus(data, tokenizer=tokenizer, cache=tmp_path),
-    )
+    same(load_corpus(path, tokenizer=tokenizer, cache=tmp_path), load_corpus(data, tokenizer=tokenizer, cache=tmp_path))
 
 
 @pytest.mark.parametrize("sub", ["data", "jsonl"])
@@ -332,7 +303,7 @@ def test_synthetic_and_its_tokenizer(tmp_path):
 
 def test_second_load_tokenises_nothing(data, tokenizer, tmp_path, monkeypatch):
     calls = []
-    first = load_corpus(data, tokenizer=tokenizer, cache=tmp_path, report=lambda *call: calls.append(call))
+    first = load_corpus(data, tokenizer=tokenizer, cache=tmp_path, progress=lambda *call: calls.append(call))
     assert {text for _, _, text in calls} >= {"tokenising words", "putting sentences together"}
     monkeypatch.setattr(corpus_module, "_build", None)
     same(first, load_corpus(data, tokenizer=tokenizer, cache=tmp_path))
@@ -369,8 +340,8 @@ def build(data, tokenizer, cache, signals, pause):
     written = corpus_module.written
 
     @contextlib.contextmanager
-    def wait(final):
-        with written(final) as temporary:
+    def wait(*arguments, **options):
+        with written(*arguments, **options) as temporary:
             yield temporary
             signals[0].set()
             assert signals[1].wait(60)
@@ -467,13 +438,7 @@ def test_massive_equals_transformers(tmp_path):
     folder, locales = shared_folder(), ("my-MM", "en-US", "zh-TW", "km-KH", "ur-PK")
     path, tokenizer = folder / "massive" / "massive-1.1-compact.tar.xz", folder / "xlmr-tokenizer"
     corpus = load_corpus(path, tokenizer=tokenizer, locales=locales, cache=tmp_path, limit=300, eval_limit=100)
-    assert (corpus.vocab_size, corpus.bos_id, corpus.pad_id, corpus.eos_id, corpus.unk_id) == (
-        250002,
-        0,
-        1,
-        2,
-        3,
-    )
+    assert (corpus.vocab_size, corpus.bos_id, corpus.pad_id, corpus.eos_id, corpus.unk_id) == (250002, 0, 1, 2, 3)
     found, rows = {}, []
     for place, record in massive.open_source(path, locales).read():
         locale, partition, _, _ = massive.utterance(place, record)

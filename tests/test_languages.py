@@ -29,16 +29,8 @@ def test_unspaced():
 
 
 def test_groups():
-    assert groups(["ru-RU", "mn-MN", "pl-PL"], "script") == {
-        "ru-RU": "Cyrillic",
-        "mn-MN": "Cyrillic",
-        "pl-PL": "Latin",
-    }
-    assert groups(["ru-RU", "mn-MN", "pl-PL"], "family") == {
-        "ru-RU": "Slavic",
-        "mn-MN": "Mongolic",
-        "pl-PL": "Slavic",
-    }
+    assert groups(["ru-RU", "mn-MN", "pl-PL"], "script") == {"ru-RU": "Cyrillic", "mn-MN": "Cyrillic", "pl-PL": "Latin"}
+    assert groups(["ru-RU", "mn-MN", "pl-PL"], "family") == {"ru-RU": "Slavic", "mn-MN": "Mongolic", "pl-PL": "Slavic"}
     assert groups(["de-DE"], {"de-DE": "a", "en-US": "b"}) == {"de-DE": "a"}
     families = Counter(groups(LOCALES, "family").values())
     assert families["Germanic"] == 8 and families["Romance"] == 6 and families["Dravidian"] == 4
@@ -59,8 +51,7 @@ def test_groups_refuse(locales, by, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
-    [("en_us", "en-US"), ("de", "de-DE"), ("german", "de-DE"), ("zh-HK", "zh-CN"), ("jp-JP", "ja-JP")],
+    ("name", "near"), [("en_us", "en-US"), ("de", "de-DE"), ("german", "de-DE"), ("zh-HK", "zh-CN"), ("jp-JP", "ja-JP")]
 )
 def test_unknown_locale_names_near_ones(name, near):
     with pytest.raises(UserError, match=near) as caught:

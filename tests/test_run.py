@@ -6,14 +6,18 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kloss.cl.train import _Team
+from kloss.config import Config
+from kloss.estimate import estimated_seconds
 from kloss.models import TINY
-from kloss.run import _estimated_seconds, main
+from kloss.presets import demo, first_five
+from kloss.run import main, parse
 
 SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
@@ -163,27 +167,67 @@ def jsonl(folder, *lines):
 
 def test_the_estimate_counts_rounds_and_tokens():
     """The last of 53 learners trains alone, a batch of 100 tokens a round: that is the host's time, not the products'."""
-    assert _estimated_seconds(TINY, 10_000, 0, 0) > 0 and _estimated_seconds(TINY, 0, 10_000, 0) > 0
-    assert _estimated_seconds(TINY, 0, 0, 10_000) > 0 and _estimated_seconds(TINY, 0, 0, 0) == 0
+    assert estimated_seconds(TINY, 10_000, 0, 0) > 0 and estimated_seconds(TINY, 0, 10_000, 0) > 0
+    assert estimated_seconds(TINY, 0, 0, 10_000) > 0 and estimated_seconds(TINY, 0, 0, 0) == 0
 
 
 def test_mistakes_of_the_command_line(small, capsys):
     arguments, folder = small
     for extra, words in (
         (["--rank", "0"], "--rank must be 1 or more, got 0"),
-        (["--strategies", "telepathy"], "unknown strategy telepathy; allowed: non-shared"),
+        (["--strategies"], "--strategies needs at least one of non-shared, shared"),
+        (["--max-learners", "-1"], "--max-learners must be 0 or more"),
         (["--languages", "en-US", "xx-YY"], "xx-YY"),
         (["--data", "/no/such/place"], "/no/such/place"),
         (["--backbone", "/no/such/model"], "/no/such/model"),
-        (["--preset", "huge"], "unknown preset huge"),
         (["--dropout", "1"], "--dropout must lie in [0, 1)"),
         (["--epochs", "0"], "--epochs must be 1 or more"),
         (["--pretrain-batch", "0"], "--pretrain-batch must be 1 or more"),
-        (["--device", "abacus"], "--device must be auto, cpu or cuda"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA GPU here")]),
     ):
         assert words in one_line_error([*arguments, *extra], capsys)
         assert not (folder / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, allowed",
+    [
+        ("--strategies", "non-shared"),
+        ("--preset", "first-five"),
+        ("--device", "cuda"),
+        ("--dtype", "bf16"),
+        ("--groop", "--groups"),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_allowed_ones(flag, allowed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([flag, "telepathy"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and "Traceback" not in captured.err
+    assert flag in captured.err and allowed in captured.err
+
+
+def test_help_has_sections_and_choices_and_flat_flags(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for words in ("data options", "study options", "adapter options", "tiny options", "synthetic options", "machine options"):
+        assert words in text
+    assert "{fp32,bf16,fp16}" in text and all(f"--{name.replace('_', '-')}" in text for name in vars(Config()))
+
+
+def test_flags_override_a_preset():
+    assert parse([]) == demo() and parse(["--preset=demo", "--rank", "2", "4"]) == replace(demo(), rank=(2, 4))
+    config = parse(["--seed", "3", "--preset", "first-five", "--together", "5"])
+    assert config == replace(first_five(), seed=3, max_learners=5)
+    assert config == parse(["--preset", "first-five", "--max-learners", "5", "--seed", "3"])
+
+
+def test_only_settings_that_change_figures_are_a_runs_identity():
+    others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
+    assert replace(Config(), **others).identity() == Config().identity()
+    assert vars(Config()).keys() - Config().identity().keys() == others.keys()
 
 
 @pytest.mark.parametrize(
@@ -236,14 +280,7 @@ def test_backbone_with_too_small_a_vocabulary(small, tmp_path, capsys):
     assert main(arguments) == 0  # its corpus and tokenizer are in the cache now
     tokenizer = next(Path(arguments[arguments.index("--cache") + 1]).glob("tokenizer-*"))
     capsys.readouterr()
-    other = [
-        *arguments[:-1],
-        str(tmp_path / "other"),
-        "--backbone",
-        str(tmp_path / "model"),
-        "--tokenizer",
-        str(tokenizer),
-    ]
+    other = [*arguments[:-1], str(tmp_path / "other"), "--backbone", str(tmp_path / "model"), "--tokenizer", str(tokenizer)]
     assert "more than the 40 of backbone" in one_line_error(other, capsys)
 
 

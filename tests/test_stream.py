@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyCorpus
 
-from kloss.cl.packing import pack, pooled
+from kloss.cl.corpus import Sentences
+from kloss.cl.packing import pack
 from kloss.cl.stream import Stream
 
 CORPUS = ToyCorpus(sentences=7)
@@ -54,10 +55,7 @@ def test_every_seed_experience_and_epoch_has_an_order_of_its_own():
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(CORPUS.locales), st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 3)),
-        min_size=1,
-    )
+    st.lists(st.tuples(st.sampled_from(CORPUS.locales), st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 3)), min_size=1)
 )
 def test_pack_keeps_every_token(parts):
     batch = pack([(CORPUS.sentences(locale, "train"), np.array(index, int), g) for locale, index, g in parts], 4)
@@ -77,6 +75,6 @@ def test_pack_keeps_every_token(parts):
 
 def test_pooled_keeps_sentences_in_order():
     parts = [CORPUS.sentences(locale, "train") for locale in ("aa", "cc")]
-    both = pooled(parts)
+    both = Sentences.concatenate(parts)
     assert np.array_equal(both.input_ids, np.concatenate([part.input_ids for part in parts]))
     assert np.array_equal(np.diff(both.offsets), np.concatenate([np.diff(part.offsets) for part in parts]))

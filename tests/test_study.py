@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -9,9 +10,9 @@ from kloss.cl.languages import LOCALES as ALL_LOCALES
 from kloss.cl.learner import Learner
 from kloss.cl.strategies import STRATEGIES
 from kloss.cl.study import make_orders, plan
-from kloss.config import Config
+from kloss.config import Config, StrategyName
 from kloss.errors import UserError
-from kloss.presets import first_five, paper
+from kloss.presets import PRESETS, first_five, paper
 
 LOCALES = ("en-US", "de-DE", "ru-RU", "ja-JP")
 
@@ -110,6 +111,11 @@ def test_paper_preset_is_the_papers_where_it_is_known():
     config = paper().checked()
     assert (config.rank, config.lr, config.epochs, config.dropout) == ((32, 64, 256), (5e-6,), 100, 0.1)
     assert set(config.strategies) == set(STRATEGIES)
+
+
+def test_the_command_line_offers_every_strategy_and_preset():
+    assert get_args(StrategyName) == tuple(STRATEGIES)
+    assert get_args(get_type_hints(Config)["preset"]) == tuple(PRESETS)
 
 
 def test_first_five_are_those_of_the_papers_order_1():

@@ -100,12 +100,7 @@ LONGEST = 15  # words of an utterance
 
 
 @settings(max_examples=8, deadline=None)
-@given(
-    st.sets(st.sampled_from(LOCALES), min_size=1, max_size=3),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.integers(0, 2**40),
-)
+@given(st.sets(st.sampled_from(LOCALES), min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**40))
 def test_every_corpus_is_well_formed(locales, overlap, relatedness, seed):
     options = {"overlap": round(overlap, 2), "relatedness": round(relatedness, 2), "seed": seed}
     for number, record in enumerate(generate(sorted(locales), train=8, dev=2, test=3, **options)):
@@ -197,15 +192,7 @@ def test_tokenizer_is_xlmrs_in_form(tmp_path):
     assert tokenizer.convert_tokens_to_ids([*SPECIAL, "<mask>"]) == [0, 1, 2, 3, len(tokenizer) - 1]
     assert 490 < len(tokenizer) <= 500
     names = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token", "bos_token", "eos_token")
-    assert [getattr(tokenizer, n) for n in names] == [
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "<mask>",
-        "<s>",
-        "</s>",
-    ]
+    assert [getattr(tokenizer, n) for n in names] == ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<s>", "</s>"]
     encoded = tokenizer(TEXTS[::50])["input_ids"]
     assert all(ids[0] == 0 and ids[-1] == 2 and 3 not in ids for ids in encoded)
     assert tokenizer.batch_decode(encoded, skip_special_tokens=True) == TEXTS[::50]

@@ -1,57 +1,84 @@
 """A parallel slot-filling corpus as flat arrays: utterances -> words and slots -> token ids and labels.
 
-Utterances are read once; then each distinct word is tokenised once (a tokenizer given words treats each alike
-wherever it stands) and the sentences are put together from the words' pieces. The arrays of all locales lie
-in one cache folder, named by a hash of all that decides them, and are memory-mapped from there.
+Each distinct word is tokenised once, and sentences are assembled from the words' pieces: a tokenizer treats a word alike
+wherever it stands. The arrays of all locales are memory-mapped from a cache folder, whose name hashes what decides them.
 """
 
 import contextlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import Config
 from ..errors import UserError
+from ..files import temporary_folder, written
 from . import massive, synthetic
-from .cache import cache_folder, key, temporary_folder, written
+from .cache import cache_folder, key
 from .languages import LOCALES, check_locales
 from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_folder
 
 IGNORED = -100
-FORMAT = 1  # part of every cache key; one more whenever the same input gives other arrays
-_DTYPES = {"input_ids": np.int32, "labels": np.int32, "offsets": np.int64}
+FORMAT = 1  # part of every cache key; increment when the same input gives other arrays
 
-Report = Callable[[int, int, str], None]
+Locales = tuple[str, ...] | None  # None: all
+OnProgress = Callable[[int, int, str], object]  # called with (done, total, text); a total of 0 means unknown
 
 
 class Sentences(NamedTuple):
-    """n sentences end to end: input_ids, labels int32 [tokens]; offsets int64 [n+1] of their borders.
+    """n sentences end to end: <s>, the words' pieces, </s>.
 
-    A sentence is <s>, the words' pieces, </s>; the first piece of a word has its label, all else IGNORED.
+    The first piece of a word has the word's label; all other tokens have IGNORED.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    offsets: np.ndarray
+    input_ids: np.ndarray  # int32 [tokens]
+    labels: np.ndarray  # int32 [tokens]
+    offsets: np.ndarray  # int64 [n+1], sentence i is offsets[i] : offsets[i+1]
+
+    @property
+    def number(self) -> int:
+        return len(self.offsets) - 1
+
+    def take(self, index: np.ndarray) -> "Sentences":
+        """Return sentences `index`, int [m], in that order."""
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts
+        tokens = _ranges(starts, lengths)
+        return Sentences(self.input_ids[tokens], self.labels[tokens], _cumulate(lengths))
+
+    @staticmethod
+    def concatenate(several: Sequence["Sentences"]) -> "Sentences":
+        """Return the sentences of several sets as one."""
+        if len(several) == 1:
+            return several[0]
+        ids, labels = (np.concatenate([getattr(s, name) for s in several]) for name in ("input_ids", "labels"))
+        return Sentences(ids, labels, _cumulate(np.concatenate([np.diff(s.offsets) for s in several])))
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the indices of the ranges starts[i] : starts[i] + lengths[i], end to end: [sum of lengths]."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+
+def _cumulate(lengths: np.ndarray | array) -> np.ndarray:
+    """Return int64 [n+1]: 0 and the cumulative sums of n lengths."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus; the arrays are read-only maps of files in the cache.
-
-    labels: the BIO names, "O" first, then sorted; a label id is an index into it.
-    truncated: for each locale, utterances cut at max_length, of all partitions and before limits.
-    fingerprint: hex digits of all that decides what is trained on and scored.
-    """
+    """A tokenised corpus; the arrays are read-only maps of files in the cache."""
 
     name: str
     locales: tuple[str, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # BIO names, "O" first, then sorted; a label id is an index into it
     vocab_size: int
     bos_id: int
     pad_id: int
@@ -62,38 +89,35 @@ class Corpus:
     max_length: int
     limit: int | None
     eval_limit: int | None
-    fingerprint: str
-    truncated: dict[str, int]
+    fingerprint: str  # hex digits that depend on everything that is trained on and scored
+    truncated: dict[str, int]  # per locale, utterances of all partitions cut at max_length, before limits
     _index: dict = field(repr=False)
-    _arrays: dict = field(repr=False)
-    _limited: dict = field(repr=False, default_factory=dict)
+    _arrays: dict[str, np.ndarray] = field(repr=False)
+    _limited: dict[tuple[str, str], Sentences] = field(repr=False, default_factory=dict)
 
     def sentences(self, locale: str, partition: str) -> Sentences:
-        """The sentences of a locale and partition (train, dev, test), by their ids.
+        """Return the sentences of a locale and a partition (train, dev, test), sorted by id.
 
-        A limit takes sentences at even distances, the same ids in every locale: MASSIVE's ids go by topic, so that its first
-        few hundred utterances are jokes and lamps, with a slot in one word of seven.
-        Raises UserError for a locale or a partition that the corpus does not have.
+        A limit takes sentences at even distances, with the same ids in every locale. MASSIVE's ids go by topic: its first few
+        hundred utterances are jokes and lamps, with one word of seven in a slot.
+        Raises UserError for a locale or partition that the corpus does not have.
         """
         if locale not in self.locales or partition not in massive.PARTITIONS:
             allowed = f"{', '.join(self.locales)}; {', '.join(massive.PARTITIONS)}"
             raise UserError(f"no sentences for {locale!r}, {partition!r}; allowed: {allowed}")
         first, last = self._index[locale]["range"][partition]
-        limit = self.limit if partition == "train" else self.eval_limit
         offsets = self._arrays["offsets"][first : last + 1]
-        if limit is None or limit >= last - first:
-            tokens = slice(int(offsets[0]), int(offsets[-1]))
-            return Sentences(self._arrays["input_ids"][tokens], self._arrays["labels"][tokens], offsets - offsets[0])
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
+        full = Sentences(self._arrays["input_ids"][tokens], self._arrays["labels"][tokens], offsets - offsets[0])
+        limit = self.limit if partition == "train" else self.eval_limit
+        if limit is None or limit >= full.number:
+            return full
         if (locale, partition) not in self._limited:
-            chosen = np.arange(limit) * (last - first) // limit
-            lengths = np.diff(offsets)[chosen]
-            tokens = _ragged(offsets[chosen], lengths)
-            ids, labels = (self._arrays[name][tokens] for name in ("input_ids", "labels"))
-            self._limited[locale, partition] = Sentences(ids, labels, np.concatenate([[0], np.cumsum(lengths)]))
+            self._limited[locale, partition] = full.take(np.arange(limit) * full.number // limit)
         return self._limited[locale, partition]
 
     def tokens_per_word(self, locale: str) -> float:
-        """Pieces per word over the locale's whole training split, before truncation, without <s> and </s>."""
+        """Return pieces per word over a locale's full training split, before truncation, without <s> and </s>."""
         return self._index[locale]["pieces"] / self._index[locale]["words"]
 
 
@@ -104,49 +128,43 @@ def load_corpus(
     locales: Iterable[str] | None = None,
     limit: int | None = None,
     eval_limit: int | None = None,
-    max_length: int = 128,
+    max_length: int = Config.max_length,
     cache: str | Path | None = None,
-    seed: int = 0,
-    report: Report | None = None,
-    synthetic: Mapping | None = None,
+    seed: int = Config.seed,
+    progress: OnProgress | None = None,
+    synthetic: Mapping[str, Any] | None = None,
 ) -> Corpus:
-    """Reads, tokenises and caches a corpus, or opens it from the cache.
+    """Read, tokenise and cache a corpus, or open it from the cache.
 
-    data: "synthetic", a folder of jsonl files, an archive (.tar.gz, .tgz, .tar.xz), or the name of a set on
-    the hub.
+    data: "synthetic", a folder of jsonl files, an archive (.tar.gz, .tgz, .tar.xz), or a hub id.
     tokenizer: a folder or hub name for AutoTokenizer; None trains one on the training utterances.
-    locales: in the order they are wanted; None takes all there are. limit, eval_limit: how many training,
-    and how many dev and test, utterances of each locale, at even distances. max_length: tokens of a sentence, <s> and </s>
-    among them.
-    cache: a folder, see `cache_folder`. seed: of the synthetic corpus, unless `synthetic`, the options of its
-    `generate`, has one. report: called with (done, total, text) as work goes on; total 0 means unknown.
+    locales: the order of `Corpus.locales`; None takes all.
+    limit, eval_limit: training utterances, and dev and test utterances, per locale, at even distances.
+    max_length: tokens of a sentence, with <s> and </s>.
+    cache: a folder, see `cache_folder`.
+    seed: of the synthetic corpus, unless `synthetic`, the options of its `generate`, has one.
     Raises UserError in one line for anything wrong with the input.
     """
-    for name, value, least in (
-        ("limit", limit, 1),
-        ("eval_limit", eval_limit, 1),
-        ("max_length", max_length, 3),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} must be at least {least}, not {value}")
-    wanted = None if locales is None else check_locales(locales)
-    if wanted == ():
+    for name, value, minimum in (("limit", limit, 1), ("eval_limit", eval_limit, 1), ("max_length", max_length, 3)):
+        if value is not None and value < minimum:
+            raise UserError(f"{name} must be at least {minimum}, not {value}")
+    order = None if locales is None else check_locales(locales)
+    if order == ():
         raise UserError("no locales given")
-    report = report or (lambda done, total, text: None)
+    progress = progress or (lambda done, total, text: None)
     cache = cache_folder(cache)
-    source = _open(data, wanted, seed, synthetic)
-    canonical = None if wanted is None else tuple(locale for locale in LOCALES if locale in wanted)
-    texts = key(source.digest, canonical)
-    folder = tokenizer_folder(tokenizer, cache, texts, lambda: _texts(source, canonical, report))
+    source = _open(data, order, seed, synthetic)
+    canonical = None if order is None else tuple(locale for locale in LOCALES if locale in order)
+    folder = tokenizer_folder(tokenizer, cache, key(source.digest, canonical), lambda: _texts(source, canonical, progress))
     name = key("corpus", FORMAT, source.digest, hash_tokenizer(folder), max_length, canonical)
     built = cache / f"corpus-{name}"
     opened = _open_cache(built)
     if opened is None:
-        _build(built, source, folder, canonical, max_length, report)
+        _build(built, source, folder, canonical, max_length, progress)
         opened = _open_cache(built)
         assert opened is not None, f"{built} vanished as soon as it was written"
     meta, arrays = opened
-    order = wanted or tuple(meta["index"])
+    order = order or tuple(meta["index"])
     return Corpus(
         name=source.name,
         locales=order,
@@ -163,40 +181,41 @@ def load_corpus(
     )
 
 
-def _open(data, wanted, seed, options) -> massive.Source:
+def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, Any] | None) -> massive.Source:
     if str(data) != "synthetic":
         if options:
             raise UserError(f"synthetic options are given, but the data is {data}")
-        return massive.open_source(data, wanted)
-    options = synthetic.check_options(**{"seed": seed} | dict(options or {}))
-    digest = key("synthetic", synthetic.VERSION, sorted(options.items()), wanted and sorted(wanted))
-    name = f"synthetic ({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})"
+        return massive.open_source(data, locales)
+    checked = synthetic.check_options(**{"seed": seed} | dict(options or {}))._asdict()
+    settings = sorted(checked.items())
+    digest = key("synthetic", synthetic.VERSION, settings, locales and sorted(locales))
+    name = f"synthetic ({', '.join(f'{k}={v}' for k, v in settings)})"
 
-    def read():
-        for number, record in enumerate(synthetic.generate(wanted or LOCALES, **options), 1):
+    def read() -> Iterator[tuple[massive.Position, dict]]:
+        for number, record in enumerate(synthetic.generate(locales or LOCALES, **checked), 1):
             yield ("synthetic", number), record
 
     return massive.Source(name, digest, read)
 
 
-def _texts(source: massive.Source, locales: tuple[str, ...] | None, report: Report) -> list[str]:
-    """The training utterances, words parted by spaces, to train a tokenizer on."""
-    report(0, 1, "training a tokenizer")
+def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> list[str]:
+    """Return the training utterances, words separated by spaces, to train a tokenizer on."""
+    progress(0, 1, "training a tokenizer")
     texts = []
-    for place, record in source.read():
-        locale, partition, words, _ = massive.utterance(place, record)
+    for position, record in source.read():
+        locale, partition, words, _ = massive.utterance(position, record)
         if partition == "train" and (locales is None or locale in locales):
             texts.append(" ".join(words))
     return texts
 
 
-def _open_cache(folder: Path):
-    """(meta, arrays) of a finished cache folder; None where there is none. A damaged one is moved away."""
+def _open_cache(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """Return (meta, arrays) of a finished cache folder, None without one. Moves a damaged folder away."""
     if not folder.is_dir():
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Sentences._fields}
         if {name: len(values) for name, values in arrays.items()} == meta["sizes"]:
             return meta, arrays
     except (OSError, ValueError, EOFError):  # a file is missing, cut short, or no array
@@ -206,128 +225,122 @@ def _open_cache(folder: Path):
     return None
 
 
-class _Part:
-    """The utterances of a locale and partition as they are read; words and labels are indices into tables."""
+class _Utterances:
+    """The utterances of a locale and partition, as read. words, labels: indices into tables, all utterances end to end."""
 
-    def __init__(self):
-        self.ids, self.lengths, self.words, self.labels = [], array("i"), array("i"), array("i")
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.lengths, self.words, self.labels = array("i"), array("i"), array("i")
 
 
-def _read(source: massive.Source, locales: tuple[str, ...] | None, report: Report):
-    """(parts by locale and partition, distinct words, label names as first seen)."""
-    parts: dict[tuple[str, str], _Part] = {}
-    words, names = {}, {"O": 0}
-    report(0, 1, f"reading {source.name}")
-    for count, (place, record) in enumerate(source.read(), 1):
-        locale, partition, texts, labels = massive.utterance(place, record)
+def _read(
+    source: massive.Source, locales: Locales, progress: OnProgress
+) -> tuple[dict[tuple[str, str], _Utterances], list[str], list[str]]:
+    """Return the utterances by locale and partition, the distinct words, and the label names as first seen."""
+    utterances: dict[tuple[str, str], _Utterances] = defaultdict(_Utterances)
+    words: dict[str, int] = {}
+    names = {"O": 0}
+    progress(0, 1, f"reading {source.name}")
+    for count, (position, record) in enumerate(source.read(), 1):
+        locale, partition, texts, labels = massive.utterance(position, record)
         if locales is not None and locale not in locales:
             continue
-        part = parts.get((locale, partition))
-        if part is None:
-            part = parts[locale, partition] = _Part()
-        part.ids.append(record["id"])
-        part.lengths.append(len(texts))
-        part.words.extend([words.setdefault(text, len(words)) for text in texts])
-        part.labels.extend([names.setdefault(label, len(names)) for label in labels])
+        target = utterances[locale, partition]
+        target.ids.append(record["id"])
+        target.lengths.append(len(texts))
+        target.words.extend([words.setdefault(text, len(words)) for text in texts])
+        target.labels.extend([names.setdefault(label, len(names)) for label in labels])
         if count % 20000 == 0:
-            report(count, 0, f"reading {source.name}")
-    found = {locale for locale, _ in parts}
-    absent = [locale for locale in locales or () if locale not in found]
-    if absent or not parts:
+            progress(count, 0, f"reading {source.name}")
+    present = {locale for locale, _ in utterances}
+    absent = [locale for locale in locales or () if locale not in present]
+    if absent or not utterances:
         raise UserError(f"{source.name} has no utterances" + (f" in {', '.join(absent)}" if absent else ""))
-    untrained = [locale for locale in LOCALES if locale in found and (locale, "train") not in parts]
+    untrained = [locale for locale in LOCALES if locale in present and (locale, "train") not in utterances]
     if untrained:
         raise UserError(f"{source.name} has no training utterances in {', '.join(untrained)}")
-    return parts, list(words), list(names)
+    return utterances, list(words), list(names)
 
 
-def _tokenise(words, tokenizer, unk_id, report):
-    """(pieces of all words end to end int32, start of each int64 [words+1]), as `is_split_into_words` gives.
+def _tokenise(words: list[str], tokenizer: Callable, unk_id: int, progress: OnProgress) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pieces of all words, int32 [pieces], and where each word starts, int64 [words+1].
 
-    A word the tokenizer gives no piece becomes one <unk>: its label must not vanish.
+    A word without pieces becomes one <unk>, so that its label does not vanish.
     """
     pieces, counts, step = array("i"), array("i"), 20000
     for start in range(0, len(words), step):
-        report(start, len(words), "tokenising words")
+        progress(start, len(words), "tokenising words")
         batch = [[word] for word in words[start : start + step]]
         for ids in tokenizer(batch, is_split_into_words=True, add_special_tokens=False)["input_ids"]:
             ids = ids or [unk_id]
             pieces.extend(ids)
             counts.append(len(ids))
-    report(len(words), len(words), "tokenising words")
-    return np.array(pieces, np.int32), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    progress(len(words), len(words), "tokenising words")
+    return np.array(pieces, np.int32), _cumulate(counts)
 
 
-def _ragged(starts, lengths):
-    """Indices [sum of lengths] of the ranges starts[i] : starts[i] + lengths[i], end to end."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+def _assemble(
+    utterances: _Utterances, pieces: np.ndarray, starts: np.ndarray, label_ids: np.ndarray, bos_id: int, eos_id: int, room: int
+) -> tuple[Sentences, int, int, int]:
+    """Assemble sentences, sorted by id. Returns them and numbers: sentences cut, pieces before cutting, words.
 
-
-def _assemble(part, pieces, starts, label_ids, bos_id, eos_id, room):
-    """(input_ids, labels, tokens per sentence, sentences cut, pieces, words) of one part, by its ids.
-
-    pieces [pieces of all words], starts [words+1]: of the table of words. room: pieces that fit between <s>
-    and </s>.
+    pieces, starts: of all words, see `_tokenise`.
+    label_ids: int32, the label id of each label name as first seen.
+    room: pieces that fit between <s> and </s>.
     """
-    order = np.array(sorted(range(len(part.ids)), key=lambda i: (len(part.ids[i]), part.ids[i], i)), np.int64)
-    lengths = np.array(part.lengths, np.int64)
-    chosen = _ragged((np.cumsum(lengths) - lengths)[order], lengths[order])
-    lengths = lengths[order]
-    words, labels = np.array(part.words, np.int64)[chosen], label_ids[np.array(part.labels)[chosen]]
+    ids, word_labels = utterances.ids, label_ids[np.array(utterances.labels)]
+    order = np.array(sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i], i)), np.int64)
+    by_word = Sentences(np.array(utterances.words, np.int64), word_labels, _cumulate(utterances.lengths)).take(order)
+    words = by_word.input_ids
     counts = np.diff(starts)[words]
-    ids = pieces[_ragged(starts[words], counts)]
-    marks = np.full(len(ids), IGNORED, np.int32)
-    marks[np.cumsum(counts) - counts] = labels
-    sentence = np.repeat(np.arange(len(lengths)), lengths)
-    full = np.bincount(sentence, counts, minlength=len(lengths)).astype(np.int64)
+    piece_ids, piece_labels = pieces[_ranges(starts[words], counts)], np.full(counts.sum(), IGNORED, np.int32)
+    first_pieces = _cumulate(counts)
+    piece_labels[first_pieces[:-1]] = by_word.labels
+    borders = first_pieces[by_word.offsets]
+    full = np.diff(borders)
     kept = np.minimum(full, room)
-    taken = _ragged(np.cumsum(full) - full, kept)
-    tokens = kept + 2
-    ends = np.cumsum(tokens)
-    input_ids, targets = np.empty(ends[-1], np.int32), np.full(ends[-1], IGNORED, np.int32)
-    inside = _ragged(ends - tokens + 1, kept)
-    input_ids[inside], targets[inside] = ids[taken], marks[taken]
-    input_ids[ends - tokens], input_ids[ends - 1] = bos_id, eos_id
-    return input_ids, targets, tokens, int((full > room).sum()), len(ids), len(words)
+    offsets = _cumulate(kept + 2)
+    input_ids, labels = np.empty(offsets[-1], np.int32), np.full(offsets[-1], IGNORED, np.int32)
+    source, target = _ranges(borders[:-1], kept), _ranges(offsets[:-1] + 1, kept)
+    input_ids[target], labels[target] = piece_ids[source], piece_labels[source]
+    input_ids[offsets[:-1]], input_ids[offsets[1:] - 1] = bos_id, eos_id
+    return Sentences(input_ids, labels, offsets), int((full > room).sum()), len(piece_ids), len(words)
 
 
-def _build(final: Path, source, folder: Path, locales, max_length, report) -> None:
-    tokenizer = load_tokenizer(folder)
-    special = special_ids(tokenizer, folder)
-    parts, words, names = _read(source, locales, report)
-    pieces, starts = _tokenise(words, tokenizer, special["unk_id"], report)
+def _build(
+    cached: Path, source: massive.Source, tokenizer_folder: Path, locales: Locales, max_length: int, progress: OnProgress
+) -> None:
+    """Read and tokenise a source into the cache folder `cached`."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    special = special_ids(tokenizer, tokenizer_folder)
+    utterances, words, names = _read(source, locales, progress)
+    pieces, starts = _tokenise(words, tokenizer, special["unk_id"], progress)
     slots = {name[2:] for name in names if name != "O"}
     labels = ["O", *sorted(f"{tag}-{slot}" for slot in slots for tag in "BI")]
     label_ids = np.array([labels.index(name) for name in names], np.int32)
-    columns = {name: [] for name in _DTYPES}
-    index, sentences = {}, 0
-    found = [locale for locale in LOCALES if (locale, "train") in parts]
-    for done, locale in enumerate(found):
-        report(done, len(found), "putting sentences together")
+    index: dict[str, dict] = {}
+    everything: list[Sentences] = []
+    first = 0
+    present = [locale for locale in LOCALES if (locale, "train") in utterances]
+    for done, locale in enumerate(present):
+        progress(done, len(present), "putting sentences together")
         index[locale] = {"range": {}, "truncated": 0}
         for partition in massive.PARTITIONS:
-            part = parts.pop((locale, partition), None) or _Part()
-            index[locale]["range"][partition] = [sentences, sentences + len(part.ids)]
-            sentences += len(part.ids)
-            if not part.ids:
-                continue
-            *arrays, cut, piece_count, word_count = _assemble(
-                part, pieces, starts, label_ids, special["bos_id"], special["eos_id"], max_length - 2
-            )
-            for column, values in zip(columns.values(), arrays, strict=True):
-                column.append(values)
+            bos_id, eos_id, room = special["bos_id"], special["eos_id"], max_length - 2
+            given = utterances.pop((locale, partition), _Utterances())
+            sentences, cut, num_pieces, num_words = _assemble(given, pieces, starts, label_ids, bos_id, eos_id, room)
+            everything.append(sentences)
+            index[locale]["range"][partition] = [first, first + sentences.number]
+            first += sentences.number
             index[locale]["truncated"] += cut
             if partition == "train":
-                index[locale] |= {"pieces": piece_count, "words": word_count}
-    arrays = {name: np.concatenate(values).astype(_DTYPES[name]) for name, values in columns.items()}
-    arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays["offsets"])]).astype(np.int64)
-    vocab_size = max(len(tokenizer), int(pieces.max()) + 1)
+                index[locale] |= {"pieces": num_pieces, "words": num_words}
+    arrays = Sentences.concatenate(everything)._asdict()
+    special["vocab_size"] = max(len(tokenizer), int(pieces.max()) + 1)
     sizes = {name: len(values) for name, values in arrays.items()}
-    special["vocab_size"] = vocab_size
     meta = {"labels": labels, "tokenizer": special, "index": index, "sizes": sizes}
-    with written(final) as temporary:
+    with written(cached, folder=True) as temporary:
         for name, values in arrays.items():
             np.save(temporary / f"{name}.npy", values)
         (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    report(len(found), len(found), "putting sentences together")
+    progress(len(present), len(present), "putting sentences together")

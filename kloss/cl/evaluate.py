@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..config import Config
 from ..kernels import span_counts
 from ..models import Rows, XLMRForTokenClassification
 from .corpus import Corpus
-from .packing import pack
+from .packing import Part, pack
 from .spans import label_layout
 
 
@@ -20,7 +21,7 @@ def evaluate(
     pairs: Sequence[tuple[int, str]],
     *,
     partition: str = "test",
-    pass_tokens: int = 8192,
+    pass_tokens: int = Config.pass_tokens,
 ) -> np.ndarray:
     """Count the spans of each pair (row of the bank, locale) on a partition; without a bank the rows are ignored.
 
@@ -31,7 +32,7 @@ def evaluate(
     tags, types = (torch.tensor(values, device=device) for values in label_layout(corpus.labels))
     counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=device)
     for chunk in _passes(corpus, pairs, partition, pass_tokens):
-        parts = [(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
+        parts = [Part(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
         batch = pack(parts, bank.adapters if bank else 1, device)
         logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank)
         pair = torch.repeat_interleave(

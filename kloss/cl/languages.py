@@ -8,13 +8,12 @@ from ..errors import UserError
 
 
 class Language(NamedTuple):
-    """One locale of MASSIVE.
+    """A locale of MASSIVE.
 
-    script: the writing system. family: the branch that makes a useful group (Germanic, not Indo-European).
-    spaced: whether the orthography puts spaces between words; False for ja-JP, zh-CN, zh-TW, th-TH, km-KH and
-    my-MM. It tells of the language, not of the labels: ja-JP, zh-CN and zh-TW are labelled per character
-    (`CHARACTER_LOCALES`), whereas MASSIVE's th-TH, km-KH and my-MM have spaces around every slot and, in part
-    of the utterances, between all words, and are split at those.
+    family: the branch that makes a useful group (Germanic, not Indo-European).
+    spaced: whether the orthography puts spaces between words. This is about the language, not the labels: ja-JP, zh-CN and
+    zh-TW are labelled per character (`CHARACTER_LOCALES`), but th-TH, km-KH and my-MM per word. MASSIVE puts spaces around
+    their slots and, in some utterances, between all words.
     """
 
     locale: str
@@ -85,9 +84,9 @@ CHARACTER_LOCALES = frozenset({"ja-JP", "zh-CN", "zh-TW"})  # one label per char
 
 
 def check_locales(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple, in the order given, each once.
+    """Return the names as a tuple, in the order given, each once.
 
-    Raises UserError for a name that is none of the 52 locales, naming the near ones.
+    Raises UserError for a name that is not one of the 52 locales, with similar ones.
     """
     names = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
     for name in names:
@@ -97,9 +96,9 @@ def check_locales(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def groups(locales: Iterable[str], by: str | Mapping[str, str]) -> dict[str, str]:
-    """Which group each locale is in: locale -> name of the group.
+    """Return locale -> name of its group.
 
-    by: "script", "family", or a mapping locale -> group that has every locale asked for.
+    by: "script", "family", or a mapping locale -> group with every locale of `locales`.
     Raises UserError for another `by`, an unknown locale, or a locale that the mapping lacks.
     """
     locales = check_locales(locales)

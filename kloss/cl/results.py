@@ -70,4 +70,4 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
 
 
 def _count(corpus: Corpus, partition: str) -> dict[str, int]:
-    return {locale: len(corpus.sentences(locale, partition).offsets) - 1 for locale in corpus.locales}
+    return {locale: corpus.sentences(locale, partition).number for locale in corpus.locales}

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from ..config import Config
 from ..models import XLMRForTokenClassification
 from .corpus import Corpus
+from .learner import Scores
 from .rundir import RunFolder
 from .study import Study
 from .train import Cohort
@@ -21,16 +22,11 @@ class Progress(Protocol):
 
 
 class Outcome(NamedTuple):
-    """Results by learner.
+    """Results, by learner."""
 
-    scores: {experiences completed: {locale: [TP, predicted, gold]}}.
-    failed: why training ended early; None: it did not.
-    weights: number of weights trained.
-    """
-
-    scores: list[dict[int, dict[str, list[int]]]]
-    failed: list[str | None]
-    weights: list[int]
+    scores: list[Scores]
+    failed: list[str | None]  # why training ended early; None: it did not
+    weights: list[int]  # number of weights trained
 
 
 def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
@@ -56,7 +52,7 @@ def train_study(
     saved = folder.load_checkpoint()
     finished = {} if saved is None else saved[1]["finished"]
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
-    for number, members in enumerate(cohorts_of(study, config.together)):
+    for number, members in enumerate(cohorts_of(study, config.max_learners)):
         if str(number) not in finished:
             learners, wanted = [study.learners[g] for g in members], [study.wanted[g] for g in members]
             cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens, exact=config.exact)

@@ -1,6 +1,6 @@
-"""The strategies of the study, each as what its learners go through and whose score fills which cell of R.
+"""The strategies of the study: which learners each has, and which learner's score fills which cell of R.
 
-To add one: a function from (order, groups) to a Layout, and a line in STRATEGIES.
+To add one: a function from (order, groups) to a Layout, a line in STRATEGIES, and its name in `config.StrategyName`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,25 +10,25 @@ Order = Sequence[str]
 
 
 class Layout(NamedTuple):
-    """streams: for each learner, the locales of each experience. rows: of R, the untrained one included.
-    cell(i, j): which learner, after how many of its experiences, is scored on the j-th language in row i."""
+    """The learners of a strategy, and where R's cells come from.
 
-    streams: Sequence[Sequence[Sequence[str]]]
-    rows: int
+    cell(i, j): for row i and the j-th language, the learner to score and how many experiences it has completed.
+    """
+
+    streams: Sequence[Sequence[Sequence[str]]]  # for each learner, the locales of each experience
+    rows: int  # of R, the untrained row 0 included
     cell: Callable[[int, int], tuple[int, int]]
 
 
 class Strategy(NamedTuple):
-    """layout: see Layout. full: the whole model is trained. joint: the order of the languages does not matter."""
-
     name: str
-    layout: Callable[[Order, Mapping[str, str] | None], Layout]
-    full: bool = False
-    joint: bool = False
+    layout: Callable[[Order, Mapping[str, str]], Layout]
+    full: bool = False  # full fine-tuning
+    joint: bool = False  # the order of the languages does not matter
 
 
-def one_each(order: Order, groups: Mapping[str, str] | None = None) -> Layout:
-    """A learner per language. A language not yet learned is scored with the one trained last, a learned one with its own."""
+def one_each(order: Order, groups: Mapping[str, str]) -> Layout:
+    """A learner per language. A language not yet learned is scored with the learner trained last."""
 
     def cell(i: int, j: int) -> tuple[int, int]:
         return (0, 0) if i == 0 else (j if j < i else i - 1, 1)
@@ -36,14 +36,16 @@ def one_each(order: Order, groups: Mapping[str, str] | None = None) -> Layout:
     return Layout([[[locale]] for locale in order], len(order) + 1, cell)
 
 
-def one_for_all(order: Order, groups: Mapping[str, str] | None = None) -> Layout:
+def one_for_all(order: Order, groups: Mapping[str, str]) -> Layout:
     """One learner, one language after another."""
     return Layout([[[locale] for locale in order]], len(order) + 1, lambda i, j: (0, i))
 
 
-def one_per_group(order: Order, groups: Mapping[str, str] | None) -> Layout:
-    """A learner per group of languages, each group's one after another. A language is scored with its group's learner as it
-    stands; while that has learned nothing, with the one trained last."""
+def one_per_group(order: Order, groups: Mapping[str, str]) -> Layout:
+    """A learner per group of languages, one language after another.
+
+    Until a group has learned a language, its languages are scored with the learner trained last.
+    """
     names = list(dict.fromkeys(groups[locale] for locale in order))
     members = {name: [locale for locale in order if groups[locale] == name] for name in names}
 
@@ -58,8 +60,8 @@ def one_per_group(order: Order, groups: Mapping[str, str] | None) -> Layout:
     return Layout([[[locale] for locale in members[name]] for name in names], len(order) + 1, cell)
 
 
-def together(order: Order, groups: Mapping[str, str] | None = None) -> Layout:
-    """One learner, one experience that holds all languages."""
+def joint(order: Order, groups: Mapping[str, str]) -> Layout:
+    """One learner, one experience with all languages."""
     return Layout([[list(order)]], 2, lambda i, j: (0, i))
 
 
@@ -67,8 +69,8 @@ STRATEGIES = {
     "non-shared": Strategy("NON-SHARED LoRA", one_each),
     "shared": Strategy("SHARED LoRA", one_for_all),
     "partial": Strategy("partially shared LoRA", one_per_group),
-    "lora-multi": Strategy("LoRA on MULTI", together, joint=True),
+    "lora-multi": Strategy("LoRA on MULTI", joint, joint=True),
     "vanilla": Strategy("VANILLA", one_for_all, full=True),
-    "multi": Strategy("MULTI", together, full=True, joint=True),
+    "multi": Strategy("MULTI", joint, full=True, joint=True),
     "mono": Strategy("MONO", one_each, full=True),
 }

@@ -1,19 +1,25 @@
-"""What a learner trains on, batch after batch; where it stands is three counters, so a resumed stream is the same stream."""
+"""What a learner trains on, batch after batch. Its position is three counters, so a resumed stream is the same stream."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .corpus import Corpus, Sentences
 from .learner import Learner
-from .packing import pooled
+
+
+class StreamBatch(NamedTuple):
+    sentences: Sentences  # all of the experience
+    indices: np.ndarray  # int64 [n], which of them are in the batch
+    ended: bool  # whether the batch ends the experience
 
 
 class Stream:
-    """Batches of the training sentences of a learner's experiences, one experience after another.
+    """Batches of training sentences, one experience after another.
 
-    experiences: for each, the locales whose sentences are pooled. Every epoch visits each sentence once, in an order drawn
-    from (seed, experience, epoch); its last batch may be short.
+    experiences: the locales of each experience, whose sentences are pooled.
+    Every epoch visits each sentence once, in an order drawn from (seed, experience, epoch). Its last batch may be short.
     """
 
     def __init__(self, corpus: Corpus, experiences: Sequence[Sequence[str]], *, epochs: int, batch_size: int, seed: int):
@@ -24,7 +30,7 @@ class Stream:
 
     @classmethod
     def of(cls, corpus: Corpus, learner: Learner) -> "Stream":
-        """A learner's stream from its start."""
+        """Return a learner's stream at its start."""
         epochs, batch_size, seed = learner.epochs, learner.batch_size, learner.seed
         return cls(corpus, learner.experiences, epochs=epochs, batch_size=batch_size, seed=seed)
 
@@ -33,21 +39,21 @@ class Stream:
         return self.experience == len(self.experiences)
 
     def counters(self) -> list[int]:
-        """All there is to know: experience, epoch, batch."""
+        """Return the position: experience, epoch, batch."""
         return [self.experience, self.epoch, self.batch]
 
     def seek(self, counters: Sequence[int]) -> None:
-        """Continue from counters."""
+        """Continue at the position `counters`."""
         self.experience, self.epoch, self.batch = counters
 
-    def next(self) -> tuple[Sentences, np.ndarray, bool]:
-        """The pool, the indices of the batch's sentences in it, and whether this batch ends an experience."""
+    def next(self) -> StreamBatch:
+        """Return the next batch and advance the counters."""
         if self._loaded is None or self._loaded[0] != self.experience:
             locales = self.experiences[self.experience]
-            self._pool = pooled([self.corpus.sentences(locale, "train") for locale in locales])
+            self._pool = Sentences.concatenate([self.corpus.sentences(locale, "train") for locale in locales])
         if self._loaded != (self.experience, self.epoch):
             generator = np.random.default_rng([self.seed, self.experience, self.epoch])
-            self._order = generator.permutation(len(self._pool.offsets) - 1)
+            self._order = generator.permutation(self._pool.number)
             self._loaded = (self.experience, self.epoch)
         pool, first = self._pool, self.batch * self.batch_size
         index = self._order[first : first + self.batch_size]
@@ -57,17 +63,17 @@ class Stream:
         ended = self.epoch == self.epochs
         if ended:
             self.experience, self.epoch = self.experience + 1, 0
-        return pool, index, ended
+        return StreamBatch(pool, index, ended)
 
     def steps(self) -> int:
-        """Batches of the whole stream."""
+        """Return the number of batches of the whole stream."""
         return sum(self.epochs * -(-self.sentences(i) // self.batch_size) for i in range(len(self.experiences)))
 
     def sentences(self, experience: int) -> int:
-        """Number of training sentences of an experience."""
-        return sum(len(self.corpus.sentences(locale, "train").offsets) - 1 for locale in self.experiences[experience])
+        """Return the number of training sentences of an experience."""
+        return sum(self.corpus.sentences(locale, "train").number for locale in self.experiences[experience])
 
     def tokens(self) -> int:
-        """Tokens of the whole stream."""
+        """Return the number of tokens of the whole stream."""
         locales = [locale for experience in self.experiences for locale in experience]
         return self.epochs * sum(len(self.corpus.sentences(locale, "train").input_ids) for locale in locales)

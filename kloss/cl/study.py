@@ -1,7 +1,8 @@
-"""From a configuration to the learners that have to be trained, and from their scores back to score matrices."""
+"""From a configuration to the learners to train, and from their scores to score matrices."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,37 +10,34 @@ from ..config import Config
 from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
-from .learner import Learner
+from .learner import Learner, Scores
 from .spans import f1_from_counts
 from .strategies import STRATEGIES, Layout
 
-Scores = Mapping[int, Mapping[str, Sequence[int]]]
-
 
 class Trial(NamedTuple):
-    """One score matrix: a strategy with a rank (None: whole model), a rate, an order of the languages and a seed.
-
-    learners: index, in the study's list, of each learner of the layout.
-    """
+    """One score matrix: a strategy with a rank, a learning rate, a language order and a seed."""
 
     strategy: str
-    rank: int | None
+    rank: int | None  # None: full fine-tuning
     lr: float
     order: tuple[str, ...]
     order_name: str
     seed: int
-    groups: dict[str, str] | None
+    groups: dict[str, str] | None  # locale -> group, where the strategy shares adapters within groups
     layout: Layout
-    learners: tuple[int, ...]
+    learners: tuple[int, ...]  # for each learner of the layout, its index in Study.learners
 
     @property
     def label(self) -> str:
-        """What the trials over several orders and seeds have in common."""
+        """The name that trials over several orders and seeds share."""
         return STRATEGIES[self.strategy].name + ("" if self.rank is None else f" r={self.rank}")
 
     def matrix(self, scores: Sequence[Scores]) -> list[list[float | None]]:
-        """R, F1 in 0 to 1, rows after training steps with the untrained one first; None where nothing was measured, as for a
-        learner that diverged."""
+        """Return R, F1 in [0, 1]: row i after i training steps, a column per language; None where nothing was measured.
+
+        scores: of all learners of the study. A learner that diverged leaves cells unmeasured.
+        """
         return [
             [self._f1(scores, *self.layout.cell(i, j), locale) for j, locale in enumerate(self.order)]
             for i in range(self.layout.rows)
@@ -51,33 +49,31 @@ class Trial(NamedTuple):
 
 
 class Study(NamedTuple):
-    """learners: all that must be trained, each once. wanted: what each is scored on, {experiences had: locales}."""
-
     trials: list[Trial]
-    learners: list[Learner]
-    wanted: list[dict[int, list[str]]]
+    learners: list[Learner]  # to be trained, each once
+    wanted: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
 
 
 def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
-    """The languages of Order `number` (from 1) as the seed draws them."""
+    """Return the languages in the order that the seed draws for Order `number`, counted from 1."""
     order = list(locales)
     random.Random(f"{seed} order {number}").shuffle(order)
     return tuple(order)
 
 
 def make_orders(config: Config, locales: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The orders by name: random ones drawn from the seed, the first replaced by config.order if that is given."""
-    found = {f"Order {number}": random_order(locales, config.seed, number) for number in range(1, config.orders + 1)}
+    """Return the orders by name: random, the first replaced by `config.order` if given."""
+    orders = {f"Order {number}": random_order(locales, config.seed, number) for number in range(1, config.orders + 1)}
     if config.order:
         order = check_locales(config.order)
         if sorted(order) != sorted(locales):
             raise UserError(f"--order must hold each of the {len(locales)} languages once, got {len(order)}: {' '.join(order)}")
-        found["Order 1"] = order
-    return found
+        orders["Order 1"] = order
+    return orders
 
 
 def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
-    """Locale -> group for partially shared adapters: by script, by family, or a JSON file's map."""
+    """Return locale -> group: by script, by family, or as a JSON file says."""
     if config.groups in ("script", "family"):
         return groups(locales, config.groups)
     if not Path(config.groups).is_file():
@@ -86,34 +82,28 @@ def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
 
 
 def plan(config: Config, locales: Sequence[str]) -> Study:
-    """All trials of a configuration over the languages of its corpus; equal learners are shared between trials."""
-    unknown = [name for name in config.strategies if name not in STRATEGIES]
-    if unknown or not config.strategies:
-        raise UserError(f"unknown strategy {', '.join(unknown) or '(none)'}; allowed: {', '.join(STRATEGIES)}")
+    """Return all trials of a configuration over a corpus's languages; trials share equal learners."""
     index: dict[Learner, int] = {}
     wanted: list[dict[int, list[str]]] = []
     trials = []
     orders = make_orders(config, locales)
     for name in config.strategies:
         strategy = STRATEGIES[name]
-        chosen = {"all at once": tuple(locales)} if strategy.joint else orders
+        own_orders = {"all at once": tuple(locales)} if strategy.joint else orders
         mapping = make_groups(config, locales) if name == "partial" else None
-        for rank in (None,) if strategy.full else config.rank:
-            for lr in (config.full_lr,) if strategy.full else config.lr:
-                for order_name, order in chosen.items():
-                    for seed in range(config.seed, config.seed + config.seeds):
-                        layout = strategy.layout(order, mapping)
-                        numbers = tuple(
-                            index.setdefault(_learner(config, stream, rank, lr, seed), len(index)) for stream in layout.streams
-                        )
-                        wanted += [{} for _ in range(len(index) - len(wanted))]
-                        for i in range(layout.rows):
-                            for j, locale in enumerate(order):
-                                learner, experience = layout.cell(i, j)
-                                row = wanted[numbers[learner]].setdefault(experience, [])
-                                if locale not in row:
-                                    row.append(locale)
-                        trials.append(Trial(name, rank, lr, order, order_name, seed, mapping, layout, numbers))
+        ranks, rates = ((None,), (config.full_lr,)) if strategy.full else (config.rank, config.lr)
+        seeds = range(config.seed, config.seed + config.seeds)
+        for rank, lr, (order_name, order), seed in product(ranks, rates, own_orders.items(), seeds):
+            layout = strategy.layout(order, mapping or {})
+            learners = [_learner(config, stream, rank, lr, seed) for stream in layout.streams]
+            indices = tuple(index.setdefault(learner, len(index)) for learner in learners)
+            wanted += [{} for _ in range(len(index) - len(wanted))]
+            for row, (column, locale) in product(range(layout.rows), enumerate(order)):
+                learner, experience = layout.cell(row, column)
+                scored = wanted[indices[learner]].setdefault(experience, [])
+                if locale not in scored:
+                    scored.append(locale)
+            trials.append(Trial(name, rank, lr, order, order_name, seed, mapping, layout, indices))
     return Study(trials, list(index), wanted)
 
 

@@ -1,29 +1,29 @@
-"""A parallel slot-filling corpus made from a seed, in the scripts of MASSIVE's 52 locales, with two dials.
+"""A parallel slot-filling corpus generated from a seed, in the scripts of MASSIVE's 52 locales, with two dials.
 
-Utterance i means the same in every locale: a frame (verb, noun) and slot values. Each language says that in
-its own words, word order and adpositions. `overlap` and `relatedness` (see `generate`) move its vocabulary
-and its kinship apart, so that an effect of shared words can be told from one of scripts or of related
-languages. Everything is a
-function of the seed and of names, not of an order of draws: a locale's sentences do not depend on which other
-locales are made, and both dials are nested (turning one up only adds to what is shared).
+Utterance i means the same in every locale: a frame (verb, noun) and slot values. Each language has its own words, word order
+and adpositions. The dials `overlap` and `relatedness` (see `generate`) separate shared vocabulary from kinship.
+So an effect of shared words can be told from an effect of scripts or of related languages.
+Everything depends on the seed and on names, never on an order of draws. A locale's sentences do not depend on the other
+locales, and both dials are nested: a higher value only adds to what is shared.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ..config import Config
 from ..errors import UserError
 from .languages import CHARACTER_LOCALES, LANGUAGES, LOCALES, check_locales
 
-VERSION = 1  # part of a corpus's fingerprint; one more whenever the same options give other sentences
+VERSION = 1  # part of a corpus's fingerprint; increment when the same options give other sentences
 
 FALSE_FRIENDS = 0.6  # share of the pairs of shared words whose two meanings each language may swap
 SEGMENTED = 0.3  # share of th-TH, km-KH and my-MM utterances with spaces between all words
 
 # consonants (16) and vowels (5), or 80 syllables; every letter is stable under NFKC
-_SCRIPTS = {
+_SCRIPTS: dict[str, str | tuple[str, str]] = {
     "Latin": ("ptkbdgmnsrlvhzfj", "aeiou"),
     "Cyrillic": ("пткбдгмнсрлвхзфж", "аеиоу"),
     "Greek": ("πτκβδγμνσρλξχζφψ", "αειου"),
@@ -52,10 +52,9 @@ _SCRIPTS = {
 _TRADITIONAL = str.maketrans("这来国个说们为时会着过学对里后么没于还发当无开", "這來國個說們為時會著過學對裡後麼沒於還發當無開")
 _ACCENTS = "áàâäåæéèêëíîïóôöøúùûüāēīōūăőűọẹ"  # the vowels of Latin endings, some per language
 
-# where families have the verb ("second": after the first phrase) and the adposition; the rest comes by seed
+# families' positions of the verb ("second": after the first phrase) and the adposition; the seed decides the rest
 _ORDER = dict.fromkeys(
-    ("Turkic", "Dravidian", "Indo-Aryan", "Japonic", "Koreanic", "Mongolic", "Tibeto-Burman"),
-    ("last", "after"),
+    ("Turkic", "Dravidian", "Indo-Aryan", "Japonic", "Koreanic", "Mongolic", "Tibeto-Burman"), ("last", "after")
 )
 _ORDER |= {"Uralic": ("second", "after"), "Kartvelian": ("last", "after"), "Armenian": ("second", "after"),
            "Iranian": ("last", "before"), "Celtic": ("first", "before"), "Semitic": ("first", "before"),
@@ -69,7 +68,7 @@ _POOLS = {
 _MARKERS = ("at", "on", "in", "from", "to", "by", "with", "about")
 _FUNCTION = ("please", "now", "the", "me")
 
-# slot -> ways to say a value: how its words are ordered, and the pools they come from
+# slot -> forms of a value: word order, and the pools of its words
 _VALUES = {
     "time": (("unit", "number hour"), ("unit", "number hour"), ("plain", "daypart")),
     "date": (("plain", "weekday"), ("plain", "day"), ("modifier", "next weekday"), ("unit", "number month")),
@@ -87,8 +86,8 @@ _VALUES = {
     "transport_type": (("plain", "vehicle"),),
     "currency_name": (("plain", "currency"),),
 }
-# verb, noun, slots: marker:slot, "?" if it may be left out
-_FRAMES = (
+# verb, noun, slots: marker:slot, "?" if optional
+_FRAMES: tuple[tuple[str, str | None, str], ...] = (
     ("wake", "alarm", "at:time on:date?"),
     ("cancel", "alarm", "at:time"),
     ("play", "song", ":song_name by:artist_name?"),
@@ -114,15 +113,15 @@ _FRAMES = (
     ("stop", "music", ""),
 )  # fmt: skip
 _WORDS = tuple(dict.fromkeys([f[0] for f in _FRAMES] + [f[1] for f in _FRAMES if f[1]]))
-_STRATA = (
-    (*_MARKERS, *_FUNCTION),
-    _WORDS,
-    tuple(f"{pool} {i}" for pool, size in _POOLS.items() for i in range(size)),
-)
+_STRATA = ((*_MARKERS, *_FUNCTION), _WORDS, tuple(f"{pool} {i}" for pool, size in _POOLS.items() for i in range(size)))
+
+
+T = TypeVar("T")
+Chunk = tuple[str | None, tuple[str, ...]]  # slot or None, concepts
 
 
 class Structure(NamedTuple):
-    """The grammar of a language: where verb, adposition and so on stand; roles: the order of phrases."""
+    """The grammar of a language: the position of each kind of word."""
 
     verb: str
     adposition: str
@@ -131,7 +130,7 @@ class Structure(NamedTuple):
     article: str
     unit: str
     modifier: str
-    roles: tuple[str, ...]
+    roles: tuple[str, ...]  # the order of phrases
 
 
 class Phrase(NamedTuple):
@@ -148,31 +147,32 @@ class Meaning(NamedTuple):
     polite: bool
 
 
-def generate(
-    locales: Iterable[str],
-    *,
-    train: int = 200,
-    dev: int = 20,
-    test: int = 60,
-    overlap: float = 0.15,
-    relatedness: float = 0.6,
-    seed: int = 0,
-) -> Iterator[dict]:
-    """Records of a parallel corpus as MASSIVE has them, locale by locale, with the five keys needed of them.
+class Options(NamedTuple):
+    """Options of `generate`. train, dev, test: utterances per locale."""
 
-    train, dev, test: utterances per locale. The same id means the same in all locales.
-    overlap, in [0, 1]: the share of the vocabulary (of function words, verbs and nouns, slot values) that all
-    locales write alike, as one word in Latin letters. They share no other: at 0 none, at 1 all, and the
-    Jaccard index of two vocabularies is overlap / (2 - overlap), whatever their scripts, families or
-    `relatedness`. Part of the shared words are false friends: pairs whose meanings each language may swap.
-    relatedness, in [0, 1]: how alike the languages of one family are, apart from whole words. It is the
-    probability that each of these is the family's and not the language's own: every choice of grammar
-    (`Structure`), every syllable of a stem (words also end in what is their language's own, and so stay
-    different words), and the meaning of every false friend. Between families nothing depends on it. Cognates
-    share substrings within one script only; where they do, subwords overlap a little more than words.
-    Raises UserError for an unknown locale or an option out of range.
+    train: int = 200
+    dev: int = 20
+    test: int = 60
+    overlap: float = Config.overlap
+    relatedness: float = Config.relatedness
+    seed: int = Config.seed
+
+
+def generate(locales: Iterable[str], **options: Any) -> Iterator[dict[str, str]]:
+    """Generate records of a parallel corpus, locale by locale, with the five keys of MASSIVE that are needed.
+
+    options: see `Options`. The same id means the same in all locales.
+    overlap: share of the vocabulary, in [0, 1], that all locales write alike, as one word in Latin letters. It holds for
+    function words, for verbs and nouns, and for slot values. No other word is shared: at 0 none, at 1 all.
+    The Jaccard index of two vocabularies is overlap / (2 - overlap), whatever their scripts, families or `relatedness`.
+    Some shared words are false friends: pairs whose meanings each language may swap.
+    relatedness: similarity, in [0, 1], of the languages of a family, apart from whole words. It is the probability that
+    a feature is the family's and not the language's own: every choice of grammar (`Structure`), every syllable of a stem, and
+    the meaning of every false friend. Words end in the language's own syllable, so cognates stay different words.
+    It changes nothing between families. Cognates share substrings within one script only, and some subwords with them.
+    Raises UserError for an unknown locale or an option that is unknown or out of range.
     """
-    check_options(train=train, dev=dev, test=test, overlap=overlap, relatedness=relatedness, seed=seed)
+    train, dev, test, overlap, relatedness, seed = check_options(**options)
     locales = check_locales(locales)
     meanings = [_meaning(random.Random(f"{seed} meaning {i}")) for i in range(train + dev + test)]
     partitions = ["train"] * train + ["dev"] * dev + ["test"] * test
@@ -184,24 +184,25 @@ def generate(
             yield {"id": str(i), "locale": locale, "partition": partition, "utt": utt, "annot_utt": annot_utt}
 
 
-def check_options(*, train=200, dev=20, test=60, overlap=0.15, relatedness=0.6, seed=0, **unknown) -> dict:
-    """All options of `generate`, those not given by default. Raises UserError for an unknown or wrong one."""
-    if unknown:
-        allowed = "train, dev, test, overlap, relatedness, seed"
+def check_options(**options: Any) -> Options:
+    """Return all options, defaults included. Raises UserError for an unknown or wrong one."""
+    if unknown := [name for name in options if name not in Options._fields]:
+        allowed = ", ".join(Options._fields)
         raise UserError(f"unknown option {', '.join(unknown)} of the synthetic corpus; allowed: {allowed}")
-    for name, value, least in (("train", train, 1), ("dev", dev, 0), ("test", test, 0)):
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"synthetic {name} must be a whole number, at least {least}, not {value!r}")
-    for name, value in (("overlap", overlap), ("relatedness", relatedness)):
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise UserError(f"synthetic {name} must lie in [0, 1], not {value!r}")
-    if not isinstance(seed, int):
-        raise UserError(f"synthetic seed must be a whole number, not {seed!r}")
-    return dict(train=train, dev=dev, test=test, overlap=overlap, relatedness=relatedness, seed=seed)
+    checked = Options(**options)
+    for name, value, minimum in (("train", checked.train, 1), ("dev", checked.dev, 0), ("test", checked.test, 0)):
+        if not isinstance(value, int) or value < minimum:
+            raise UserError(f"synthetic {name} must be a whole number, at least {minimum}, not {value!r}")
+    for name, dial in (("overlap", checked.overlap), ("relatedness", checked.relatedness)):
+        if not isinstance(dial, int | float) or not 0 <= dial <= 1:
+            raise UserError(f"synthetic {name} must lie in [0, 1], not {dial!r}")
+    if not isinstance(checked.seed, int):
+        raise UserError(f"synthetic seed must be a whole number, not {checked.seed!r}")
+    return checked
 
 
 def structure(locale: str, relatedness: float, seed: int) -> Structure:
-    """The grammar of a locale; with relatedness 1 that of its family, with 0 its own."""
+    """Return the grammar of a locale: its family's at relatedness 1, its own at 0."""
     family = LANGUAGES[locale].family
 
     def owner(name: str) -> str:
@@ -227,13 +228,13 @@ def structure(locale: str, relatedness: float, seed: int) -> Structure:
     )
 
 
-def _uniform(*key) -> float:
-    """A number in [0, 1) that depends on the key only: the same on every machine and in every version."""
+def _uniform(*key: object) -> float:
+    """Return a number in [0, 1) that depends on the key only, not on the machine or version."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest()) / 2**48
 
 
 def _meaning(rng: random.Random) -> Meaning:
-    def pick(options):
+    def pick(options: Sequence[T]) -> T:
         return options[int(rng.random() * len(options))]
 
     verb, noun, roles = pick(_FRAMES)
@@ -248,41 +249,39 @@ def _meaning(rng: random.Random) -> Meaning:
     return Meaning(verb, noun, tuple(phrases), rng.random() < 0.5)
 
 
-def _linearise(meaning: Meaning, grammar: Structure) -> list[tuple[str | None, tuple[str, ...]]]:
-    """(slot or None, concepts) in the language's order."""
+def _linearise(meaning: Meaning, grammar: Structure) -> list[Chunk]:
+    """Return (slot or None, concepts) in the language's order."""
 
-    def place(item, where, items):
-        return [item, *items] if where in ("first", "before") else [*items, item]
+    def attach(item: T, position: str, items: list[T]) -> list[T]:
+        return [item, *items] if position in ("first", "before") else [*items, item]
 
-    groups = []
+    phrases: list[list[Chunk]] = []
     for phrase in sorted(meaning.phrases, key=lambda p: grammar.roles.index(p.marker)):
         concepts = phrase.concepts
         if (phrase.order, "after") in (("unit", grammar.unit), ("modifier", grammar.modifier)):
             concepts = concepts[::-1]
-        group = [(phrase.slot, concepts)]
-        groups.append(place((None, (phrase.marker,)), grammar.adposition, group) if phrase.marker else group)
+        chunks: list[Chunk] = [(phrase.slot, concepts)]
+        phrases.append(attach((None, (phrase.marker,)), grammar.adposition, chunks) if phrase.marker else chunks)
     if meaning.noun:
-        noun = place((None, ("the",)), grammar.article, [(None, (meaning.noun,))])
-        groups = place(noun, grammar.noun, groups)
-    verb = [(None, (meaning.verb,))]
-    at = {"first": 0, "second": 1, "last": len(groups)}[grammar.verb]
-    groups.insert(at, verb)
+        noun: list[Chunk] = attach((None, ("the",)), grammar.article, [(None, (meaning.noun,))])
+        phrases = attach(noun, grammar.noun, phrases)
+    phrases.insert({"first": 0, "second": 1, "last": len(phrases)}[grammar.verb], [(None, (meaning.verb,))])
     if meaning.polite:
-        groups = place([(None, ("please",))], grammar.polite, groups)
-    length = sum(len(concepts) for group in groups for _, concepts in group)
+        phrases = attach([(None, ("please",))], grammar.polite, phrases)
+    length = sum(len(concepts) for chunks in phrases for _, concepts in chunks)
     for filler in ("me", "now")[: max(0, 4 - length)]:
-        groups = place([(None, (filler,))], grammar.polite, groups)
-    return [part for group in groups for part in group]
+        phrases = attach([(None, (filler,))], grammar.polite, phrases)
+    return [chunk for chunks in phrases for chunk in chunks]
 
 
 @cache
 def _lexicons(overlap: float, relatedness: float, seed: int) -> dict[str, dict[str, str]]:
-    """locale -> concept -> written form; all 52 at once, so that no two words are alike by chance."""
-    taken: set[str] = set()
+    """Return locale -> concept -> written form. Makes all 52 at once, so that no two words are equal by chance."""
+    used: set[str] = set()
 
-    def fresh(write: Callable[..., str], *key) -> str:
-        form = next(form for form in (write(seed, *key, attempt) for attempt in range(1000)) if form not in taken)
-        taken.add(form)
+    def fresh(write: Callable[..., str], *key: object) -> str:
+        form = next(form for form in (write(seed, *key, attempt) for attempt in range(1000)) if form not in used)
+        used.add(form)
         return form
 
     lexicons: dict[str, dict[str, str]] = {locale: {} for locale in LOCALES}
@@ -308,16 +307,15 @@ def _lexicons(overlap: float, relatedness: float, seed: int) -> dict[str, dict[s
 
 
 def _loan(seed: int, concept: str, attempt: int) -> str:
-    consonants, vowels = _SCRIPTS["Latin"]
     syllables = [int(_uniform(seed, "loan", concept, attempt, i) * 80) for i in range(3)]
-    return "".join(consonants[s // 5] + vowels[s % 5] for s in syllables)
+    return "".join(_SCRIPTS["Latin"][0][s // 5] + _SCRIPTS["Latin"][1][s % 5] for s in syllables)
 
 
 def _native(seed: int, locale: str, concept: str, relatedness: float, attempt: int) -> str:
-    """A stem, each syllable of it the family's or the language's own, and one of three endings.
+    """Write a word: a stem, each syllable the family's or the language's own, and one of three endings.
 
-    Words are shorter where each character is a word to label: a function word is one character, any other
-    two, of which the first is the stem. Where a form is taken, the next attempts have nothing of the family.
+    Where each character is a word to label, a function word has one character, any other word two: stem and ending.
+    attempt: 0, then counts the forms already in use; later attempts take nothing from the family.
     """
     language = LANGUAGES[locale]
 
@@ -341,24 +339,24 @@ def _native(seed: int, locale: str, concept: str, relatedness: float, attempt: i
     return text
 
 
-def _write(chunks, locale: str, segmented: bool) -> tuple[str, str]:
-    """(utt, annot_utt) of (slot or None, words) in a row, spaced as MASSIVE has them in this locale."""
-    parts: list[tuple[str | None, list[str]]] = []
+def _write(chunks: Sequence[tuple[str | None, list[str]]], locale: str, segmented: bool) -> tuple[str, str]:
+    """Return (utt, annot_utt) of chunks (slot or None, words), spaced as MASSIVE spaces them in this locale."""
+    spans: list[tuple[str | None, list[str]]] = []
     for slot, words in chunks:
-        if slot is None and parts and parts[-1][0] is None:
-            parts[-1][1].extend(words)
+        if slot is None and spans and spans[-1][0] is None:
+            spans[-1][1].extend(words)
         else:
-            parts.append((slot, list(words)))
+            spans.append((slot, list(words)))
     glued = not LANGUAGES[locale].spaced and (locale in CHARACTER_LOCALES or not segmented)
-    texts = [_glue(words, locale in CHARACTER_LOCALES) if glued else " ".join(words) for _, words in parts]
-    annot_utt = " ".join(text if slot is None else f"[{slot} : {text}]" for (slot, _), text in zip(parts, texts, strict=True))
+    texts = [_glue(words, locale in CHARACTER_LOCALES) if glued else " ".join(words) for _, words in spans]
+    annot_utt = " ".join(text if slot is None else f"[{slot} : {text}]" for (slot, _), text in zip(spans, texts, strict=True))
     if locale in CHARACTER_LOCALES:
         return _glue(texts, True), annot_utt
     return " ".join(texts), annot_utt
 
 
 def _glue(words: list[str], tight: bool) -> str:
-    """Words with spaces only between two Latin ones or, if not `tight`, around each Latin one."""
+    """Join words, with spaces only between two Latin words or, if not `tight`, around each Latin word."""
     text = words[0]
     for before, word in zip(words, words[1:], strict=False):
         latin = (before[-1].isascii(), word[0].isascii())

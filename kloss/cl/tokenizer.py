@@ -1,9 +1,8 @@
-"""Tokenizers: loading one from a folder or the hub, and training a small one with XLM-R's special tokens.
+"""Load a tokenizer from a folder or the hub, or train a small one with XLM-R's special tokens.
 
-The trainer of `tokenizers` sums in the order of hash maps, so its scores, and with them the ids, differ
-between two runs; a corpus's fingerprint must not. Ours gives the same from the same texts. Method: Kudo 2018
-(arXiv 1804.10959), with the best segmentation in place of the expectation over all, and the loss of leaving
-out a piece as its count times what its own best re-segmentation costs.
+The trainer of `tokenizers` sums in hash-map order, so its scores and ids differ between runs. A corpus's fingerprint must not,
+so this trainer is deterministic. Method: Kudo 2018 (arXiv 1804.10959), with two simplifications. The best segmentation replaces
+the expectation over all; the loss of dropping a piece is its count times the cost of its best re-segmentation.
 """
 
 import math
@@ -11,45 +10,47 @@ import shutil
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
-from .cache import hash_files, key, written
+from ..files import written
+from .cache import hash_files, key
 
-FORMAT = 1  # part of a trained tokenizer's cache key; one more whenever the same texts give another
+FORMAT = 1  # part of a trained tokenizer's cache key; increment when the same texts give another one
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
 VOCABULARY = 6000
 LONGEST = 8  # characters of a piece
-MOST_WORDS = 20000  # distinct words looked at, the most frequent
+MOST_WORDS = 20000  # distinct words to train on, the most frequent
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
-def load_tokenizer(name: str | Path):
-    """The tokenizer AutoTokenizer finds in a folder or on the hub. Raises UserError where it finds none."""
+def load_tokenizer(name: str | Path) -> Any:
+    """Load AutoTokenizer's tokenizer from a folder or the hub. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(name))
-    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer it knows
+    except Exception as error:  # transformers raises many kinds
         line = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load a tokenizer from {str(name)!r} ({line})") from error
 
 
 def hash_tokenizer(folder: Path) -> str:
-    """32 hex digits of the files of a tokenizer, without the weights that may lie beside it."""
+    """Return 32 hex digits that depend on a tokenizer's files, but not on model weights beside them."""
     return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS))
 
 
 def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]) -> Path:
-    """The folder of a tokenizer: the one given, a copy in the cache of a hub's, or one trained here for None.
+    """Return a tokenizer's folder: `name` itself, a cached copy from the hub, or for None one trained on `texts`.
 
-    digest: names the texts, so that a tokenizer trained on them before is found in the cache.
+    digest: hash of what the texts come from; part of the trained tokenizer's cache key.
     """
     if name is None:
         folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
         if not folder.is_dir():
-            with written(folder) as temporary:
+            with written(folder, folder=True) as temporary:
                 train_tokenizer(texts(), temporary)
         return folder
     if Path(name).expanduser().is_dir():
@@ -59,20 +60,19 @@ def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: C
         tokenizer.save_pretrained(saved)
         folder = cache / f"tokenizer-{hash_tokenizer(Path(saved))}"
         if not folder.is_dir():
-            with written(folder) as temporary:
+            with written(folder, folder=True) as temporary:
                 shutil.copytree(saved, temporary, dirs_exist_ok=True)
     return folder
 
 
-def special_ids(tokenizer, folder: Path) -> dict[str, int | None]:
-    """bos_id and eos_id (what opens and closes a sentence), pad_id, unk_id, mask_id.
+def special_ids(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Return bos_id and eos_id (which open and close a sentence), pad_id, unk_id and mask_id.
 
-    Raises UserError where the tokenizer lacks one of them; mask_id alone may be None.
+    Raises UserError if the tokenizer lacks any but mask_id, which may be None.
     """
     first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    ids = {"bos_id": first, "pad_id": tokenizer.pad_token_id}
-    ids |= {"eos_id": last, "unk_id": tokenizer.unk_token_id}
+    ids = {"bos_id": first, "pad_id": tokenizer.pad_token_id, "eos_id": last, "unk_id": tokenizer.unk_token_id}
     missing = ", ".join(name for name, value in ids.items() if value is None)
     if missing:
         raise UserError(f"the tokenizer in {folder} has no {missing}; needed: <s>, <pad>, </s> and <unk>")
@@ -80,12 +80,11 @@ def special_ids(tokenizer, folder: Path) -> dict[str, int | None]:
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = VOCABULARY) -> None:
-    """Trains a Unigram tokenizer (NFKC, Metaspace) and saves it to a folder that AutoTokenizer loads.
+    """Train a Unigram tokenizer (NFKC, Metaspace) and save it to a folder that AutoTokenizer loads.
 
-    At most vocab_size entries: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces by falling score, <mask> last; fewer
-    where the texts hold fewer pieces. Every character of the words looked at is a piece, as far as half the
-    entries go.
-    Raises UserError where there are no texts or vocab_size is below 7.
+    Entries: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces by falling score, <mask> last. Characters take at most half of them.
+    vocab_size: limit on the entries; texts with few pieces give fewer.
+    Raises UserError for no texts or a vocab_size below 7.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -109,25 +108,25 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     trained = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
     try:
         trained.save_pretrained(folder)
-    except Exception as error:  # `tokenizers` has one kind for all; of the file system's it gives the number in the text
+    except Exception as error:  # `tokenizers` has a single kind; the text of a file-system error has its number
         if "os error" in str(error):
             raise OSError(str(error)) from error
         raise
 
 
 def train_unigram(words: dict[str, int], size: int) -> dict[str, float]:
-    """At most `size` pieces with their log probabilities, from words with their counts."""
-    characters = Counter()
+    """Return at most `size` pieces with their log probabilities, from words with their counts."""
+    counted: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
-            characters[character] += count
-    characters = dict(_largest(characters, size // 2))
-    seeds = Counter()
+            counted[character] += count
+    characters = dict(_largest(counted, size // 2))
+    substrings: Counter[str] = Counter()
     for word, count in words.items():
         for start in range(len(word)):
             for end in range(start + 2, min(start + LONGEST, len(word)) + 1):
-                seeds[word[start:end]] += count
-    seeds = {piece: count * len(piece) for piece, count in seeds.items() if characters.keys() >= set(piece)}
+                substrings[word[start:end]] += count
+    seeds = {piece: count * len(piece) for piece, count in substrings.items() if characters.keys() >= set(piece)}
     pieces = _log({**characters, **{piece: seeds[piece] for piece, _ in _largest(seeds, 3 * size)}})
     while True:
         for _ in range(2):
@@ -142,18 +141,18 @@ def train_unigram(words: dict[str, int], size: int) -> dict[str, float]:
         pieces = {piece: pieces[piece] for piece in (*characters, *(piece for piece, _ in kept))}
 
 
-def _largest(scores: dict[str, float], count: int) -> list[tuple[str, float]]:
-    """The entries of the largest scores; ties, up to the last bits of a logarithm, go by the piece."""
+def _largest(scores: Mapping[str, float], count: int) -> list[tuple[str, float]]:
+    """Return the `count` entries with the largest scores; ties, to 6 decimals, go by the piece."""
     return sorted(scores.items(), key=lambda item: (-round(item[1], 6), item[0]))[:count]
 
 
-def _log(counts: dict[str, float]) -> dict[str, float]:
+def _log(counts: Mapping[str, float]) -> dict[str, float]:
     total = math.log(sum(counts.values()))
     return {piece: math.log(count) - total for piece, count in counts.items()}
 
 
 def _count(words: dict[str, int], pieces: dict[str, float], characters: dict[str, float]) -> dict[str, float]:
-    """How often each piece stands in the words' best segmentations; unused ones go, but characters stay."""
+    """Count the pieces of the words' best segmentations. Unused pieces are dropped, characters are not."""
     counts = dict.fromkeys(characters, 0.1)
     for word, count in words.items():
         for piece in _segment(word, pieces)[1]:
@@ -163,17 +162,20 @@ def _count(words: dict[str, int], pieces: dict[str, float], characters: dict[str
 
 
 def _segment(word: str, pieces: dict[str, float], leave_out: str | None = None) -> tuple[float, list[str]]:
-    """(log probability, pieces) of the best segmentation; a character that is no piece costs 100."""
-    best = [(0.0, 0)]
+    """Return (log probability, pieces) of the best segmentation; a character that is no piece costs 100.
+
+    leave_out: a piece not to use.
+    """
+    best = [(0.0, 0)]  # for each end: (log probability, start of the last piece)
     for end in range(1, len(word) + 1):
-        found = (best[end - 1][0] - 100.0, end - 1)
+        last = (best[end - 1][0] - 100.0, end - 1)
         for start in range(max(0, end - LONGEST), end):
             score = pieces.get(word[start:end])
-            if score is not None and best[start][0] + score > found[0] and word[start:end] != leave_out:
-                found = (best[start][0] + score, start)
-        best.append(found)
-    parts, end = [], len(word)
+            if score is not None and best[start][0] + score > last[0] and word[start:end] != leave_out:
+                last = (best[start][0] + score, start)
+        best.append(last)
+    segments, end = [], len(word)
     while end:
-        parts.append(word[best[end][1] : end])
+        segments.append(word[best[end][1] : end])
         end = best[end][1]
-    return best[-1][0], parts[::-1]
+    return best[-1][0], segments[::-1]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..config import Config
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
 from .corpus import Corpus
 from .evaluate import evaluate
-from .learner import Learner
-from .packing import PackedBatch, pack
+from .learner import Learner, Scores
+from .packing import PackedBatch, Part, pack
 from .step import StepSettings, train_step
 from .stream import Stream
 
@@ -22,7 +23,7 @@ class Cohort:
     wanted: for each learner, the locales to score after each number of completed experiences.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
-    Attributes: scores, for each learner {experiences completed: {locale: [TP, predicted, gold]}}; failed, {learner: reason}.
+    Attributes: scores, one per learner; failed, {learner: why its training ended early}.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Cohort:
         learners: Sequence[Learner],
         wanted: Sequence[Mapping[int, Sequence[str]]],
         *,
-        pass_tokens: int = 8192,
+        pass_tokens: int = Config.pass_tokens,
         exact: bool = False,
     ):
         self.model, self.corpus, self.learners, self.wanted = model, corpus, learners, wanted
@@ -57,7 +58,7 @@ class Cohort:
                 exact=exact,
             )
         self.streams = [Stream.of(corpus, learner) for learner in learners]
-        self.scores: list[dict[int, dict[str, list[int]]]] = [{} for _ in learners]
+        self.scores: list[Scores] = [{} for _ in learners]
         self.failed: dict[int, str] = {}
         self.tokens = 0
         self._team: _Team | None = None
@@ -147,12 +148,12 @@ class _Team:
         for first, last in self.passes:
             parts = []
             for row in range(first, last):
-                sentences, index, end = self.cohort.streams[self.learners[row]].next()
-                parts.append((sentences, index, row - first))
-                ended += [row] * end
-            batch = pack(parts, last - first, self.cohort.device)
-            self.cohort.tokens += batch.input_ids.numel()
-            yield batch
+                batch = self.cohort.streams[self.learners[row]].next()
+                parts.append(Part(batch.sentences, batch.indices, row - first))
+                ended += [row] * batch.ended
+            packed = pack(parts, last - first, self.cohort.device)
+            self.cohort.tokens += packed.input_ids.numel()
+            yield packed
 
     def advance(self) -> tuple[float, list[int]]:
         """Train every row for one step.
