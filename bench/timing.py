@@ -1,19 +1,25 @@
-"""How a call is timed: quantiles of the GPU's own time between two events, over inputs that no cache holds."""
+"""How a call is timed, and where: quantiles of the GPU's time over inputs that no cache holds; commit, versions, device."""
 
+import platform
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .problems import Problem
+from .cases import Problem
 
+ROOT = Path(__file__).resolve().parents[1]
 L2_BYTES = 64 << 20  # more than any chip so far has: an H200 has 60 MB
-SLEEP_CYCLES, QUEUED_US = 4_000_000, 1900  # the GPU sleeps 2 ms at 1.98 GHz; so long a call's launches may take on the host
+SLEEP_CYCLES, QUEUED_US = 4_000_000, 1900  # the GPU sleeps 2 ms at 1.98 GHz; launches within QUEUED_US are all queued by then
 MOST, LEAST, WARM = 400, 10, 3  # measurements of a call; those not counted
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "pytest", "hypothesis", "pytest-xdist")
 
 
-class Taken(NamedTuple):
+class Sample(NamedTuple):
     """Microseconds of one call: on the GPU, and on the host until its last launch was queued."""
 
     gpu: float
@@ -30,15 +36,15 @@ class Times(NamedTuple):
 
     @property
     def host_bound(self) -> bool:
-        """Whether the GPU ran dry while the host was still launching, so that the time is the host's."""
+        """Whether the call is launch-bound: the GPU ran dry, so that the time is the host's."""
         return self.host > QUEUED_US
 
 
-Clock = Callable[[Callable[[], object]], Taken]
+Clock = Callable[[Callable[[], object]], Sample]
 
 
-def gpu_clock(call: Callable[[], object]) -> Taken:
-    """Times a call between two events; a sleep on the GPU first, so that launches are queued, not waited for."""
+def gpu_clock(call: Callable[[], object]) -> Sample:
+    """Time a call between two events. The GPU sleeps first, so that launches are queued and not waited for."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)
@@ -48,23 +54,60 @@ def gpu_clock(call: Callable[[], object]) -> Taken:
     end.record()
     host = time.perf_counter() - began
     end.synchronize()
-    return Taken(1e3 * start.elapsed_time(end), 1e6 * host)
+    return Sample(1e3 * start.elapsed_time(end), 1e6 * host)
 
 
 def measure(calls: list[Callable[[], object]], clock: Clock, seconds: float) -> Times:
-    """Quantiles over calls taken in turn, for that many seconds, but at least 10 and at most 400 measurements."""
+    """Quantiles over calls made in turn, for that many seconds, but at least LEAST and at most MOST measurements."""
     for index in range(WARM):
         clock(calls[index % len(calls)])
-    taken: list[Taken] = []
+    samples: list[Sample] = []
     until = time.monotonic() + seconds
-    while len(taken) < LEAST or (time.monotonic() < until and len(taken) < MOST):
-        taken.append(clock(calls[len(taken) % len(calls)]))
-    gpu, host = (sorted(values) for values in zip(*taken, strict=True))
-    at = [min(len(taken) - 1, int(len(taken) * part)) for part in (0.2, 0.5, 0.8)]
-    return Times(*(gpu[place] for place in at), host[at[1]])
+    while len(samples) < LEAST or (time.monotonic() < until and len(samples) < MOST):
+        samples.append(clock(calls[len(samples) % len(calls)]))
+    gpu, host = (sorted(values) for values in zip(*samples, strict=True))
+    p20, p50, p80 = (min(len(samples) - 1, int(len(samples) * share)) for share in (0.2, 0.5, 0.8))
+    return Times(gpu[p20], gpu[p50], gpu[p80], host[p50])
 
 
 def rotation(make: Callable[[int], Problem]) -> list[Problem]:
     """As many problems as fill twice the L2 cache, at least two. make: from a seed."""
     first = make(0)
     return [first, *(make(seed) for seed in range(1, max(2, -(-2 * L2_BYTES // first.bytes))))]
+
+
+def commit() -> dict[str, object]:
+    """Commit of the clone, and whether a Python file differs from it; both None outside a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "*.py"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions, None for what is absent. Nothing is imported."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in packages}
+
+
+def environment(device: str) -> dict:
+    """What every row holds: time, commit, versions and device."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"time": now, **commit(), "versions": {"python": platform.python_version(), **versions()}, "device": name}

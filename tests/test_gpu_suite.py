@@ -1,4 +1,4 @@
-"""The command of the GPU suite: shares of the time, what is absent, the tests it starts, its exit code."""
+"""The command of the GPU suite: shares of the time, the tests it starts, its exit code."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 from suite_parts import written
 
-from bench import gpu_suite, surroundings
+from bench import gpu_suite, timing
 from kloss.kernels import tuned
 
 
@@ -45,7 +45,7 @@ def test_a_slow_section_does_not_starve_the_next(suite):
     [("", 60, "passed"), ("raise SystemExit(3)", 60, "FAILED: exit code 3"), ("", 0, "FAILED: not finished after 0 s")],
 )
 def test_the_outcome_of_the_tests(code, seconds, outcome):
-    assert surroundings.run_tests([sys.executable, "-c", code], seconds) == outcome
+    assert gpu_suite.run_tests([sys.executable, "-c", code], seconds) == outcome
 
 
 def test_tests_that_take_too_long_end_with_all_their_processes(tmp_path):
@@ -55,7 +55,7 @@ import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 open({str(pid)!r}, "w").write(str(child.pid))
 time.sleep(100)"""
-    assert surroundings.run_tests([sys.executable, "-c", code], 2.0) == "FAILED: not finished after 2 s"
+    assert gpu_suite.run_tests([sys.executable, "-c", code], 2.0) == "FAILED: not finished after 2 s"
     state, until = Path(f"/proc/{pid.read_text()}/stat"), time.monotonic() + 10
 
     def lives() -> bool:
@@ -69,28 +69,16 @@ time.sleep(100)"""
         time.sleep(0.05)
 
 
-def test_only_files_with_tests_for_a_gpu_are_collected(tmp_path):
-    marked = {"test_a.py": "@pytest.mark" + ".gpu", "test_b.py": "import os", "test_c.py": "from helpers import DEVIC" + "ES"}
-    for name, text in {**marked, "helpers.py": "PLAC" + "ES = []"}.items():
-        (tmp_path / name).write_text(text)
-    command = surroundings.test_command({"pytest-xdist": None}, tmp_path)
-    assert command[-2:] == [str(tmp_path / "test_a.py"), str(tmp_path / "test_c.py")] and "-n" not in command
-    at_once = surroundings.test_command({"pytest-xdist": "3.8"}, tmp_path)
-    assert at_once[at_once.index("-n") + 1] == str(surroundings.WORKERS)
-    assert at_once[at_once.index("-o") + 1] == "addopts=-ra", "the project's options name plugins that may be absent"
-    names = [path.rsplit("/", 1)[-1] for path in surroundings.test_command({})]
-    assert "test_multi_lora.py" in names and "test_corpus.py" not in names
+def test_only_tests_for_a_gpu_run():
+    command = gpu_suite.pytest_command(parallel=False)
+    assert command[command.index("-m", 3) + 1 :] == ["gpu", "tests"] and "-n" not in command
+    assert command[command.index("-o") + 1] == "addopts=-ra", "the project's options name plugins that may be absent"
+    parallel = gpu_suite.pytest_command(parallel=True)
+    assert parallel[parallel.index("-n") + 1] == str(gpu_suite.WORKERS)
 
 
-def test_what_is_absent_is_said_in_a_line_each():
-    full = dict.fromkeys(surroundings.PACKAGES, "9.0") | {"numpy": "2.4.0", "triton": "3.7.0"}
-    assert surroundings.remarks(full) == []
-    lines = surroundings.remarks(full | {"peft": None, "transformers": None})
-    assert len(lines) == 2 and lines[0].startswith("absent: peft") and lines[1].startswith("absent: transformers")
-    old = surroundings.remarks(full | {"triton": "3.6.0"})
-    assert len(old) == 1 and "triton 3.6.0 with numpy 2.4.0" in old[0] and "not needed" in old[0]
-    assert surroundings.remarks(full | {"triton": "3.6.0", "numpy": "2.3.5"}) == []
-    assert surroundings.versions(["pytest", "no-such-package"]) == {"pytest": pytest.__version__, "no-such-package": None}
+def test_what_is_absent_has_no_version():
+    assert timing.versions(["pytest", "no-such-package"]) == {"pytest": pytest.__version__, "no-such-package": None}
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
@@ -98,13 +86,13 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    about = surroundings.environment("cpu")
-    assert about["commit"] is None and about["dirty"] is None and about["device"] == "cpu"
+    about = timing.environment("cpu")
+    assert about["commit"] is None and about["dirty"] is None and "threads" in about["device"]
 
 
 def test_nothing_needs_datasets():
     code = "import sys; sys.modules['datasets'] = None; import bench.gpu_suite, bench.baselines"
-    subprocess.run([sys.executable, "-c", code], cwd=surroundings.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=timing.ROOT, check=True)
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
@@ -129,7 +117,8 @@ def test_the_command_runs_the_sections_and_ends_with_the_targets(suite, monkeypa
     for name in ("kernels", "baselines", "profile", "tiles"):
         monkeypatch.setattr(suite, name, section(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_suite, "environment", lambda device: {})
+    installed = {"torch": "2", "peft": None, "pytest-xdist": None}
+    monkeypatch.setattr(gpu_suite, "environment", lambda device: {"versions": installed})
     monkeypatch.setattr(gpu_suite, "Suite", lambda out, about: (suite.about.update(about), suite)[1])
     given = []
     monkeypatch.setattr(gpu_suite, "run_tests", lambda command, seconds: (given.append(seconds), outcome)[1])
@@ -137,6 +126,7 @@ def test_the_command_runs_the_sections_and_ends_with_the_targets(suite, monkeypa
     assert done == [(name, outcome) for name in ("kernels", "baselines", "profile", "tiles")]
     assert given[0] == pytest.approx(120 * gpu_suite.SHARES["tests"], abs=5)
     out = capsys.readouterr().out
+    assert "absent: peft, pytest-xdist\n" in out
     assert "forward + backward, r=4: at most 1.5 x the base products alone" in out and "not measured (0 of 4 linears)" in out
     assert out.splitlines()[-1].endswith(f"{int(breaks)} failures; tests {outcome}")
     assert ("FAILED: profile: profile: AssertionError: a kernel is wrong" in out) == breaks

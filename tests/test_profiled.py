@@ -9,9 +9,10 @@ import torch
 from suite_parts import PLAIN, SMALL, TOY, events, written
 from torch.autograd import DeviceType
 
-from bench import cases, profiled, training_step, whole_step
-from bench import suite as sections
+from bench import cases, kernels, profiled, whole_step
 from bench.profiled import Event
+from kloss.cl import step as trainer
+from kloss.cl import train
 
 
 def test_kernels_are_matched_to_the_work_they_do():
@@ -25,7 +26,7 @@ def test_kernels_are_matched_to_the_work_they_do():
     assert profiled.assign([*forward, "add", "sum_kernel"]) == ["S", "y", None, None]
 
 
-WORK = [cases.Work("S", 0, 4.3e6), cases.Work("y", 0, 8.6e6)]  # 1 and 2 microseconds at the ceiling
+WORK = [cases.KernelWork("S", 0, 4.3e6), cases.KernelWork("y", 0, 8.6e6)]  # 1 and 2 microseconds at the ceiling
 
 
 def test_rows_of_a_profile():
@@ -68,13 +69,13 @@ def function_event(name, device, start, end, annotation=False):
 
 
 def test_events_of_a_profile():
-    found = profiled.events_of([
+    listed = profiled.events_of([
         function_event("shrink_kernel", DeviceType.CUDA, 7.0, 9.5),
         function_event("cudaLaunchKernel", DeviceType.CPU, 1.0, 3.0),
         function_event("aten::mm", DeviceType.CPU, 0.0, 3.0),
         function_event("step", DeviceType.CUDA, 0.0, 99.0, annotation=True),
     ])  # fmt: skip
-    assert found == [Event("cudaLaunchKernel", False, 1.0, 2.0), Event("shrink_kernel", True, 7.0, 2.5)]
+    assert listed == [Event("cudaLaunchKernel", False, 1.0, 2.0), Event("shrink_kernel", True, 7.0, 2.5)]
 
 
 def test_torch_gives_events_of_this_shape():
@@ -96,8 +97,8 @@ STEP = [
 
 
 def test_the_summary_of_a_step():
-    found = profiled.summary(STEP, wall_us=200.0)
-    assert found == {
+    summary = profiled.summary(STEP, wall_us=200.0)
+    assert summary == {
         "wall_us": 200.0, "gpu_us": 50.0, "gpu_share": 0.25, "kernels": 3, "launches": 3,
         "waits": {"cudaStreamSynchronize": 2}, "device_to_host": 1, "host_to_device": 1,
     }  # fmt: skip
@@ -105,16 +106,16 @@ def test_the_summary_of_a_step():
     assert top == [
         {"kernel": "gemm", "us": 40.0, "calls": 2, "share": 0.8}, {"kernel": "add", "us": 5.0, "calls": 1, "share": 0.1},
     ]  # fmt: skip
-    lines = profiled.summary_lines(found, top)
+    lines = profiled.summary_lines(summary, top)
     assert lines[0] == "wall 0.20 ms, GPU 0.05 ms (25%): 0.15 ms of launches and waits"
     assert lines[1] == "3 kernels, 3 launches; waits of the host for the GPU: 2 cudaStreamSynchronize"
     assert lines[2] == "copies: 1 to the host, 1 from it" and "gemm" in lines[3] and len(lines) == 5
 
 
 def test_a_profile_without_calls_of_cuda_counts_none():
-    found = profiled.summary(events(("gemm", 1.0)), wall_us=2.0)
-    assert found["waits"] is None and found["launches"] is None
-    assert "no call of CUDA on the host" in profiled.summary_lines(found, [])[1]
+    summary = profiled.summary(events(("gemm", 1.0)), wall_us=2.0)
+    assert summary["waits"] is None and summary["launches"] is None
+    assert "no call of CUDA on the host" in profiled.summary_lines(summary, [])[1]
 
 
 def test_waits_are_counted_by_line(monkeypatch):
@@ -133,7 +134,7 @@ def test_waits_are_counted_by_line(monkeypatch):
 
 def test_profile_writes_a_row_per_kernel_and_then_the_step(suite, monkeypatch, capsys):
     monkeypatch.setattr(suite, "training_step", lambda record: suite.write({"case": "training step"}))
-    monkeypatch.setattr(sections, "PASSES", 2)
+    monkeypatch.setattr(kernels, "PASSES", 2)
     calls = []
 
     def record(call):
@@ -147,7 +148,7 @@ def test_profile_writes_a_row_per_kernel_and_then_the_step(suite, monkeypatch, c
         ("small", "shrink_kernel"), ("small", "expand_kernel"), ("plain", "shrink_kernel"), ("plain", "expand_kernel"),
         (None, None),
     ]  # fmt: skip
-    assert len(calls) == 2 and rows[0]["calls_per_pass"] == 1 / sections.PASSES
+    assert len(calls) == 2 and rows[0]["calls_per_pass"] == 1 / kernels.PASSES
     assert "share of the ceiling, 2 x 4 rows, r=4\nwork" in capsys.readouterr().out and not suite.failed
 
 
@@ -161,27 +162,43 @@ def test_a_whole_step_is_profiled(suite, capsys):
     assert "2 waits at here" in capsys.readouterr().out
 
 
-def test_the_profiled_step_is_that_of_whole_step():
-    """To the bit, with dropout; and it changes every adapter."""
-    step, batch = training_step.make_step(TOY, 3, 4, 2, device="cpu", dtype=torch.float32)
-    other, _ = training_step.make_step(TOY, 3, 4, 2, device="cpu", dtype=torch.float32)
-    before, kloss = step.bank.param.clone(), whole_step.Kloss(other.model, other.bank, other.p)
+def toy_step():
+    """A step of three adapters with dropout."""
+    return whole_step.make_step(TOY, 3, 4, 2, dropout=0.1, dtype=torch.float32)
+
+
+def test_the_profiled_step_is_that_of_whole_step(suite, monkeypatch):
+    """And both are the trainer's, packing included; it changes every adapter."""
+    assert (whole_step.train_step, whole_step.pack) == (train.train_step, train.pack)
+    made, calls = [], Counter()
+    honest = whole_step.make_step
+    monkeypatch.setattr(whole_step, "make_step", lambda *sizes, **more: made.append(honest(*sizes, **more)) or made[-1])
+    for name in ("pack", "train_step"):
+        function = getattr(whole_step, name)
+        monkeypatch.setattr(whole_step, name, lambda *args, name=name, function=function: calls.update([name]) or function(*args))
+    suite.training_step(lambda call: (call(), STEP)[1], lambda call: Counter(), config=TOY, adapters=3, rank=4, utterances=2)
+    assert calls["pack"] == calls["train_step"] == 3 + 8 + 1, "the check's three, the timed, the profiled"
+    step, before = made[-1], toy_step().bank.param
+    assert (step.bank.param != before).any(1).all() and step.bank.steps.tolist() == [9, 9, 9]
+
+
+def test_a_step_with_dropout_is_the_same_step_again():
+    first, second = toy_step(), toy_step()
     for _ in range(2):
-        losses = step.step(batch)
-        kloss.step(batch)
-    assert torch.equal(step.bank.param, kloss.bank.param)
-    assert (step.bank.param != before).any(1).all() and losses.shape == (3,) and losses.isfinite().all()
+        (losses, norms), again = first.run(), second.run()
+        assert torch.equal(losses, again[0]) and torch.equal(norms, again[1])
+    assert torch.equal(first.bank.param, second.bank.param) and losses.shape == norms.shape == (3,)
 
 
 def test_a_wrong_step_fails_its_check(monkeypatch):
-    training_step.check_step(TOY, 4, device="cpu", dtype=torch.float32)
-    honest, calls = training_step.token_loss, []
+    whole_step.check_step(TOY, 4, device="cpu", dtype=torch.float32)
+    honest, calls = trainer.token_loss, []
 
     def wrong(*arguments):
         calls.append(1)
         loss, count = honest(*arguments)
         return loss * (1.001 if len(calls) == 2 else 1), count
 
-    monkeypatch.setattr(training_step, "token_loss", wrong)
-    with pytest.raises(AssertionError, match="training step are off"):
-        training_step.check_step(TOY, 4, device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(trainer, "token_loss", wrong)
+    with pytest.raises(AssertionError, match="losses and gradient norms are off"):
+        whole_step.check_step(TOY, 4, device="cpu", dtype=torch.float32)

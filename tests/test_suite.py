@@ -1,4 +1,4 @@
-"""The sections kernels and tiles of the GPU suite, with a clock that counts and the kernels in the interpreter."""
+"""The GPU suite's sections kernels and tiles, with a clock that counts and the kernels in the interpreter."""
 
 from collections import Counter
 from functools import partial
@@ -9,52 +9,50 @@ import torch.nn.functional as F
 import triton
 from suite_parts import BATCH, PLAIN, SMALL, TOY, events, small_problem, written
 
-from bench import baselines, cases, problems, timing, training_step
-from bench import suite as sections
+from bench import baselines, cases, kernels, timing, whole_step
 from bench.timing import Times
 from kloss.kernels import tuned
 
 
-def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite, capsys):
+def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite):
     suite.section = "kernels"
     suite.kernels(batches=(cases.Batch(1, 8), BATCH, cases.Batch(1, 3)), ranks=(4,), linears=(SMALL,))
     rows = written(suite)
     shapes = [("2 x 4", "chosen"), ("2 x 4", "exact"), ("2 x 4", "forward only"), ("1 x 8", "chosen")]
-    shapes += [("1 x 3", how) for how in ("chosen", "exact", "forward only")]
-    assert [row["case"] for row in rows] == [f"small, {batch} rows, r=4, {how}" for batch, how in shapes]
-    needed = {"commit", "torch", "triton", "device", "tests", "p20", "p50", "p80", "host", "host_bound", "dtype", "fused"}
+    shapes += [("1 x 3", form) for form in ("chosen", "exact", "forward only")]
+    assert [row["case"] for row in rows] == [f"small, {batch} rows, r=4, {form}" for batch, form in shapes]
+    needed = {"commit", "versions", "device", "tests", "p20", "p50", "p80", "host", "host_bound", "dtype", "fused"}
     for row in rows:
         assert needed <= row.keys() and row["section"] == "kernels"
         assert row["ratio"] == row["p50"] / row["baseline_p50"] and row["p20"] < row["p50"] < row["p80"]
-        assert row["baseline"] == ("base forward alone" if row["kind"] == "forward only" else "base alone")
-    least = {one.name: one.seconds * 1e6 for one in cases.lora_work(SMALL, BATCH, 4)}
+        assert row["baseline"] == ("base forward alone" if row["form"] == "forward only" else "base alone")
+    least = {work.name: work.seconds * 1e6 for work in cases.lora_work(SMALL, BATCH, 4)}
     assert rows[0]["ceiling_share"] == pytest.approx(sum(least.values()) / rows[0]["p50"])
     assert rows[2]["ceiling_share"] == pytest.approx((least["S"] + least["y"]) / rows[2]["p50"])
     assert rows[1]["fused"] == [True, True] and rows[0]["fused"] == [False, False]
-    one, two = (1e3 * row["p50"] / 8 for row in (rows[3], rows[0]))
-    assert f"1: {one:.1f}, 2: {two:.1f}; farthest from one adapter: {two / one - 1:+.1%} at 2" in capsys.readouterr().out
 
 
 def test_what_the_targets_need_is_measured_first():
-    plan = list(sections.kernel_plan(cases.BATCHES, cases.STUDY_RANKS, cases.XLMR_BASE))
+    plan = list(kernels.kernel_plan(cases.BATCHES, cases.STUDY_RANKS, cases.XLMR_BASE))
     assert [(batch, rank) for linear, batch, rank, _ in plan[::4]][:7] == [
         (cases.STUDY, 32), (cases.STUDY, 256), (cases.Batch(1, 19_968), 32), (cases.Batch(8, 2496), 32),
         (cases.Batch(256, 78), 32), (cases.Batch(1024, 19), 32), (cases.STUDY, 64),
     ]  # fmt: skip
     assert len(plan) == len(set(plan)) == 29 and plan[-1][1] == cases.Batch(1, 384)
-    assert {kinds for _, batch, _, kinds in plan if batch == cases.STUDY} == {("chosen", "exact", "forward only")}
+    assert {forms for _, batch, _, forms in plan if batch == cases.STUDY} == {("chosen", "exact", "forward only")}
     assert all({linear for linear, *_ in plan[at : at + 4]} == set(cases.XLMR_BASE) for at in range(0, 28, 4))
 
 
 @pytest.mark.parametrize(("part", "name"), list(enumerate(("y", "dx", "dA", "dB"))))
 def test_nothing_is_timed_after_a_failed_check(suite, monkeypatch, part, name):
-    honest = problems.together
+    honest = cases.forward_backward
 
-    def wrong(one, **more):
-        call = honest(one, **more)
-        return lambda: tuple(1.01 * t if i == part else t for i, t in enumerate(call()))
+    def wrong(problem, **options):
+        call = honest(problem, **options)
+        is_reference = "op" in options
+        return call if is_reference else lambda: tuple(1.01 * t if i == part else t for i, t in enumerate(call()))
 
-    monkeypatch.setattr(problems, "together", wrong)
+    monkeypatch.setattr(cases, "forward_backward", wrong)
     suite.section = "kernels"
     suite.kernels(batches=(), ranks=(4,), linears=(SMALL,))
     assert not suite.rows and not suite.file.exists()
@@ -69,12 +67,11 @@ def test_no_section_writes_a_row_of_an_op_that_failed_its_check(suite, monkeypat
     def record(call):
         return events(("shrink_kernel", 1.0))
 
-    monkeypatch.setattr(sections, "check", check)
-    toy = training_step.make_step(TOY, 3, 4, 2, device="cpu", dtype=torch.float32)
-    monkeypatch.setattr(training_step, "check_step", check)
-    monkeypatch.setattr(training_step, "make_step", lambda **sizes: toy)
-    monkeypatch.setattr(sections, "others", lambda: ([baselines.Other("a", "a", problems.together, problems.together)], []))
-    monkeypatch.setattr(sections, "PASSES", 1)
+    monkeypatch.setattr(cases, "check", check)
+    monkeypatch.setattr(whole_step, "check_step", check)
+    library = baselines.Baseline("a", "a", cases.forward_backward, cases.forward_backward)
+    monkeypatch.setattr(baselines, "baselines", lambda: ([library], []))
+    monkeypatch.setattr(kernels, "PASSES", 1)
     with suite.attempt(name):
         {
             "kernels": partial(suite.kernels, ranks=(4,), linears=(PLAIN,), batches=()),
@@ -87,55 +84,62 @@ def test_no_section_writes_a_row_of_an_op_that_failed_its_check(suite, monkeypat
 
 
 def test_one_adapter_that_is_wrong_fails_the_check(monkeypatch):
-    honest = problems.together
+    honest = cases.forward_backward
 
-    def wrong(one, exact=False):
+    def wrong(problem, exact=False, **options):
         def call():
-            results = honest(one, exact=exact)()
+            results = honest(problem, exact=exact, **options)()
             results[0][4 if exact else 0 : 8 if exact else 0] += 1e-4
             return results
 
         return call
 
-    monkeypatch.setattr(problems, "together", wrong)
+    monkeypatch.setattr(cases, "forward_backward", wrong)
     with pytest.raises(AssertionError, match="y at small, r=4, exact: adapter 1"):
-        problems.check(SMALL, BATCH, 4, device="cpu", dtype=torch.float32)
+        cases.check(SMALL, BATCH, 4, device="cpu", dtype=torch.float32)
 
 
 def test_a_wrong_or_missing_value_in_inference_fails_the_check(monkeypatch):
-    honest = problems.forward_only
-    monkeypatch.setattr(problems, "forward_only", lambda one: lambda: honest(one)().index_fill(0, torch.tensor([5]), torch.nan))
+    honest = cases.forward_only
+
+    def wrong(problem, **options):
+        rows = torch.tensor([] if "op" in options else [5], dtype=torch.long)
+        return lambda: honest(problem, **options)().index_fill(0, rows, torch.nan)
+
+    monkeypatch.setattr(cases, "forward_only", wrong)
     with pytest.raises(AssertionError, match="y at plain, r=4, forward only: adapter 1"):
-        problems.check(PLAIN, BATCH, 4, device="cpu", dtype=torch.float32)
+        cases.check(PLAIN, BATCH, 4, device="cpu", dtype=torch.float32)
 
 
 def test_inference_has_no_gradients_and_no_dropout():
-    one = small_problem()
-    y = problems.forward_only(one._replace(lora_a=one.lora_a.clone().requires_grad_()))()
-    without = problems.together(one._replace(dropout=None))()[0]
-    assert not y.requires_grad and torch.equal(y, without) and not torch.equal(y, problems.together(one)()[0])
+    problem = small_problem()
+    y = cases.forward_only(problem._replace(lora_a=problem.lora_a.clone().requires_grad_()))()
+    without = cases.forward_backward(problem._replace(dropout=None))()[0]
+    assert not y.requires_grad and torch.equal(y, without) and not torch.equal(y, cases.forward_backward(problem)()[0])
 
 
-def test_each_kind_has_its_own_floor():
-    one = small_problem()
-    y, dx = sections.KINDS["chosen"].floor(one)()
-    torch.testing.assert_close(y, F.linear(one.x, one.weight, one.bias))
-    torch.testing.assert_close(dx, one.dy @ one.weight)
-    assert torch.equal(sections.KINDS["forward only"].floor(one)(), y)
-    assert sections.KINDS["exact"].floor is sections.KINDS["chosen"].floor
+def test_each_form_has_its_own_floor():
+    problem = small_problem()
+    y, dx = kernels.FORMS["chosen"].floor(problem)()
+    torch.testing.assert_close(y, F.linear(problem.x, problem.weight, problem.bias))
+    torch.testing.assert_close(dx, problem.dy @ problem.weight)
+    assert torch.equal(kernels.FORMS["forward only"].floor(problem)(), y)
+    assert kernels.FORMS["exact"].floor is kernels.FORMS["chosen"].floor
 
 
 def test_a_ratio_with_the_hosts_time_on_either_side_is_marked(suite, capsys):
     quick, slow = Times(1, 2, 3, 1), Times(1, 4, 5, timing.QUEUED_US + 1)
     sides = (quick, quick), (quick, slow), (slow, quick)
-    marked = [suite.row("case", times, baseline="other", floor=floor) for times, floor in sides]
+    for times, floor in sides:
+        suite.write_times("case", times, baseline="other", floor=floor)
+    marked = suite.rows
     assert [row["host_bound"] for row in marked] == [False, True, True] and marked[2]["ratio"] == 2
-    assert [line.endswith("waits for the host") for line in capsys.readouterr().out.splitlines()] == [False, True, True]
+    assert [line.endswith("launch-bound") for line in capsys.readouterr().out.splitlines()] == [False, True, True]
 
 
 def test_a_case_that_passed_is_not_checked_again(suite, monkeypatch):
     seen = []
-    monkeypatch.setattr(sections, "check", lambda *case, **more: seen.append(case))
+    monkeypatch.setattr(cases, "check", lambda *case, **more: seen.append(case))
     for rank in (4, 4, 8):
         suite.check(SMALL, BATCH, rank)
     assert seen == [(SMALL, BATCH, 4), (SMALL, BATCH, 8)]
@@ -149,16 +153,16 @@ def test_a_spent_budget_is_said(suite):
 
 def test_tiles_try_candidates_and_put_the_table_back(suite, monkeypatch):
     before = dict(tuned.TABLE)
-    with sections.table_entry("shrink", 0, {"BK": 32}):
+    with kernels.table_entry("shrink", 0, {"BK": 32}):
         assert tuned.launch("shrink", 0, torch.bfloat16).BK == 32
         assert tuned.launch("shrink", 80, torch.bfloat16) == tuned.DEFAULT["shrink", "half"]
     assert before == tuned.TABLE
     tried = []
-    monkeypatch.setattr(sections, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 128}], "fused": [{"BC": 16}]})
-    monkeypatch.setattr(sections, "check", lambda *shape, **more: tried.append(dict(tuned.TABLE)))
-    suite.tiles(batch=BATCH, linears=(PLAIN,), rank=4)
+    monkeypatch.setattr(kernels, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 128}], "fused": [{"BC": 16}]})
+    monkeypatch.setattr(cases, "check", lambda *shape, **more: tried.append(dict(tuned.TABLE)))
+    suite.tiles(linears=(PLAIN,), rank=4)
     assert before == tuned.TABLE and tried[0] == before, "what is to be replaced is checked too"
-    assert [one["shrink", 0, "half"].BK for one in tried[1:3]] == [16, 128] and tried[3]["fused", 0, "half"].BC == 16
+    assert [table["shrink", 0, "half"].BK for table in tried[1:3]] == [16, 128] and tried[3]["fused", 0, "half"].BC == 16
     assert len(written(suite)) == 3 and all(row["baseline"] == "the table's" for row in written(suite))
 
 
@@ -171,8 +175,8 @@ def test_a_tile_that_the_chip_refuses_is_left_out_and_a_wrong_one_fails(suite, m
             raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
         assert not changed or changed.BK != 32, "dx is off"
 
-    monkeypatch.setattr(sections, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 32}, {"BK": 128}]})
-    monkeypatch.setattr(sections, "check", check)
+    monkeypatch.setattr(kernels, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 32}, {"BK": 128}]})
+    monkeypatch.setattr(cases, "check", check)
     suite.tiles(linears=(PLAIN,), rank=4)
     assert "shared memory" in suite.left_out[0] and "dx is off" in suite.failed[0]
     assert [row["BK"] for row in suite.rows] == [128] and before == tuned.TABLE

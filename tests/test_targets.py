@@ -1,13 +1,13 @@
-"""The targets as functions of the rows that were measured."""
+"""The targets as functions of the measured rows."""
 
 import pytest
 from suite_parts import BATCH, PLAIN, SMALL
 
-from bench import cases, targets
+from bench import cases, kernels
 
 
 def measured(linear, p50, base, batch=BATCH, **more):
-    row = {"section": "kernels", "kind": "chosen", "rank": 4, "linear": linear, "p50": p50, "baseline_p50": base}
+    row = {"section": "kernels", "form": "chosen", "rank": 4, "linear": linear, "p50": p50, "baseline_p50": base}
     return {**row, "host_bound": False, **batch._asdict(), **more}
 
 
@@ -15,27 +15,27 @@ LINEARS = (SMALL, PLAIN)
 
 
 def answers(rows, batches=(BATCH,)):
-    return {target.what: target for target in targets.targets(rows, LINEARS, batches)}
+    return {target.goal: target for target in kernels.targets(rows, LINEARS, batches)}
 
 
 def test_targets_sum_over_the_linears(suite):
-    rows = [measured("small", 20.0, 10.0), measured("plain", 10.0, 10.0), measured("plain", 99.0, 1.0, kind="exact")]
+    rows = [measured("small", 20.0, 10.0), measured("plain", 10.0, 10.0), measured("plain", 99.0, 1.0, form="exact")]
     target = answers(rows)["forward + backward, r=4: at most 1.5 x the base products alone"]
     assert target.measured == "1.50 x" and target.met is True and target.line.endswith("1.50 x yes")
     slower = answers([measured("small", 20.1, 10.0), *rows[1:]])
-    assert slower[target.what].met is False and slower[target.what].line.endswith("NO")
-    part = answers(rows[:1])[target.what]
+    assert slower[target.goal].met is False and slower[target.goal].line.endswith("NO")
+    part = answers(rows[:1])[target.goal]
     assert (part.measured, part.met) == ("not measured (1 of 2 linears)", None) and part.line.endswith("linears)")
 
 
 def test_targets_against_other_libraries(suite):
     rows = [
-        measured(linear, 30.0, ours, section="baselines", other=other, kind=None, host_bound=other != "grouped_mm")
-        for other, ours in (("grouped_mm", 15.0), ("peft in turn", 3.1)) for linear in ("small", "plain")
+        measured(linear, 30.0, ours, section="baselines", library=library, form=None, host_bound=library != "grouped_mm")
+        for library, ours in (("grouped_mm", 15.0), ("peft in turn", 3.1)) for linear in ("small", "plain")
     ]  # fmt: skip
-    found = answers(rows)
-    assert found["at least 2 x as fast as grouped_mm, r=4"][1:] == ("2.00 x", True)
-    assert found["at least 10 x as fast as peft in turn, r=4"][1:] == ("9.68 x, the host's launches", False)
+    targets = answers(rows)
+    assert targets["at least 2 x as fast as grouped_mm, r=4"][1:] == ("2.00 x", True)
+    assert targets["at least 10 x as fast as peft in turn, r=4"][1:] == ("9.68 x, launch-bound", False)
 
 
 def test_the_cost_per_row_is_set_beside_one_adapters(suite):
@@ -43,19 +43,17 @@ def test_the_cost_per_row_is_set_beside_one_adapters(suite):
     costs = {1: 8.0, 2: 8.4, 8: 7.1}
     each = zip(batches, (*costs.values(), 1.0), strict=True)
     rows = [measured(name, us, 1.0, batch) for batch, us in each for name in ("small", "plain")]
-    per_row = targets.costs(rows, LINEARS, batches)
+    per_row = kernels.costs(rows, LINEARS, batches)
     assert per_row == pytest.approx({adapters: 2e3 * us / 8 for adapters, us in costs.items()}), "3 rows are not comparable"
-    assert targets.flatness(per_row) == (8, pytest.approx(7.1 / 8 - 1))
-    assert targets.flatness_line(per_row).endswith("1: 2000.0, 2: 2100.0, 8: 1775.0; farthest from one adapter: -11.3% at 8")
-    what = "cost per row of 1, 2, 8 adapters flat within 10%, r=4"
-    assert answers(rows, batches)[what][1:] == ("-11.3% at 8 adapters", False)
+    assert kernels.flatness(per_row) == (8, pytest.approx(7.1 / 8 - 1))
+    goal = "cost per row of 1, 2, 8 adapters flat within 10%, r=4"
+    assert answers(rows, batches)[goal][1:] == ("-11.3% at 8 adapters; ns: 1: 2000.0, 2: 2100.0, 8: 1775.0", False)
     flat = [row | {"p50": 8.0} if row["adapters"] == 8 else row for row in rows]
-    assert answers(flat, batches)[what][1:] == ("+5.0% at 2 adapters", True)
-    part = answers([row for row in rows if (row["adapters"], row["linear"]) != (8, "plain")], batches)[what]
+    assert answers(flat, batches)[goal][1:] == ("+5.0% at 2 adapters; ns: 1: 2000.0, 2: 2100.0, 8: 2000.0", True)
+    part = answers([row for row in rows if (row["adapters"], row["linear"]) != (8, "plain")], batches)[goal]
     assert part[1:] == ("not measured (1, 2 of them)", None)
-    assert targets.flatness({2: 1.0}) is None and targets.flatness({1: 1.0}) is None
-    assert targets.flatness_line({}).endswith("not measured")
+    assert kernels.flatness({2: 1.0}) is None and kernels.flatness({1: 1.0}) is None
 
 
 def test_the_studys_batches_are_comparable():
-    assert [batch.adapters for batch in cases.BATCHES if targets.comparable(batch)] == [1, 8, 52, 256, 1024]
+    assert [batch.adapters for batch in cases.BATCHES if kernels.comparable(batch)] == [1, 8, 52, 256, 1024]

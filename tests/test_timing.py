@@ -1,9 +1,9 @@
-"""Quantiles, rotation of inputs, and what is marked as the time of the host."""
+"""Quantiles, rotation of inputs, launch-bound times, and what is said of the machine."""
 
 from suite_parts import PLAIN, small_problem
 
 from bench import timing
-from bench.timing import Taken, Times
+from bench.timing import Sample, Times
 
 
 def test_quantiles_and_rotation():
@@ -14,7 +14,7 @@ def test_quantiles_and_rotation():
     def clock(call):
         call()
         at = next(times)
-        return Taken(float(at), 100.0 - at)
+        return Sample(float(at), 100.0 - at)
 
     assert timing.measure(calls, clock, seconds=0) == (5.0, 8.0, 11.0, 93.0)
     assert order == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0], "inputs rotate, the first three are not counted"
@@ -25,8 +25,8 @@ def test_a_host_slower_than_the_sleep_is_named():
 
 
 def test_inputs_fill_twice_the_cache(monkeypatch):
-    one = small_problem(PLAIN, 4)
-    monkeypatch.setattr(timing, "L2_BYTES", 3 * one.bytes)
-    assert len(timing.rotation(lambda seed: one)) == 6
+    problem = small_problem(PLAIN, 4)
+    monkeypatch.setattr(timing, "L2_BYTES", 3 * problem.bytes)
+    assert len(timing.rotation(lambda seed: problem)) == 6
     monkeypatch.setattr(timing, "L2_BYTES", 1)
-    assert len(timing.rotation(lambda seed: one)) == 2
+    assert len(timing.rotation(lambda seed: problem)) == 2
