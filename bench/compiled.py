@@ -29,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kloss.kernels import lora_tiles, multi_lora, tuned
+from kloss.kernels import lora_tiles, lora_triton, tuned
+from kloss.kernels.lora_torch import Backward, Forward
 from kloss.kernels.segments import CHUNK, LONG_TILE, SHORT_TILE, tile_capacity
 
 from . import cases
@@ -95,17 +96,16 @@ def launches_of(
     x, weight, bias, dy = empty(rows, k), empty(n, k), empty(n), empty(rows, n)
     lora_a = empty(adapters, slices * rank, k, dtype=lora_dtype or dtype)
     lora_b = empty(adapters, n, rank, dtype=lora_dtype or dtype)
-    order, row_key, seed = (empty(size, dtype=torch.int64) for size in (rows, rows, adapters))
     scaling, p = (empty(adapters, dtype=torch.float32) for _ in range(2))
+    order, row_key, seed = (empty(size, dtype=torch.int64) for size in (rows, rows, adapters))
     ranks = empty(adapters, dtype=torch.int64) if mixed else None
-    short, long = (empty(tile_capacity(rows, adapters, size), 3, dtype=torch.int32) for size in (SHORT_TILE, LONG_TILE))
-    chunks = empty(adapters + rows // CHUNK, 4, dtype=torch.int32)
-    lists = order, short, long, chunks, empty(adapters + 1, dtype=torch.int32), ranks
-    keys_of_dropout = (p, seed, row_key) if dropout else (None, None, None)
+    tiles = [empty(tile_capacity(rows, adapters, size), 3, dtype=torch.int32) for size in (SHORT_TILE, LONG_TILE)]
+    lists = [order, *tiles, empty(adapters + rows // CHUNK, 4, dtype=torch.int32), empty(adapters + 1, dtype=torch.int32)]
+    lists += [p, seed, row_key] if dropout else []
     with recorded(arch) as launches:
-        _, s, keys = multi_lora._forward(x, weight, bias, lora_a, lora_b, scaling, *lists, *keys_of_dropout, 3, slices, exact)
-        saved = dy, x, weight, lora_a, lora_b, scaling, s, keys, *lists, keys_of_dropout[0]
-        multi_lora._backward(*saved, slices, exact, True, True, True)
+        _, s, keys = lora_triton.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
+        saved = x, weight, lora_a, lora_b, scaling, s, keys
+        lora_triton.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))
     return {repr((launch.kernel, *specialise(launch))): launch for launch in launches}
 
 
