@@ -20,7 +20,7 @@ check: $(ENV)/ready-to-test
 	$(PY) -m mypy
 
 bench: $(ENV)/ready-to-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
 kernels: $(ENV)/ready-to-test
 	$(PY) -m bench.compiled $(ARGS)

@@ -1,7 +1,6 @@
 """How a call is timed, and where: quantiles of the GPU's time over inputs that no cache holds; commit, versions, device."""
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from kloss.cl.rundir import commit
 
 from .cases import Problem
 
@@ -74,18 +75,6 @@ def rotation(make: Callable[[int], Problem]) -> list[Problem]:
     """As many problems as fill twice the L2 cache, at least two. make: from a seed."""
     first = make(0)
     return [first, *(make(seed) for seed in range(1, max(2, -(-2 * L2_BYTES // first.bytes))))]
-
-
-def commit() -> dict[str, object]:
-    """Commit of the clone, and whether a Python file differs from it; both None outside a clone."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "*.py"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:

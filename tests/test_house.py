@@ -75,14 +75,16 @@ def test_no_file_is_too_long(path):
 
 def test_readmes_tree_is_what_is_there():
     tree = re.search(r"```text\n(kloss/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    folder, named = "", set()
+    folders, named = [], set()
     for line in tree[1].splitlines():
-        name, _, rest = line.strip().partition(" ")
-        assert rest.strip(), f"README says nothing of {name}"
-        if name.endswith("/"):
-            folder = name if not line.startswith(" ") else f"{folder.split('/')[0]}/{name}"
-        else:
-            named.add(folder + name)
+        names, _, job = line.strip().rpartition("  ")
+        assert names and job, f"README says nothing of {line.strip()}"
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        for name in names.strip().split(", "):
+            if name.endswith("/"):
+                folders.append(name)
+            else:
+                named.add("".join(folders) + name)
     there = {str(path.relative_to(ROOT)) for path in PROGRAM if path.name != "__init__.py"}
     assert named == there, (named - there, there - named)
 

@@ -160,13 +160,13 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> dict[str, str | bool | None]:
-    """Return kloss's git commit, and whether files differ from it; None without git or from a wheel."""
+    """Return kloss's git commit, and whether source files differ from it; None without git or from a wheel."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", ":/*.py", ":/csrc"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}

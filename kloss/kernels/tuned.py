@@ -1,6 +1,6 @@
 """Launch configurations of all kernels: one table, keyed by (op, architecture, dtype bucket).
 
-The entries follow resource reports of ahead-of-time compilation (`python -m bench.kernels_report`), not timings. An architecture
+The entries follow resource reports of ahead-of-time compilation (`python -m bench.compiled`), not timings. An architecture
 without an entry gets DEFAULT, whose shared memory fits every chip since sm_80.
 """
 
