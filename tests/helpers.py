@@ -19,12 +19,13 @@ PLACES = [
 
 
 def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Tensor | None = None) -> None:
-    """Norm-wise error of each group at most twice that of plain torch in the same dtype, plus eps of that
-    dtype.
+    """Norm-wise error of each group at most twice that of plain torch in the same dtype, plus that dtype's eps.
 
-    result, reference: the op's and the reference's output in one dtype. oracle: the reference's in fp64.
-    group: int of the first dimension, one bound for each value; None: each entry of the first dimension is a
-    group. NaN never passes.
+    result: the op's output.
+    reference: the reference's in the same dtype, which is plain torch in that dtype.
+    oracle: the reference's in fp64.
+    group: int, a bound for each value; its entries belong to the first dimension. None: each entry is a group.
+    NaN never passes.
     """
     assert result.shape == reference.shape == oracle.shape, (result.shape, reference.shape, oracle.shape)
     assert result.dtype == reference.dtype, (result.dtype, reference.dtype)
@@ -43,9 +44,7 @@ def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Te
 
 
 class Problem(NamedTuple):
-    """Arguments of `multi_lora_linear`, the gradient of its output, and the group of each row (G: base model
-    only).
-    """
+    """Arguments of `multi_lora_linear`, the gradient of its output, and each row's group: its adapter, or G for base rows."""
 
     x: Tensor
     weight: Tensor
@@ -63,9 +62,7 @@ def problem(
     lengths, adapter, *, adapters, k=20, n=24, rank=8, slices=1, ranks=None, p=0.0, behind=0, bias=True,
     dtype=torch.float32, device="cpu", seed=0,
 ) -> Problem:  # fmt: skip
-    """A random problem. lengths, adapter: of each sequence. behind: rows behind the last offset. The values
-    depend on `seed`.
-    """
+    """A random problem; its values depend on `seed`. lengths, adapter: per sequence. behind: rows behind the last offset."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -95,9 +92,7 @@ LEAVES = ("x", "weight", "bias", "lora_a", "lora_b")
 
 
 def outputs(op, case: Problem, dtype=None, grads=LEAVES, **more) -> dict[str, Tensor]:
-    """y and the gradients of the tensors named in `grads`, in `dtype` (None: as they are), on the case's
-    device.
-    """
+    """y and the gradients of the tensors named in `grads`, in `dtype` (None: as they are)."""
     tensors = {}
     for name in LEAVES:
         tensor = getattr(case, name)
@@ -137,9 +132,7 @@ def assert_as_good(op, case: Problem, **more) -> None:
 
 
 def sub_problem(case, sequences, device):
-    """The problem with only these sequences, in this order, and the rows of x they are; the same adapters,
-    keys and values.
-    """
+    """The problem with only these sequences, in this order, with their keys and values; and their rows of x."""
     cu, adapter = case.segments.cu_seqlens.tolist(), case.segments.adapter
     rows = torch.cat([torch.arange(cu[s], cu[s + 1]) for s in sequences]).to(device)
     lengths = torch.tensor([0, *(cu[s + 1] - cu[s] for s in sequences)]).cumsum(0).to(torch.int32)
@@ -192,8 +185,7 @@ def assert_company_does_not_matter(op, **shape) -> None:
 
 
 def batches(k: list[int], n: list[int]):
-    """A hypothesis strategy for keywords of `problem`: any lengths, owners, ranks and slices. k, n: widths to draw from, n of
-    one slice."""
+    """A hypothesis strategy for keywords of `problem`: any lengths, owners, ranks, slices. k, n: widths, n of one slice."""
 
     @st.composite
     def draw_batch(draw):

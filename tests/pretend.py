@@ -1,7 +1,7 @@
 """A pretended GPU: tensors that say they lie on cuda:0 and hold their numbers on the CPU.
 
-It stands in for the rules of a device, not for its speed or its arithmetic: what mixes devices raises as it would there, what
-makes the host wait for the device is written down, and the multi-adapter linear goes to Triton, here in its interpreter.
+It stands in for the rules of a device, not for its speed or its arithmetic. Mixing devices raises as it would there. Whatever
+makes the host wait is recorded. The multi-adapter linear runs in Triton, here in its interpreter.
 """
 
 import traceback
@@ -54,7 +54,8 @@ class Pretended(Tensor):
 class PretendedGpu(TorchDispatchMode):
     """Runs every op on the tensors' numbers.
 
-    waits: (op, place) for each op that a GPU would make the host wait for. calls: the ops of kloss that ran on the GPU.
+    waits: (op, place) of each op for which the host would wait.
+    calls: the ops of kloss that ran on the GPU.
     """
 
     def __init__(self):

@@ -1,6 +1,4 @@
-"""Dropout as a function of its keys: the same bits on every path, the right rate, and no relation between
-streams.
-"""
+"""Dropout as a function of its keys: the same bits on every path, the right rate, unrelated streams."""
 
 import math
 
@@ -88,9 +86,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams_are_independent(name):
-    """Agreement of two masks, as they lie and with one shifted by up to two features or rows, is that of coin
-    tosses.
-    """
+    """Two masks agree as coin tosses do, also when one is shifted by up to two features or rows."""
     one, other = stream(), stream(**STREAMS[name])
     for shift in range(-2, 3):
         shifted = other.roll(shift, 1)

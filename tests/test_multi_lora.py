@@ -231,6 +231,7 @@ def test_one_adapter_is_the_plain_lora_linear(width, device):
     arguments = case.x, case.weight, case.bias, case.lora_a[0], case.lora_b[0]
     assert torch.equal(kernels.lora_linear(*arguments, float(case.scaling[0])), wanted)
     assert torch.equal(kernels.lora_linear(*arguments, case.scaling), wanted)
+    assert torch.equal(kernels.lora_linear(*arguments, 2), kernels.lora_linear(*arguments, 2.0)), "any number"
 
 
 def test_the_kernel_draws_the_mask_of_the_reference():
@@ -308,9 +309,7 @@ def test_fullgraph_forward_and_backward_at_two_lengths(device, backend):
 
 @pytest.mark.gpu
 def test_a_graph_replays_with_other_contents():
-    """One capture, then other values, other lengths and another assignment of adapters within the same
-    capacity.
-    """
+    """One capture, then other values, lengths and adapters within the same capacity."""
     rows, static = 64, problem([30, 20], [1, 0], adapters=3, p=0.5, behind=14, device="cuda")
     cu, adapter = static.segments.cu_seqlens.clone(), static.segments.adapter.clone()
     x, keys = static.x.clone(), torch.zeros(rows, dtype=torch.int64, device="cuda")

@@ -108,10 +108,9 @@ def lora_linear(
     """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or fp32 [1]."""
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
     segments = make_segments(cu_seqlens, torch.zeros_like(cu_seqlens[1:]), 1, rows=x.shape[0])
-    scaling = (
-        scaling.reshape(1) if isinstance(scaling, Tensor) else torch.full((1,), scaling, dtype=torch.float32, device=x.device)
-    )
-    adapter = lora_a[None], lora_b[None], scaling
+    if not isinstance(scaling, Tensor):
+        scaling = torch.full((), scaling, dtype=torch.float32, device=x.device)
+    adapter = lora_a[None], lora_b[None], scaling.reshape(1)
     return multi_lora_linear(x, weight, bias, *adapter, segments, dropout=dropout, exact=exact, backend=backend)
 
 
