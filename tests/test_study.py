@@ -64,7 +64,7 @@ def test_equal_learners_are_trained_once():
         for i in range(trial.layout.rows):
             for j, locale in enumerate(trial.order):
                 learner, experience = trial.layout.cell(i, j)
-                assert locale in study.wanted[trial.learners[learner]][experience]
+                assert locale in study.to_score[trial.learners[learner]][experience]
 
 
 def test_learners_have_the_settings_of_the_configuration():

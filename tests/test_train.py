@@ -173,7 +173,7 @@ def test_training_learns_and_moves_only_the_learner():
     corpus = ToyCorpus(("aa",), sentences=40)
     learner = replace(BASE, experiences=(("aa",),), rank=8, alpha=8.0, epochs=30, lr=2e-2)
     cohort = cohort_of([learner], corpus)
-    cohort.wanted = [{0: ("aa",), 1: ("aa",)}]
+    cohort.to_score = [{0: ("aa",), 1: ("aa",)}]
     before = {name: p.clone() for name, p in cohort.model.state_dict().items()}
     cohort.train()
     hits = {i: cohort.scores[0][i]["aa"] for i in (0, 1)}

@@ -54,8 +54,8 @@ def train_study(
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
     for number, members in enumerate(cohorts_of(study, config.max_learners)):
         if str(number) not in finished:
-            learners, wanted = [study.learners[g] for g in members], [study.wanted[g] for g in members]
-            cohort = Cohort(load(), corpus, learners, wanted, pass_tokens=config.pass_tokens, exact=config.exact)
+            learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
+            cohort = Cohort(load(), corpus, learners, to_score, pass_tokens=config.pass_tokens, exact=config.exact)
             if saved is not None and saved[1]["cohort"] == number:
                 cohort.load_state(saved[0], saved[1]["state"])
             cohort.train(_Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress))

@@ -51,7 +51,7 @@ class Trial(NamedTuple):
 class Study(NamedTuple):
     trials: list[Trial]
     learners: list[Learner]  # to be trained, each once
-    wanted: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
+    to_score: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
 
 
 def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
 def plan(config: Config, locales: Sequence[str]) -> Study:
     """Return all trials of a configuration over a corpus's languages; trials share equal learners."""
     index: dict[Learner, int] = {}
-    wanted: list[dict[int, list[str]]] = []
+    to_score: list[dict[int, list[str]]] = []
     trials = []
     orders = make_orders(config, locales)
     for name in config.strategies:
@@ -97,14 +97,14 @@ def plan(config: Config, locales: Sequence[str]) -> Study:
             layout = strategy.layout(order, mapping or {})
             learners = [_learner(config, stream, rank, lr, seed) for stream in layout.streams]
             indices = tuple(index.setdefault(learner, len(index)) for learner in learners)
-            wanted += [{} for _ in range(len(index) - len(wanted))]
+            to_score += [{} for _ in range(len(index) - len(to_score))]
             for row, (column, locale) in product(range(layout.rows), enumerate(order)):
                 learner, experience = layout.cell(row, column)
-                scored = wanted[indices[learner]].setdefault(experience, [])
+                scored = to_score[indices[learner]].setdefault(experience, [])
                 if locale not in scored:
                     scored.append(locale)
             trials.append(Trial(name, rank, lr, order, order_name, seed, mapping, layout, indices))
-    return Study(trials, list(index), wanted)
+    return Study(trials, list(index), to_score)
 
 
 def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, lr: float, seed: int) -> Learner:

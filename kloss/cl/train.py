@@ -20,7 +20,7 @@ class Cohort:
     """Learners that advance together: each has a row of the bank, a stream and a table of scores.
 
     learners: all of them LoRA, or one that trains the whole model.
-    wanted: for each learner, the locales to score after each number of completed experiences.
+    to_score: for each learner, experiences completed -> locales to score.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
     Attributes: scores, one per learner; failed, {learner: why its training ended early}.
@@ -31,12 +31,12 @@ class Cohort:
         model: XLMRForTokenClassification,
         corpus: Corpus,
         learners: Sequence[Learner],
-        wanted: Sequence[Mapping[int, Sequence[str]]],
+        to_score: Sequence[Mapping[int, Sequence[str]]],
         *,
         pass_tokens: int = Config.pass_tokens,
         exact: bool = False,
     ):
-        self.model, self.corpus, self.learners, self.wanted = model, corpus, learners, wanted
+        self.model, self.corpus, self.learners, self.to_score = model, corpus, learners, to_score
         self.pass_tokens, self.exact = pass_tokens, exact
         weight = model.classifier.weight
         self.device = weight.device
@@ -112,7 +112,7 @@ class Cohort:
         for g, row in zip(learners, rows, strict=True):
             experience = self.streams[g].experience
             table = self.scores[g].setdefault(experience, {})
-            for locale in self.wanted[g].get(experience, ()):
+            for locale in self.to_score[g].get(experience, ()):
                 pairs.append((row, locale))
                 cells.append((table, locale))
         counts = evaluate(self.model, bank, self.corpus, pairs, pass_tokens=self.pass_tokens)

@@ -192,14 +192,14 @@ class AdapterBank(Rows):
         """Write adapter g as peft does: adapter_config.json and adapter_model.safetensors."""
         names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
         # A pattern, since the plain name output.dense would also match attention.output.dense.
-        wanted = "|".join(names[target] for target in self.targets)
+        pattern = "|".join(names[target] for target in self.targets)
         write_adapter(
             folder,
             self._peft_tensors(g),
             rank=int(self.ranks[g]),
             scaling=float(self.scaling[g]),
             task_type="TOKEN_CLS",
-            target_modules=rf".*encoder\.layer\.\d+\.({wanted})",
+            target_modules=rf".*encoder\.layer\.\d+\.({pattern})",
             modules_to_save=["classifier"] if self.has_head else None,
         )
 
