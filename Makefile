@@ -2,7 +2,7 @@ PYTHON ?= python3
 ENV := .venv
 PY := $(ENV)/bin/python
 
-.PHONY: run test check bench kernels size clean
+.PHONY: run test check bench kernels sanitize size clean
 
 run: $(ENV)/ready
 	$(PY) -m kloss.run $(ARGS)
@@ -24,6 +24,15 @@ bench: $(ENV)/ready-to-test
 
 kernels: $(ENV)/ready-to-test
 	$(PY) -m bench.compiled $(ARGS)
+
+# The C++ under AddressSanitizer and UBSan, built beside the installed one; -P keeps Python from importing that.
+SANITIZERS := -fsanitize=address,undefined
+sanitize: $(ENV)/ready-to-test
+	CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=undefined -g" LDFLAGS="$(SANITIZERS)" \
+	  $(PY) setup.py -q build --build-lib build/sanitized --build-temp build/sanitized-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitized $(PY) -P -m pytest -q -o pythonpath=tests -o addopts= tests/test_multi_lora_cpu.py \
+	  tests/test_multi_lora_faults.py
 
 size:
 	@git ls-files 'kloss/*.py' 'kloss/*.j2' 'kloss/*.css' 'bench/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n

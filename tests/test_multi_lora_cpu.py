@@ -158,6 +158,19 @@ def test_views_of_a_bank_and_other_strides(dtype):
     assert all(torch.equal(one, plain[name]) for name, one in outputs(multi_lora_linear, turned).items())
 
 
+def test_an_input_may_start_at_an_odd_element(dtype):
+    """A bf16 then lies at an address that four bytes at once may not be read from (`make sanitize` sees it)."""
+    case = problem(**CASES["odd"], dtype=dtype)
+
+    def shifted(tensor):
+        moved = tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor)
+        return moved.copy_(tensor)
+
+    odd = outputs(multi_lora_linear, case._replace(x=shifted(case.x), dy=shifted(case.dy)))
+    for name, tensor in outputs(multi_lora_linear, case).items():
+        assert torch.equal(odd[name], tensor), name
+
+
 def test_addresses_past_2_to_the_31(tmp_path):
     """The bank's rows lie 2^30 elements apart, so row 2 is past what 32 bits reach; the file behind them is sparse."""
     case = problem([3, 4], [2, 0], adapters=3, k=32, n=32)

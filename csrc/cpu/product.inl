@@ -92,6 +92,12 @@ void pack_rows(Row row, int64_t columns, int64_t k, Unit* b, int64_t width) {
   }
 }
 
+inline Unit read(const Unit* p) {  // two bf16 may lie at an odd element
+  Unit out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+
 template <int V>
 inline void tile(const Unit* const* a, int64_t step, const Unit* b, int64_t k, float (*out)[COLUMNS]) {
   Floats sum[ROWS][V] = {};
@@ -106,7 +112,7 @@ inline void tile(const Unit* const* a, int64_t step, const Unit* b, int64_t k, f
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[i][v] = dot(sum[i][v], a[i][u * step], column[v]);
+      for (int v = 0; v < V; ++v) sum[i][v] = dot(sum[i][v], read(a[i] + u * step), column[v]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
