@@ -27,11 +27,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", "
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """Load AutoTokenizer's tokenizer from a folder or the hub. Raises UserError if there is none."""
+    """Load AutoTokenizer's tokenizer from a folder or the hub, and run no code of theirs. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         line = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load a tokenizer from {str(name)!r} ({line})") from error
