@@ -9,6 +9,18 @@ from .errors import UserError
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
+LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
+    "rank tiny_layers tiny_hidden seeds orders": (1, 10_000),
+    "epochs batch_size pretrain_batch pass_tokens limit eval_limit": (1, 1_000_000_000),
+    "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
+    "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
+    "seed": (0, 2**62),
+    "dropout lora_dropout": (0, 0.999),
+    "overlap relatedness": (0, 1),
+    "lr full_lr": (1e-30, 1e30),
+    "alpha weight_decay": (0, 1e30),
+    "max_norm": (1e-30, float("inf")),
+}
 
 
 # The comment behind a field, or above it, is its text in --help; a class's docstring is its section's.
@@ -52,7 +64,7 @@ class AdapterConfig:
     dropout: float = 0.1  # XLM-R's dropout of hidden states and attention
     lora_dropout: float = 0.1  # dropout of the adapters' inputs
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
-    max_norm: float = 1.0  # gradient-norm clip, per learner
+    max_norm: float = 1.0  # gradient-norm clip, per learner; inf: none
 
 
 @dataclass(frozen=True)
@@ -103,30 +115,20 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
     """
 
     def identity(self) -> dict[str, object]:
-        """Return the settings that decide the figures; a run folder belongs to one such set."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity", True)}
+        """Return the settings that decide the figures, as JSON; a run folder belongs to one such set."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity", True)}
+        return {name: "inf" if value == float("inf") else value for name, value in settings.items()}  # JSON has no inf
 
     def checked(self) -> "Config":
         """Return the configuration itself. Raises UserError for the first value that makes no sense."""
         if not self.strategies:
             raise UserError(f"--strategies needs at least one of {', '.join(get_args(StrategyName))}")
-        if not self.rank or min(self.rank) < 1:
-            raise UserError(f"--rank must be 1 or more, got {', '.join(map(str, self.rank)) or 'none'}")
-        counts = "epochs batch_size seeds orders max_length tiny_layers tiny_hidden pretrain_batch pass_tokens limit eval_limit"
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        for name in ("dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("overlap", "relatedness"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
-        if min((*self.lr, self.full_lr, self.max_norm)) <= 0 or not self.lr:
-            raise UserError("--lr, --full-lr and --max-norm must be above 0")
-        if min(self.weight_decay, self.warmup, self.pretrain_steps, self.max_learners) < 0:
-            raise UserError("--weight-decay, --warmup, --pretrain-steps and --max-learners must be 0 or more")
-        if self.max_length < 3:
-            raise UserError(f"--max-length must leave room for <s>, a subword and </s>, got {self.max_length}")
+        for names, (least, most) in LIMITS.items():
+            for name in names.split():
+                flag, values = f"--{name.replace('_', '-')}", getattr(self, name)
+                if values == ():
+                    raise UserError(f"{flag} needs at least one value")
+                for value in values if isinstance(values, tuple) else (values,):
+                    if value is not None and not least <= value <= most:  # not: NaN compares false
+                        raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {value}")
         return self

@@ -1,5 +1,6 @@
 """What a run will take: its learners, steps and tokens, and estimates of memory and time."""
 
+import math
 import time
 
 import torch
@@ -28,6 +29,8 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         ("strategies", ", ".join(STRATEGIES[name].name for name in config.strategies)),
         ("trials", f"{len(study.trials)} score matrices from {len(study.learners)} learners, each trained once"),
     ]
+    if math.isinf(config.max_norm):
+        lines.append(("gradient clipping", "off (--max-norm inf)"))
     backbone = tiny_config(config, corpus) if config.backbone == "tiny" else None
     rounds = 0
     for number, members in enumerate(cohorts_of(study, config.max_learners), 1):

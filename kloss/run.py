@@ -5,6 +5,9 @@ several ranks, orders and seeds. The same command continues a run that was stopp
 """
 
 import argparse
+import contextlib
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass
@@ -18,20 +21,24 @@ from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results
 from .cl.rundir import open_run
-from .cl.runner import Progress, train_study
+from .cl.runner import Progress, on_signals, train_study
+from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
 from .cl.summary import summary_rows
 from .config import Config
 from .console import Console
 from .errors import UserError
 from .estimate import describe
-from .files import write_json
+from .files import read_json, write_json
 from .presets import PRESETS
 from .report import write_report
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """Return a command line's configuration: a preset, overridden by the other flags. Exits with status 2 if malformed."""
+    for argument in arguments:
+        if re.search("[\ud800-\udfff]", argument):  # what the shell gave as other bytes
+            raise UserError(f"the argument {argument!r} is not UTF-8")
     preset_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset_only.add_argument("--preset", nargs="?")
     name = preset_only.parse_known_args(arguments)[0].preset
@@ -52,7 +59,8 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     """Return the tokenised corpus and the plan. Raises UserError for settings that do not fit together."""
-    config.checked()
+    for line in without_effect(config.checked()):
+        progress.say(line)
     locales, synthetic = check_locales(config.languages) or None, None
     if config.data == "synthetic":
         locales = locales or LOCALES
@@ -72,6 +80,22 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         synthetic=synthetic,
     )
     return corpus, plan(config, corpus.locales)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return a line for each flag that was given, that is, differs from the preset, and changes nothing in this study."""
+    preset, strategies = PRESETS[config.preset](), [STRATEGIES[name] for name in config.strategies]
+    reasons = (
+        ("no strategy is partial", "partial" not in config.strategies, "groups"),
+        ("every strategy trains all languages at once", all(s.joint for s in strategies), "order orders"),
+        ("every strategy trains whole models", all(s.full for s in strategies), "rank alpha lr lora_dropout max_learners"),
+        ("no strategy trains whole models", not any(s.full for s in strategies), "full_lr"),
+        ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
+        ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
+    )
+    names = [(name, reason) for reason, applies, group in reasons if applies for name in group.split()]
+    given = [(name, reason) for name, reason in names if getattr(config, name) != getattr(preset, name)]
+    return [f"--{name.replace('_', '-')} has no effect: {reason}" for name, reason in given]
 
 
 def device_of(name: str) -> torch.device:
@@ -98,6 +122,12 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             model = load_backbone(config, corpus, device, progress)
             backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
             del model
+            threads = _threads_before(folder.path / "env.json")
+            if threads not in (None, torch.get_num_threads()):
+                progress.say(
+                    f"the run stopped on {threads} threads and goes on with {torch.get_num_threads()}: "
+                    "scores may differ from those of a run that was not stopped"
+                )
             folder.write_environment(device)
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
@@ -107,25 +137,37 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
         return folder.path, folder.scores()
 
 
+def _threads_before(environment: Path) -> int | None:
+    """Return the threads that env.json names; None without it, or if it is damaged: it is about to be written anew."""
+    with contextlib.suppress(UserError):
+        return read_json(environment).get("threads")
+    return None
+
+
+def _interrupt(number: int) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 130 if interrupted."""
+    """The command. Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 128 + the signal that stopped it."""
     console = Console()
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        if config.dry_run:
-            with console.progress() as progress:
-                lines = describe(config, *prepare(config, progress))
-            console.plan(lines)
-        else:
-            with console.progress() as progress:
-                folder, scores = run(config, progress)
-            console.summary(summary_rows(scores), folder / "report.html")
+        with on_signals(_interrupt):
+            config = parse(sys.argv[1:] if arguments is None else arguments)
+            if config.dry_run:
+                with console.progress() as progress:
+                    lines = describe(config, *prepare(config, progress))
+                console.plan(lines)
+            else:
+                with console.progress() as progress:
+                    folder, scores = run(config, progress)
+                console.summary(summary_rows(scores), folder / "report.html")
     except UserError as error:
         console.error(str(error))
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         console.error("stopped; the same command continues from the last checkpoint")
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     return 0
 
 

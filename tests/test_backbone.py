@@ -22,7 +22,7 @@ def corpus_of(sentences: int, paired: bool):
     text = Sentences(ids.ravel().astype(np.int32), np.full(ids.size, -100, np.int32), np.arange(sentences + 1) * 4)
     return SimpleNamespace(
         locales=("en-US",), labels=("O",), vocab_size=FIRST + 3 * PAIRS, sentences=lambda locale, partition: text,
-        fingerprint=f"paired: {paired}", bos_id=BOS, pad_id=PAD, eos_id=EOS, mask_id=MASK, tokenizer_folder="none",
+        fingerprint=f"paired: {paired}", max_length=4, bos_id=BOS, pad_id=PAD, eos_id=EOS, mask_id=MASK, tokenizer_folder="none",
     )  # fmt: skip
 
 

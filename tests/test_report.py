@@ -332,6 +332,24 @@ def test_files_beside_the_scores_may_be_missing_or_cut_short(tmp_path):
     assert "Training" not in write_report(tmp_path).read_text()
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_lines_of_the_log(tmp_path):
+    write_run(tmp_path, fake_scores(strategies=("multi",)))
+    log = tmp_path / "log.jsonl"
+    odd = ("1" * 400, "1" * 5000, "1e400", "-1e400", "1e308", "NaN", "-Infinity", "null", "[1]", '"text"')
+    for name in ("loss", "step", "tokens_per_second", "time"):
+        good = {"phase": "a\\ud800", "step": 1, "loss": 1.0, "tokens_per_second": 5, "time": 1}
+        lines = [
+            json.dumps(good).replace(f'"{name}": {json.dumps(good[name])}', f'"{name}": {value}') for value in (*odd, "2", "3")
+        ]
+        log.write_text("\n".join(lines) + "\n")
+        assert "Training" in write_report(tmp_path).read_text()
+    for text in ("[" * 100_000, '{"phase": ' + "[" * 100_000):
+        log.write_text(text + "\n")
+        with pytest.raises(UserError, match="log.jsonl:1 is not JSON"):
+            write_report(tmp_path)
+
+
 def test_time_of_a_phase_that_was_stopped_and_taken_up_again(tmp_path):
     write_run(tmp_path, fake_scores(strategies=("shared",)))
     times = (10, 40, 100, 7, 30, 61, 5)  # each run counts from its own start

@@ -8,16 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
+from kloss.cl.runner import on_signals
 from kloss.cl.train import _Team
-from kloss.config import Config
+from kloss.config import LIMITS, Config
 from kloss.estimate import estimated_seconds
 from kloss.models import TINY
-from kloss.presets import demo, first_five
-from kloss.run import main, parse
+from kloss.presets import demo, first_five, paper
+from kloss.run import main, parse, without_effect
 
 SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
@@ -174,19 +176,160 @@ def test_the_estimate_counts_rounds_and_tokens():
 def test_mistakes_of_the_command_line(small, capsys):
     arguments, folder = small
     for extra, words in (
-        (["--rank", "0"], "--rank must be 1 or more, got 0"),
+        (["--rank", "0"], "--rank must lie between 1 and 10,000, got 0"),
+        (["--lr"], "--lr needs at least one value"),
         (["--strategies"], "--strategies needs at least one of non-shared, shared"),
-        (["--max-learners", "-1"], "--max-learners must be 0 or more"),
+        (["--max-learners", "-1"], "--max-learners must lie between 0 and"),
         (["--languages", "en-US", "xx-YY"], "xx-YY"),
         (["--data", "/no/such/place"], "/no/such/place"),
         (["--backbone", "/no/such/model"], "/no/such/model"),
-        (["--dropout", "1"], "--dropout must lie in [0, 1)"),
-        (["--epochs", "0"], "--epochs must be 1 or more"),
-        (["--pretrain-batch", "0"], "--pretrain-batch must be 1 or more"),
+        (["--dropout", "1"], "--dropout must lie between 0 and 0.999, got 1"),
+        (["--epochs", "0"], "--epochs must lie between 1 and"),
+        (["--pretrain-batch", "0"], "--pretrain-batch must lie between 1 and"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA GPU here")]),
     ):
         assert words in one_line_error([*arguments, *extra], capsys)
         assert not (folder / "scores.json").exists()
+
+
+def test_numbers_out_of_range_are_refused_before_any_work(small, tmp_path, capsys):
+    arguments = [*small[0], "--cache", str(tmp_path / "cache")]
+    floats = ["lr", "full_lr", "max_norm", "weight_decay", "alpha", "dropout", "lora_dropout", "overlap", "relatedness"]
+    floats.append("checkpoint_seconds")
+    values = [(name, value) for name in floats for value in ("nan", "inf", "-inf", "-1") if (name, value) != ("max_norm", "inf")]
+    values += [("seed", "-1"), ("seed", str(2**64)), ("max_norm", "1e-320"), ("limit", "0"), ("max_length", "2")]
+    values += [(name, "9" * 30) for name, kind in get_type_hints(Config).items() if "int" in str(kind)]
+    for name, value in values:
+        flag = f"--{name.replace('_', '-')}"
+        for more in ([], ["--dry-run"]):
+            assert f"{flag} must lie between" in one_line_error([*arguments, flag, value, *more], capsys)
+    assert not small[1].exists() and not (tmp_path / "cache").exists()
+
+
+def test_every_number_has_its_limits():
+    numbers = {name for name, kind in get_type_hints(Config).items() if "int" in str(kind) or "float" in str(kind)}
+    assert sorted(" ".join(LIMITS).split()) == sorted(numbers)
+
+
+def test_positions_of_the_tiny_backbone_are_checked_before_its_warm_up(small, capsys):
+    for more in ([], ["--dry-run"]):
+        message = one_line_error([*small[0], "--max-length", "513", "--pretrain-steps", "100000", *more], capsys)
+        assert "--max-length 513 is beyond backbone tiny's 512" in message
+
+
+def test_without_clipping(small, capsys):
+    arguments, folder = [*small[0], "--max-norm", "inf"], small[1]
+    assert main([*arguments, "--dry-run"]) == 0 and "off (--max-norm inf)" in capsys.readouterr().out
+    assert main(arguments) == 0 and main(arguments) == 0
+    config, scores = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "scores"))
+    assert config["max_norm"] == "inf" and "gradients not clipped" in scores["choices"][0]
+    assert "gradients not clipped" in (folder / "report.html").read_text()
+
+
+def test_a_scaling_of_zero_leaves_the_head_alone_to_train(small):
+    assert main([*small[0], "--alpha", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, strategy, reason",
+    [
+        ("--groups family", "shared", "no strategy is partial"),
+        ("--order de-DE en-US ja-JP --orders 2", "multi", "every strategy trains all languages at once"),
+        ("--lr 1 --alpha 1 --lora-dropout 0 --max-learners 3", "multi", "every strategy trains whole models"),
+        ("--full-lr 1", "shared", "no strategy trains whole models"),
+    ],
+)
+def test_flags_without_effect_are_named(small, capsys, flags, strategy, reason):
+    assert main([*small[0], "--dry-run", "--strategies", strategy, *flags.split()]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for flag in (part for part in flags.split() if part.startswith("--")):
+        assert out.count(f"{flag} has no effect: {reason}") == 1
+    assert main([*small[0], "--dry-run", "--strategies", "partial", "vanilla", *flags.split()]) == 0
+    assert "has no effect" not in capsys.readouterr().out
+
+
+def test_flags_of_other_data_and_backbones_are_named():
+    config = replace(Config(), data="folder", backbone="folder", overlap=0.5, relatedness=0.1, tiny_layers=9, pretrain_steps=9)
+    assert [line.split()[0] for line in without_effect(config)][-4:] == [
+        "--overlap", "--relatedness", "--tiny-layers", "--pretrain-steps",
+    ]  # fmt: skip
+    assert not without_effect(demo()) and not without_effect(paper()) and not without_effect(first_five())
+
+
+def test_arguments_that_are_no_text(small, capsys):
+    assert "is not UTF-8" in one_line_error([*small[0], "--data", "folder\udcff"], capsys)
+
+
+# Sends the signal itself after some steps, so that it arrives while a step runs.
+SIGNALLED = """
+import os, signal, sys
+from kloss.cl.train import _Team
+from kloss.run import main
+number, after, arguments = eval(sys.argv[1])
+advance, steps = _Team.advance, 0
+
+def signalled(team):
+    global steps
+    steps += 1
+    if steps == after:
+        os.kill(os.getpid(), number)
+    return advance(team)
+
+_Team.advance = signalled
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_behind_a_checkpoint(small, tmp_path, number):
+    arguments = [*small[0], "--strategies", "non-shared", "vanilla", "--checkpoint-seconds", "1000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def run(after, out):
+        given = repr((int(number), after, [*arguments, "--out", str(tmp_path / out)]))
+        return subprocess.run([sys.executable, "-c", SIGNALLED, given], env=environment, capture_output=True, text=True)
+
+    assert run(0, "whole").returncode == 0
+    for after in (3, 20):  # among the adapters, among the whole model's steps
+        stopped = run(after, "stopped")
+        assert stopped.returncode == 128 + number and stopped.stderr.count("\n") == 1, stopped.stderr
+        assert "the same command continues" in stopped.stderr
+        assert (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+    assert run(0, "stopped").returncode == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert max(steps) > 3
+    whole, stopped = ((tmp_path / out / "scores.json").read_bytes() for out in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_second_signal_does_not_wait_and_an_ignored_one_stays_ignored():
+    heard = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals(heard.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_continued_on_other_threads_says_so(small, capsys):
+    arguments, folder = small
+    assert main(arguments) == 0
+    assert "threads" not in capsys.readouterr().out
+    (folder / "scores.json").unlink()
+    environment = json.loads((folder / "env.json").read_text())
+    for text, warned in (
+        (json.dumps(environment | {"threads": 99}), True),
+        (json.dumps(environment), False),
+        ("damaged", False),
+    ):
+        (folder / "env.json").write_text(text)
+        assert main(arguments) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("stopped on 99 threads" in out and "scores may differ" in out) is warned
+        (folder / "scores.json").unlink()
 
 
 @pytest.mark.parametrize(

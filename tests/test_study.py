@@ -78,6 +78,7 @@ def test_learners_have_the_settings_of_the_configuration():
     assert lora == Learner(rank=4, lr=0.5, lora_dropout=0.4, **shared)
     assert full == Learner(rank=None, lr=0.25, lora_dropout=0.0, **shared)
     assert plan(replace(config, alpha=None), LOCALES).learners[0].alpha == 4.0
+    assert plan(replace(config, alpha=0.0), LOCALES).learners[0].alpha == 0.0
 
 
 def test_matrix_reads_the_cells_and_leaves_holes():
@@ -105,6 +106,32 @@ def test_user_groups(tmp_path):
     assert len(study.learners) == 2
     with pytest.raises(UserError, match="script, family or a JSON file"):
         plan(Config(strategies=("partial",), groups="colour"), LOCALES)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"en-US": ["x"], "de-DE": "y", "ru-RU": "y", "ja-JP": "x"}', "en-US"),
+        ('{"en-US": 1, "de-DE": "y", "ru-RU": "y", "ja-JP": "x"}', "en-US"),
+        ('{"en-US": {}, "de-DE": "y", "ru-RU": "y", "ja-JP": "x"}', "en-US"),
+        ('{"en-US": "\\ud800", "de-DE": "y", "ru-RU": "y", "ja-JP": "x"}', "en-US"),
+        ('{"en-US": "x", "xx": "y"}', "unknown locale 'xx'"),
+        ('["en-US"]', "an object is needed"),
+        ("[" * 100_000, "JSON"),
+        ('{"en-US": ' + "1" * 5000 + "}", "5000 digits"),
+    ],
+    ids=range(8),
+)
+def test_odd_groups_are_a_users_error(tmp_path, text, words):
+    (tmp_path / "groups.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        plan(Config(strategies=("partial",), groups=str(tmp_path / "groups.json")), LOCALES)
+
+
+def test_groups_with_an_impossible_file_name():
+    for name in ("x" * 300, "x/" * 3000, "x\0y"):
+        with pytest.raises(UserError, match="script, family or a JSON file"):
+            plan(Config(strategies=("partial",), groups=name), LOCALES)
 
 
 def test_paper_preset_is_the_papers_where_it_is_known():

@@ -35,17 +35,23 @@ def load_backbone(config: Config, corpus: Corpus, device: torch.device, progress
             f"the tokenizer has {corpus.vocab_size} entries, more than the {model.config.vocab_size} of backbone {name}; "
             "use the tokenizer that belongs to the backbone (--tokenizer)"
         )
-    longest = model.config.max_position_embeddings - 2
+    _check_positions(model.config, corpus, name)
+    return model
+
+
+def _check_positions(sizes: XLMRConfig, corpus: Corpus, name: str) -> None:
+    longest = sizes.max_position_embeddings - 2
     if corpus.max_length > longest:
         raise UserError(f"--max-length {corpus.max_length} is beyond backbone {name}'s {longest}")
-    return model
 
 
 def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:
     """Return the tiny backbone's sizes for a corpus: heads of width 32, feed-forward layers 4 times as wide as the rest.
 
     Init std is scaled by sqrt(768 / width): unscaled, attention is too weak at width 128.
+    Raises UserError for utterances longer than its positions.
     """
+    _check_positions(TINY, corpus, "tiny")
     width = config.tiny_hidden
     return replace(
         TINY,

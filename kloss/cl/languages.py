@@ -1,6 +1,7 @@
 """The 52 locales of MASSIVE 1.1, their scripts and families, and ways to group them."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ def groups(locales: Iterable[str], by: str | Mapping[str, str]) -> dict[str, str
     """Return locale -> name of its group.
 
     by: "script", "family", or a mapping locale -> group with every locale of `locales`.
-    Raises UserError for another `by`, an unknown locale, or a locale that the mapping lacks.
+    Raises UserError for another `by`, an unknown locale, a locale that the mapping lacks, or a group that is no name.
     """
     locales = check_locales(locales)
     if isinstance(by, Mapping):
@@ -107,6 +108,9 @@ def groups(locales: Iterable[str], by: str | Mapping[str, str]) -> dict[str, str
         missing = [locale for locale in locales if locale not in by]
         if missing:
             raise UserError(f"the grouping has no group for {', '.join(missing)}")
+        for locale, group in by.items():
+            if not (isinstance(group, str) and group.isprintable()):
+                raise UserError(f"the group of {locale} must be a name, got {reprlib.repr(group)}")
         return {locale: by[locale] for locale in locales}
     if by not in ("script", "family"):
         raise UserError(f"cannot group languages by {by!r}; allowed: 'script', 'family', or a mapping locale -> group")

@@ -1,5 +1,7 @@
 """scores.json: the score matrix and the metrics of every trial, what they were measured on, and what was our choice."""
 
+import math
+
 from ..config import Config
 from ..models import XLMRConfig
 from .corpus import Corpus
@@ -10,8 +12,9 @@ from .study import Study
 from .summary import summary_rows
 
 TRIAL = ("strategy", "label", "rank", "lr", "order", "order_name", "seed", "groups")  # copied from a trial
+CLIPPED = "each learner's gradient norm clipped"
 CHOICES = (
-    "AdamW with β 0.9 and 0.999, decoupled weight decay, each learner's gradient norm clipped, a constant rate behind a short "
+    f"AdamW with β 0.9 and 0.999, decoupled weight decay, {CLIPPED}, a constant rate behind a short "
     "linear warm-up, and one optimiser state through a learner's whole sequence.",
     "LoRA on every linear layer of the encoder (query, key, value, attention output, both feed-forward layers), not on the "
     "pooler; alpha is the rank unless given; A uniform in ±1/√K, B zero; one dropout mask for the fused query, key and value.",
@@ -65,7 +68,9 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         },
         "runs": runs,
         "summary": summary_rows({"runs": runs}),
-        "choices": CHOICES,
+        "choices": [
+            choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
+        ],
     }
 
 

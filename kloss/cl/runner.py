@@ -1,7 +1,10 @@
 """Train all learners of a study, cohort after cohort, with checkpoints that a stopped run continues from."""
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from ..config import Config
@@ -58,16 +61,35 @@ def train_study(
             cohort = Cohort(load(), corpus, learners, to_score, pass_tokens=config.pass_tokens, exact=config.exact)
             if saved is not None and saved[1]["cohort"] == number:
                 cohort.load_state(saved[0], saved[1]["state"])
-            cohort.train(_Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress))
-            weights = [cohort.bank.trainable(i) for i in range(len(members))]
-            finished[str(number)] = cohort.state()[1] | {"weights": weights}
-            folder.save_checkpoint({}, {"finished": finished, "cohort": None})
+            watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
+            with on_signals(watch.stop):
+                cohort.train(watch)
+                weights = [cohort.bank.trainable(i) for i in range(len(members))]
+                finished[str(number)] = cohort.state()[1] | {"weights": weights}
+                folder.save_checkpoint({}, {"finished": finished, "cohort": None})
+            if watch.signal:  # during the last step
+                raise KeyboardInterrupt(watch.signal)
         result = finished[str(number)]
         for i, g in enumerate(members):
             outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
     return outcome
+
+
+@contextmanager
+def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Call `handler` with the number of each SIGINT, SIGTERM and SIGHUP while the block runs; ignored ones (nohup) stay so."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda number, frame: handler(number))
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 class _Watch:
@@ -81,6 +103,13 @@ class _Watch:
         self.name = f"cohort {number + 1}: {cohort.learners[0].name if size == 1 else f'{size} learners'}"
         self.saved = self.logged = time.monotonic()
         self.tokens, self.first = cohort.tokens, True
+        self.unsaved, self.signal = False, 0
+
+    def stop(self, number: int) -> None:
+        """Note a signal, for after the step. Raises KeyboardInterrupt if there is nothing to save, or for a second signal."""
+        if self.signal or not self.unsaved:
+            raise KeyboardInterrupt(number)
+        self.signal = number
 
     def __call__(self, cohort: Cohort, loss: float) -> None:
         now = time.monotonic()
@@ -100,7 +129,10 @@ class _Watch:
                 tokens_per_second=round(speed),
             )
             self.logged, self.tokens, self.first = now, cohort.tokens, False
-        if now - self.saved > self.interval:
+        self.unsaved = True
+        if self.signal or now - self.saved > self.interval:
             tensors, state = cohort.state()
             self.folder.save_checkpoint(tensors, {"finished": self.finished, "cohort": self.number, "state": state})
-            self.saved = time.monotonic()
+            self.saved, self.unsaved = time.monotonic(), False
+            if self.signal:
+                raise KeyboardInterrupt(self.signal)

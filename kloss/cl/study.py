@@ -1,5 +1,6 @@
 """From a configuration to the learners to train, and from their scores to score matrices."""
 
+import os
 import random
 from collections.abc import Sequence
 from itertools import product
@@ -76,9 +77,13 @@ def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
     """Return locale -> group: by script, by family, or as a JSON file says."""
     if config.groups in ("script", "family"):
         return groups(locales, config.groups)
-    if not Path(config.groups).is_file():
+    if not os.path.isfile(config.groups):  # Path.is_file raises for a name that is too long
         raise UserError(f"--groups must be script, family or a JSON file, got {config.groups}")
-    return groups(locales, read_json(Path(config.groups)))
+    try:
+        mapping = read_json(Path(config.groups))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--groups {config.groups}: {error}") from error
+    return groups(locales, mapping)
 
 
 def plan(config: Config, locales: Sequence[str]) -> Study:
@@ -113,7 +118,7 @@ def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, 
         rank=rank,
         lr=lr,
         seed=seed,
-        alpha=float(config.alpha or rank or 1),
+        alpha=float(rank or 1) if config.alpha is None else config.alpha,
         epochs=config.epochs,
         batch_size=config.batch_size,
         warmup=config.warmup,

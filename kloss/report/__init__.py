@@ -26,7 +26,8 @@ def write_report(run_folder: Path | str) -> Path:
     if scores.get("format") != 1:
         raise UserError(f"{folder / 'scores.json'} has format {scores.get('format')!r}; only format 1 is known")
     config, env = (read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / "env.json"))
-    write_text(folder / "report.html", render(scores, config, env, _read_log(folder / "log.jsonl")))
+    page = render(scores, config, env, _read_log(folder / "log.jsonl"))
+    write_text(folder / "report.html", page.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
     return folder / "report.html"
 
 
@@ -66,10 +67,16 @@ def _read_log(path: Path) -> Log:
     phases: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = json.loads(line, parse_int=_number, parse_float=_number, parse_constant=_number)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(entry, dict):
             raise UserError(f"{path}:{number} holds JSON of type {type(entry).__name__}, an object is needed")
         phases.setdefault(str(entry.get("phase", "")), []).append(entry)
     return phases
+
+
+def _number(text: str) -> float | None:
+    """Return a number of the log; None for NaN, inf and what no chart can hold."""
+    value = float(text)
+    return value if abs(value) < 1e30 else None
