@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no text, no JSON, a number too long, nested too deep
         raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds JSON of type {type(value).__name__}, an object is needed")

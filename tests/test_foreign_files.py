@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kloss.cl.corpus import load_corpus
 from kloss.cl.tokenizer import train_tokenizer
-from kloss.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,9 +21,6 @@ def tokenizer(tmp_path_factory):
 
 def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
-
-
-# Code
 
 
 EVIL = """open({path!r}, "w")
@@ -54,13 +49,3 @@ def test_code_of_a_tokenizer_folder_is_not_run_though_stdin_says_yes(tokenizer, 
         assert "UserError: cannot load a tokenizer" in done.stderr.splitlines()[-1]
     else:  # transformers leaves the code aside and reads tokenizer.json
         assert done.returncode == 0, done.stderr
-
-
-def test_a_loading_script_beside_parquet_is_not_run(tokenizer, tmp_path):
-    pytest.importorskip("datasets")
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "hub.py").write_text(EVIL.format(path=str(tmp_path / "owned")))
-    (tmp_path / "hub" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="`datasets` cannot load"):
-        load_corpus(tmp_path / "hub", tokenizer=tokenizer, cache=tmp_path / "c")
-    assert not (tmp_path / "owned").exists()

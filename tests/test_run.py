@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
-from kloss.cl.runner import on_signals
+from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
 from kloss.estimate import estimated_seconds
@@ -226,7 +226,7 @@ def test_without_clipping(small, capsys):
     assert "gradients not clipped" in (folder / "report.html").read_text()
 
 
-def test_a_scaling_of_zero_leaves_the_head_alone_to_train(small):
+def test_a_scaling_of_zero_runs_to_the_end(small):
     assert main([*small[0], "--alpha", "0"]) == 0
 
 
@@ -302,7 +302,7 @@ def test_a_signal_ends_the_run_behind_a_checkpoint(small, tmp_path, number):
     assert whole == stopped
 
 
-def test_a_second_signal_does_not_wait_and_an_ignored_one_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
     heard = []
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -312,6 +312,18 @@ def test_a_second_signal_does_not_wait_and_an_ignored_one_stays_ignored():
         assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_does_not_wait():
+    watch = _Watch.__new__(_Watch)
+    watch.unsaved, watch.signal = True, 0
+    watch.stop(15)  # there is something to save: the step comes to its end
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        watch.stop(2)
+    assert watch.signal == 15 and stopped.value.args == (2,)
+    watch.unsaved, watch.signal = False, 0
+    with pytest.raises(KeyboardInterrupt):
+        watch.stop(15)
 
 
 def test_a_run_continued_on_other_threads_says_so(small, capsys):

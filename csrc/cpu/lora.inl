@@ -140,7 +140,7 @@ void reduce(const Job& job, int64_t m, int64_t columns, float scale, Block block
     for (int64_t i = 0; i < m; ++i) put_row(out(i), sums + i * columns, scale, columns);
 }
 
-constexpr int64_t CHUNK = 512;  // outputs of a slice whose dB adapter job computes
+constexpr int64_t CHUNK = 512;  // outputs of a slice whose dB one job computes
 
 // Stride of a packed matrix: not a multiple of 4 KiB, whose rows would share cache sets.
 inline int64_t packed_stride(int64_t columns) { return (columns + W - 1) / W * W + W; }

@@ -40,9 +40,8 @@ def load_backbone(config: Config, corpus: Corpus, device: torch.device, progress
 
 
 def _check_positions(sizes: XLMRConfig, corpus: Corpus, name: str) -> None:
-    longest = sizes.max_position_embeddings - 2
-    if corpus.max_length > longest:
-        raise UserError(f"--max-length {corpus.max_length} is beyond backbone {name}'s {longest}")
+    if corpus.max_length > sizes.max_length:
+        raise UserError(f"--max-length {corpus.max_length} is beyond backbone {name}'s {sizes.max_length}")
 
 
 def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:

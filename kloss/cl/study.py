@@ -79,11 +79,7 @@ def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
         return groups(locales, config.groups)
     if not os.path.isfile(config.groups):  # Path.is_file raises for a name that is too long
         raise UserError(f"--groups must be script, family or a JSON file, got {config.groups}")
-    try:
-        mapping = read_json(Path(config.groups))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--groups {config.groups}: {error}") from error
-    return groups(locales, mapping)
+    return groups(locales, read_json(Path(config.groups)))
 
 
 def plan(config: Config, locales: Sequence[str]) -> Study:
