@@ -279,6 +279,8 @@ def test_a_whole_model_is_a_bank_of_one_row():
     copy = bank.select([0])
     bank.adamw_(torch.tensor([0.1]), weight_decay=torch.tensor([0.0]), max_norm=torch.tensor([1.0]))
     assert bank.steps.tolist() == [1] and not equal(state_of(bank, [0]), before)
+    assert torch.equal(model.classifier.weight.flatten(), bank.param[0, -85:-5]), "the model's weights are the bank's"
+    assert not torch.equal(model.classifier.weight.flatten(), before[0][0, -85:-5])
     bank.copy_rows_([0], copy)
     assert equal(state_of(bank, [0]), before) and torch.equal(model.classifier.weight.flatten(), before[0][0, -85:-5])
 
