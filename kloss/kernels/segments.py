@@ -97,14 +97,14 @@ def with_work(segments: Segments) -> Segments:
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     count = ends - starts
     tiles_64, tiles_128 = (
-        _cut(starts, ends, (count + size - 1) // size, size, tile_capacity(rows, segments.num_adapters, size), base=True)
+        cut(starts, ends, (count + size - 1) // size, size, tile_capacity(rows, segments.num_adapters, size), base=True)
         for size in (SHORT_TILE, LONG_TILE)
     )
     starts, ends, count = starts[:-1], ends[:-1], count[:-1]
     pieces = ((count + CHUNK - 1) // CHUNK).clamp(min=1)
     in_slots = torch.where(pieces > 1, pieces, 0)
     slots = torch.cat([pieces.new_zeros(1), in_slots.cumsum(0)])
-    chunks = _cut(starts, ends, pieces, CHUNK, segments.num_adapters + rows // CHUNK, base=False)
+    chunks = cut(starts, ends, pieces, CHUNK, segments.num_adapters + rows // CHUNK)
     g, first = chunks[:, 0].clamp(min=0).long(), chunks[:, 1]
     if segments.num_adapters:
         slot = torch.where((chunks[:, 0] >= 0) & (in_slots[g] > 0), slots[g] + (first - starts[g]) // CHUNK, -1)
@@ -136,8 +136,11 @@ def slot_capacity(rows: int) -> int:
     return 2 * rows // CHUNK if rows > CHUNK else 0
 
 
-def _cut(starts: Tensor, ends: Tensor, pieces: Tensor, size: int, capacity: int, *, base: bool) -> Tensor:
-    """Cut each run starts:ends into `pieces` of `size` rows: int32 [capacity, 3]. base: the last run has adapter -1."""
+def cut(starts: Tensor, ends: Tensor, pieces: Tensor, size: int, capacity: int, *, base: bool = False) -> Tensor:
+    """Cut each run starts:ends into `pieces` of `size` rows: int32 [capacity, 3], (run, first, last), the run -1 where unused.
+
+    base: the last run counts as -1 too.
+    """
     runs = pieces.numel()
     index = torch.arange(capacity, device=pieces.device)
     until = pieces.cumsum(0)

@@ -48,9 +48,13 @@ def launch(op: str, arch: int, dtype: torch.dtype, columns: int | None = None) -
     arch: 80, 90, 100, or 0 for unknown.
     columns: of the output; BC is no wider than they need.
     """
-    bucket = "single" if dtype == torch.float32 else "half"
-    config = TABLE.get((op, arch, bucket), DEFAULT[op, bucket])
+    config = TABLE.get((op, arch, bucket(dtype)), DEFAULT[op, bucket(dtype)])
     return config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
+
+
+def bucket(dtype: torch.dtype) -> str:
+    """The table's name for a dtype."""
+    return "single" if dtype == torch.float32 else "half"
 
 
 def fuse(rows: int, num_adapters: int, contraction: int) -> bool:
