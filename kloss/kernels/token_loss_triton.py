@@ -1,0 +1,114 @@
+"""Mean cross-entropy of each adapter's labelled rows, in Triton. A program owns one adapter and sums its rows in order.
+
+    loss_g = Σ_t (log Σ_c exp l_tc - l_t,label) / count_g        dl_tc = (softmax(l_t)_c - [c = label]) dloss_g / count_g
+
+Sizes: T rows, C labels, G adapters.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .segments import Segments
+from .tuned import power_of_two
+
+BLOCK = 4096  # logits of a program's block
+
+
+@triton.jit
+def token_loss_kernel(
+    logits_ptr,  # [T, C]
+    labels_ptr,  # [T], below 0 where there is none
+    order_ptr,  # [rows]
+    ends_ptr,  # [G+1]
+    loss_ptr,  # [G] fp32
+    count_ptr,  # [G]
+    lse_ptr,  # [T] fp32, log Σ exp of the adapters' rows
+    C, stride_logits,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """loss, count and lse of one adapter."""
+    g = tl.program_id(0)
+    first, last = tl.load(ends_ptr + g - 1, mask=g > 0, other=0), tl.load(ends_ptr + g)
+    o_c = tl.arange(0, BC)
+    total, count = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.int32)
+    for i in range(first, last, BT):
+        o_i = i + tl.arange(0, BT)
+        m_t = o_i < last
+        o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
+        label = tl.load(labels_ptr + o_t, mask=m_t, other=-1)
+        p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
+        b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
+        top = tl.where(m_t, tl.max(b_l, 1), 0.0)
+        lse = top + tl.log(tl.where(m_t, tl.sum(tl.exp(b_l - top[:, None]), 1), 1.0))
+        own = tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
+        counted = label >= 0
+        total += tl.where(counted, lse - own, 0.0)
+        count += counted.to(tl.int32)
+        tl.store(lse_ptr + o_t, lse, mask=m_t)
+    labelled = tl.sum(count)
+    tl.store(loss_ptr + g, tl.sum(total) / tl.maximum(labelled, 1).to(tl.float32))
+    tl.store(count_ptr + g, labelled.to(tl.int64))
+
+
+@triton.jit
+def token_loss_backward_kernel(
+    logits_ptr,  # [T, C]
+    labels_ptr,  # [T]
+    row_adapter_ptr,  # [rows], -1 for none
+    lse_ptr,  # [T] fp32
+    dloss_ptr,  # [G] fp32
+    count_ptr,  # [G]
+    dlogits_ptr,  # [T, C]
+    T, C, rows, stride_logits,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dlogits of BT rows; 0 for rows without an adapter or a label."""
+    o_t, o_c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC)
+    m_t, m_c = o_t < T, o_c < C
+    g = tl.load(row_adapter_ptr + o_t, mask=o_t < rows, other=-1)
+    label = tl.load(labels_ptr + o_t, mask=m_t, other=-1)
+    counted = (g >= 0) & (label >= 0)
+    m_l = counted[:, None] & m_c[None, :]
+    b_l = tl.load(logits_ptr + o_t.to(tl.int64)[:, None] * stride_logits + o_c[None, :], mask=m_l, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + o_t, mask=counted, other=0.0)
+    count = tl.load(count_ptr + g, mask=counted, other=1).to(tl.float32)
+    each = tl.load(dloss_ptr + g, mask=counted, other=0.0) / count
+    b_d = (tl.exp(b_l - lse[:, None]) - (o_c[None, :] == label[:, None]).to(tl.float32)) * each[:, None]
+    p_d = dlogits_ptr + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
+    tl.store(p_d, tl.where(m_l, b_d, 0.0).to(dlogits_ptr.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
+
+
+def forward(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """loss fp32 [G], count int64 [G], lse fp32 [T] of the adapters' rows."""
+    T, C = logits.shape
+    G = segments.num_adapters
+    loss, count = logits.new_empty(G, dtype=torch.float32), labels.new_empty(G, dtype=torch.int64)
+    lse = logits.new_empty(T, dtype=torch.float32)
+    if G:
+        BT, BC = tile(C)
+        token_loss_kernel[(G,)](
+            logits_ptr=logits, labels_ptr=labels, order_ptr=segments.order, ends_ptr=segments.ends, loss_ptr=loss, count_ptr=count,
+            lse_ptr=lse, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, num_warps=8,
+        )  # fmt: skip
+    return loss, count, lse
+
+
+def backward(dloss: Tensor, logits: Tensor, labels: Tensor, count: Tensor, lse: Tensor, segments: Segments) -> Tensor:
+    """dlogits [T, C] in the logits' dtype."""
+    T, C = logits.shape
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if T:
+        BT, BC = tile(C)
+        token_loss_backward_kernel[(triton.cdiv(T, BT),)](
+            logits_ptr=logits, labels_ptr=labels, row_adapter_ptr=segments.row_adapter, lse_ptr=lse, dloss_ptr=dloss, count_ptr=count,
+            dlogits_ptr=dlogits, T=T, C=C, rows=segments.row_adapter.numel(), stride_logits=logits.stride(0), BT=BT, BC=BC,
+        )  # fmt: skip
+    return dlogits
+
+
+def tile(C: int) -> tuple[int, int]:
+    """Rows of a program's block and its width, which is the whole row."""
+    BC = power_of_two(C)
+    return max(1, BLOCK // BC), BC
