@@ -1,6 +1,6 @@
 """Dropout, residual and LayerNorm in one pass over the rows, in Triton: forward and backward.
 
-    z = drop(x) + residual        n = (z - mean) / √(variance + eps)        y = n weight + bias, then dropped if BEHIND
+    z = drop(x) + residual        n = (z - mean) / √(variance + eps)        y = n weight + bias
     dn = weight dy        dz = (dn - mean(dn) - n mean(n dn)) / √(variance + eps)        dx = mask c dz        dresidual = dz
 
 All in fp32, rounded once where y, dx and dresidual are stored. The weight's and bias's gradients are sums of one part for each
@@ -31,7 +31,7 @@ def dropped(b_x, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH: tl.constexpr)
 @triton.jit
 def add_norm_kernel(
     x_ptr,  # [T, H]
-    residual_ptr,  # [T, H] or None
+    residual_ptr,  # [T, H]
     weight_ptr,  # [H]
     bias_ptr,  # [H]
     y_ptr,  # [T, H]
@@ -41,25 +41,22 @@ def add_norm_kernel(
     threshold_ptr,  # [T]
     scale_ptr,  # [T]
     T, H, eps, stride_x, stride_residual,
-    BEHIND: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """y, mean and 1 / √(variance + eps) of BT rows."""
     o_t, o_h = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     m_t, m_h = o_t < T, o_h < H
     m_x, o_row = m_t[:, None] & m_h[None, :], o_t.to(tl.int64)[:, None]
     b_z = tl.load(x_ptr + o_row * stride_x + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BT, BH]
-    if (keys_ptr is not None) & (not BEHIND):
+    if keys_ptr is not None:
         b_z = dropped(b_z, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
-    if residual_ptr is not None:
-        b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
     mean = tl.sum(b_z, 1) / H
     centred = tl.where(m_h[None, :], b_z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / H + eps)
     weight = tl.load(weight_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    if (keys_ptr is not None) & BEHIND:
-        b_y = dropped(b_y, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
     tl.store(y_ptr + o_row * H + o_h[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_x)
     tl.store(mean_ptr + o_t, mean, mask=m_t)
     tl.store(rstd_ptr + o_t, rstd, mask=m_t)
@@ -69,7 +66,7 @@ def add_norm_kernel(
 def add_norm_backward_kernel(
     dy_ptr,  # [T, H]
     x_ptr,  # [T, H]
-    residual_ptr,  # [T, H] or None
+    residual_ptr,  # [T, H]
     weight_ptr,  # [H]
     mean_ptr,  # [T] fp32
     rstd_ptr,  # [T] fp32
@@ -81,7 +78,7 @@ def add_norm_backward_kernel(
     threshold_ptr,  # [T]
     scale_ptr,  # [T]
     T, H, rows, stride_dy, stride_x, stride_residual,
-    BEHIND: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual of `rows` rows, BT at a time, and their part of dweight and dbias."""
     pid, o_h = tl.program_id(0), tl.arange(0, BH)
@@ -95,12 +92,8 @@ def add_norm_backward_kernel(
         b_z = tl.load(x_ptr + o_row * stride_x + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BT, BH]
         b_dy = tl.load(dy_ptr + o_row * stride_dy + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
         if keys_ptr is not None:
-            if BEHIND:
-                b_dy = dropped(b_dy, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
-            else:
-                b_z = dropped(b_z, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
-        if residual_ptr is not None:
-            b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
+            b_z = dropped(b_z, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
+        b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
         mean, rstd = tl.load(mean_ptr + o_t, mask=m_t, other=0.0), tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)
         b_n = tl.where(m_x, (b_z - mean[:, None]) * rstd[:, None], 0.0)
         b_dn = b_dy * weight
@@ -110,7 +103,7 @@ def add_norm_backward_kernel(
             b_db += tl.sum(b_dy, 0)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + o_row * H + o_h[None, :], b_dz.to(dresidual_ptr.dtype.element_ty), mask=m_x)
-        if (keys_ptr is not None) & (not BEHIND):
+        if keys_ptr is not None:
             b_dz = dropped(b_dz, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
         tl.store(dx_ptr + o_row * H + o_h[None, :], b_dz.to(dx_ptr.dtype.element_ty), mask=m_x)
     if dweight_ptr is not None:
@@ -118,10 +111,29 @@ def add_norm_backward_kernel(
         tl.store(dbias_ptr + pid.to(tl.int64) * H + o_h, b_db, mask=m_h)
 
 
+@triton.jit
+def dropout_kernel(
+    x_ptr,  # [T, H]
+    y_ptr,  # [T, H]
+    keys_ptr,  # [T]
+    threshold_ptr,  # [T]
+    scale_ptr,  # [T]
+    T, H, stride_x,
+    BT: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """y = drop(x) for BT rows."""
+    o_t, o_h = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
+    m_t = o_t < T
+    m_x, o_row = m_t[:, None] & (o_h < H)[None, :], o_t.to(tl.int64)[:, None]
+    b_x = tl.load(x_ptr + o_row * stride_x + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BT, BH]
+    b_x = dropped(b_x, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
+    tl.store(y_ptr + o_row * H + o_h[None, :], b_x.to(y_ptr.dtype.element_ty), mask=m_x)
+
+
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout: RowDropout | None, behind: bool
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: RowDropout | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [T, H] in x's dtype, mean and 1 / √(variance + eps) fp32 [T]. behind: dropout after the norm, not before."""
+    """y [T, H] in x's dtype, mean and 1 / √(variance + eps) fp32 [T]."""
     T, H = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -130,8 +142,8 @@ def forward(
     if T:
         add_norm_kernel[(triton.cdiv(T, BT),)](
             x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd, keys_ptr=keys,
-            threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, eps=eps, stride_x=x.stride(0),
-            stride_residual=0 if residual is None else residual.stride(0), BEHIND=behind, BT=BT, BH=BH,
+            threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, eps=eps, stride_x=x.stride(0), stride_residual=residual.stride(0),
+            BT=BT, BH=BH,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -139,33 +151,44 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     dropout: RowDropout | None,
-    behind: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dx, dresidual (the same tensor where they are equal), dweight and dbias in fp32, None where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight and dbias in fp32. Empty: dresidual without dropout, for it is dx; dweight and dbias if not needed."""
     T, H = x.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    differ = residual is not None and dropout is not None and not behind
-    dresidual = torch.empty_like(dx) if differ else dx
+    dresidual = x.new_empty(0) if dropout is None else torch.empty_like(dx)
     BT, BH = tile(H)
     # Each program writes one part of dweight, so there is a fixed number of rows for each.
     rows = 16 * BT if need_weight else BT
     programs = triton.cdiv(T, rows)
-    dweight, dbias = (x.new_empty(programs, H, dtype=torch.float32) if need_weight else None for _ in range(2))
+    dweight, dbias = (x.new_empty(programs if need_weight else 0, H, dtype=torch.float32) for _ in range(2))
     keys, threshold, scale = (None, None, None) if dropout is None else dropout
     if T:
         add_norm_backward_kernel[(programs,)](
             dy_ptr=dy, x_ptr=x, residual_ptr=residual, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx,
-            dresidual_ptr=dresidual if differ else None, dweight_ptr=dweight, dbias_ptr=dbias, keys_ptr=keys,
-            threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, rows=rows, stride_dy=dy.stride(0), stride_x=x.stride(0),
-            stride_residual=0 if residual is None else residual.stride(0), BEHIND=behind, BT=BT, BH=BH,
+            dresidual_ptr=None if dropout is None else dresidual, dweight_ptr=dweight if need_weight else None, dbias_ptr=dbias,
+            keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, rows=rows, stride_dy=dy.stride(0),
+            stride_x=x.stride(0), stride_residual=residual.stride(0), BT=BT, BH=BH,
         )  # fmt: skip
-    return dx, dresidual, None if dweight is None else dweight.sum(0), None if dbias is None else dbias.sum(0)
+    return dx, dresidual, dweight.sum(0), dbias.sum(0)
+
+
+def dropout(x: Tensor, dropout: RowDropout) -> Tensor:
+    """drop(x) [T, H]. Its own gradient: the gradient of drop(x) is drop(dy)."""
+    T, H = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    keys, threshold, scale = dropout
+    BT, BH = tile(H)
+    if T:
+        dropout_kernel[(triton.cdiv(T, BT),)](
+            x_ptr=x, y_ptr=y, keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, stride_x=x.stride(0), BT=BT, BH=BH
+        )
+    return y
 
 
 def tile(H: int) -> tuple[int, int]:
