@@ -5,14 +5,13 @@
 Tiles, order and reductions are those of the multi-adapter linear. Sizes: T rows, K inputs, N outputs, G adapters.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuned
 from .lora_tiles import reduce
-from .segments import SHORT_TILE, Segments, with_work
+from .segments import SHORT_TILE, Work
 
 
 @triton.jit
@@ -73,46 +72,41 @@ def bias_gradient_kernel(
     tl.store(p_b, tl.sum(acc, 0).to(db_ptr.dtype.element_ty), mask=o_n < N)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, stride_n: int, stride_k: int, N: int) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, work: Work, stride_n: int, stride_k: int, N: int
+) -> Tensor:
     """y [T, N]. Rows behind the last offset are 0."""
-    segments = with_work(segments)
-    assert segments.work is not None
-    rows, tiles = segments.order.numel(), segments.work.tiles_64
     y = x.new_empty(x.shape[0], N)
-    y[rows:] = 0
+    y[order.numel() :] = 0
     config = tuned.launch("shrink", tuned.arch_of(x.device), x.dtype, N)
-    grid = (tiles.shape[0] * triton.cdiv(N, config.BC),)
+    grid = (work.tiles_64.shape[0] * triton.cdiv(N, config.BC),)
     if grid[0]:
         adapter_linear_kernel[grid](
-            x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, order_ptr=segments.order, tiles_ptr=tiles, K=x.shape[1], N=N,
-            stride_xt=x.stride(0), stride_wg=weight.stride(0), stride_wn=stride_n, stride_wk=stride_k, BT=SHORT_TILE, BN=config.BC,
-            BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
+            x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, order_ptr=order, tiles_ptr=work.tiles_64, K=x.shape[1], N=N,
+            stride_xt=x.stride(0), stride_wg=weight.stride(0), stride_wn=stride_n, stride_wk=stride_k, BT=SHORT_TILE,
+            BN=config.BC, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
-    """y [T, N] in x's dtype."""
-    return _product(x.contiguous(), weight, bias.contiguous(), segments, weight.stride(1), weight.stride(2), weight.shape[1])
+def forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, work: Work) -> Tensor:
+    """y [T, N] in x's dtype. order, work: of the segments."""
+    return _product(x.contiguous(), weight, bias.contiguous(), order, work, weight.stride(1), weight.stride(2), weight.shape[1])
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, segments: Segments, need_x: bool, need_w: bool, need_b: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx [T, K], dW [G, N, K], db [G, N], None where not needed."""
-    segments, (G, N, K) = with_work(segments), weight.shape
-    assert segments.work is not None
-    dy, dx, dw, db = dy.contiguous(), None, None, None
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, work: Work, need_x: bool, need_w: bool, need_b: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [T, K], dW [G, N, K], db [G, N], empty where not needed. dy: contiguous."""
+    (G, N, K), dx = weight.shape, x.new_empty(0)
+    dw, db = weight.new_empty(0), weight.new_empty(G if need_b else 0, N)
     if need_x:
-        dx = _product(dy, weight, None, segments, weight.stride(2), weight.stride(1), K)
-    if need_w or need_b:
-        in_order = dy[segments.order].float()
-        if need_w:
-            dw = reduce(x, in_order, weight, segments.order, segments.work, None, None, C=K, SR=N, R=N, blocks=1, strides=(1, K))
-        if need_b:
-            db = weight.new_empty(G, N)
-            BN = 64
-            grid = (G * triton.cdiv(N, BN),)
-            if grid[0]:
-                bias_gradient_kernel[grid](dy_ptr=in_order, db_ptr=db, ends_ptr=segments.ends, N=N, BT=32, BN=BN)
+        dx = _product(dy, weight, None, order, work, weight.stride(2), weight.stride(1), K)
+    in_order = dy[order].float() if need_w or need_b else dy
+    if need_w:
+        dw = reduce(x, in_order, weight, order, work, None, None, C=K, SR=N, R=N, blocks=1, strides=(1, K))
+    BN = 64
+    grid = (db.shape[0] * triton.cdiv(N, BN),)
+    if grid[0]:
+        bias_gradient_kernel[grid](dy_ptr=in_order, db_ptr=db, ends_ptr=ends, N=N, BT=32, BN=BN)
     return dx, dw, db

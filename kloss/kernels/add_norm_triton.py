@@ -141,9 +141,9 @@ def forward(
     BT, BH = tile(H)
     if T:
         add_norm_kernel[(triton.cdiv(T, BT),)](
-            x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd, keys_ptr=keys,
-            threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, eps=eps, stride_x=x.stride(0), stride_residual=residual.stride(0),
-            BT=BT, BH=BH,
+            x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+            keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, eps=eps, stride_x=x.stride(0),
+            stride_residual=residual.stride(0), BT=BT, BH=BH,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -158,7 +158,7 @@ def backward(
     dropout: RowDropout | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight and dbias in fp32. Empty: dresidual without dropout, for it is dx; dweight and dbias if not needed."""
+    """dx, dresidual, empty without dropout, for it is dx then, and dweight and dbias in fp32, 0 where not needed."""
     T, H = x.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dresidual = x.new_empty(0) if dropout is None else torch.empty_like(dx)
@@ -186,7 +186,16 @@ def dropout(x: Tensor, dropout: RowDropout) -> Tensor:
     BT, BH = tile(H)
     if T:
         dropout_kernel[(triton.cdiv(T, BT),)](
-            x_ptr=x, y_ptr=y, keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, stride_x=x.stride(0), BT=BT, BH=BH
+            x_ptr=x,
+            y_ptr=y,
+            keys_ptr=keys,
+            threshold_ptr=threshold,
+            scale_ptr=scale,
+            T=T,
+            H=H,
+            stride_x=x.stride(0),
+            BT=BT,
+            BH=BH,
         )
     return y
 

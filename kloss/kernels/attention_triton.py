@@ -283,11 +283,11 @@ def zero_behind_kernel(x_ptr, end_ptr, T, W, stride_x, BLOCK: tl.constexpr):
 
 
 def forward(qkv: Tensor, heads: int, tiles: AttentionTiles, dropout: RowDropout | None) -> tuple[Tensor, Tensor]:
-    """out [T, H], and lse fp32 [heads, T], filled for long sequences only, which is all that backward reads of it."""
+    """out [T, H], and lse fp32 [heads, T], 0 for the short classes, whose backward needs none."""
     T, H = qkv.shape[0], qkv.shape[1] // 3
     D = H // heads
     out = qkv.new_empty(T, H)
-    lse = qkv.new_empty(heads, T if tiles.longer.shape[0] else 0, dtype=torch.float32)
+    lse = qkv.new_zeros(heads, T if tiles.longer.shape[0] else 0, dtype=torch.float32)
     keys, threshold, scale = (None, None, None) if dropout is None else dropout
     classes = CLASSES[bucket(qkv.dtype)]
     for rows, entries in zip((*classes, classes[-1]), (*tiles.short, tiles.longer), strict=True):
@@ -322,8 +322,9 @@ def backward(
     if tiles.longer.shape[0]:
         for kernel in (attend_dq_kernel, attend_dkv_kernel):
             kernel[(tiles.longer.shape[0] * heads,)](
-                qkv_ptr=qkv, out_ptr=out, lse_ptr=lse, dout_ptr=dout, dqkv_ptr=dqkv, tiles_ptr=tiles.longer, **draws, T=T, **sizes,
-                stride_out=out.stride(0), **strides, BL=classes[-1], **launch_of(qkv, classes[-1], kernel is attend_dkv_kernel),
+                qkv_ptr=qkv, out_ptr=out, lse_ptr=lse, dout_ptr=dout, dqkv_ptr=dqkv, tiles_ptr=tiles.longer, **draws, T=T,
+                **sizes, stride_out=out.stride(0), **strides, BL=classes[-1],
+                **launch_of(qkv, classes[-1], kernel is attend_dkv_kernel),
             )  # fmt: skip
     zero_behind(dqkv, tiles.end)
     return dqkv

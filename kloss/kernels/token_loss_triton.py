@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .segments import Segments
 from .tuned import power_of_two
 
 BLOCK = 4096  # logits of a program's block
@@ -80,30 +79,29 @@ def token_loss_backward_kernel(
     tl.store(p_d, tl.where(m_l, b_d, 0.0).to(dlogits_ptr.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
 
 
-def forward(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """loss fp32 [G], count int64 [G], lse fp32 [T] of the adapters' rows."""
-    T, C = logits.shape
-    G = segments.num_adapters
+def forward(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss fp32 [G], count int64 [G], lse fp32 [T], 0 for rows without an adapter. order, ends: of the segments."""
+    (T, C), G = logits.shape, ends.numel() - 1
     loss, count = logits.new_empty(G, dtype=torch.float32), labels.new_empty(G, dtype=torch.int64)
-    lse = logits.new_empty(T, dtype=torch.float32)
+    lse = logits.new_zeros(T, dtype=torch.float32)
     if G:
         BT, BC = tile(C)
         token_loss_kernel[(G,)](
-            logits_ptr=logits, labels_ptr=labels, order_ptr=segments.order, ends_ptr=segments.ends, loss_ptr=loss, count_ptr=count,
+            logits_ptr=logits, labels_ptr=labels, order_ptr=order, ends_ptr=ends, loss_ptr=loss, count_ptr=count,
             lse_ptr=lse, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, num_warps=8,
         )  # fmt: skip
     return loss, count, lse
 
 
-def backward(dloss: Tensor, logits: Tensor, labels: Tensor, count: Tensor, lse: Tensor, segments: Segments) -> Tensor:
-    """dlogits [T, C] in the logits' dtype."""
+def backward(dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor, count: Tensor, lse: Tensor) -> Tensor:
+    """dlogits [T, C] in the logits' dtype. row_adapter: of the segments."""
     T, C = logits.shape
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if T:
         BT, BC = tile(C)
         token_loss_backward_kernel[(triton.cdiv(T, BT),)](
-            logits_ptr=logits, labels_ptr=labels, row_adapter_ptr=segments.row_adapter, lse_ptr=lse, dloss_ptr=dloss, count_ptr=count,
-            dlogits_ptr=dlogits, T=T, C=C, rows=segments.row_adapter.numel(), stride_logits=logits.stride(0), BT=BT, BC=BC,
+            logits_ptr=logits, labels_ptr=labels, row_adapter_ptr=row_adapter, lse_ptr=lse, dloss_ptr=dloss, count_ptr=count,
+            dlogits_ptr=dlogits, T=T, C=C, rows=row_adapter.numel(), stride_logits=logits.stride(0), BT=BT, BC=BC,
         )  # fmt: skip
     return dlogits
 

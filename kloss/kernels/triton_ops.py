@@ -1,0 +1,268 @@
+"""The operators over the Triton kernels of everything but the multi-adapter linear: their schemas, shapes and gradients.
+
+Arguments are those of the kernels' modules. `dropout` holds the three tensors of `RowDropout`, or nothing. The kernels are
+imported with the first call, for Triton need not be there.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .dropout import Dropout, RowDropout, row_dropout
+from .segments import Segments, Work, with_work
+
+
+def _kernels(op: str) -> Any:
+    return import_module(f".{op}_triton", __package__)
+
+
+def _rows(dropout: Sequence[Tensor]) -> RowDropout | None:
+    return RowDropout(*dropout) if dropout else None
+
+
+def _lists(dropout: Dropout | None) -> list[Tensor]:
+    """What the kernels read of a site's dropout."""
+    return [] if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
+
+
+# Attention. tiles: the fields of AttentionTiles in one list.
+
+
+@custom_op("kloss::attention", mutates_args=())
+def _attention(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    kernels = _kernels("attention")
+    return kernels.forward(qkv, heads, kernels.AttentionTiles(tiles[:-2], *tiles[-2:]), _rows(dropout))
+
+
+@_attention.register_fake
+def _(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    T, H = qkv.shape[0], qkv.shape[1] // 3
+    return qkv.new_empty(T, H), qkv.new_empty(heads, T if tiles[-2].shape[0] else 0, dtype=torch.float32)
+
+
+@custom_op("kloss::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]
+) -> Tensor:
+    kernels = _kernels("attention")
+    tiles = kernels.AttentionTiles(tiles[:-2], *tiles[-2:])
+    return kernels.backward(dout.contiguous(), qkv, out, lse, heads, tiles, _rows(dropout))
+
+
+@_attention_backward.register_fake
+def _(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.heads, tiles, dropout = inputs
+    ctx.tiles = len(tiles)
+    ctx.save_for_backward(qkv, *output, *tiles, *dropout)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, None, list, list]:
+    qkv, out, lse, *lists = ctx.saved_tensors
+    tiles, dropout = lists[: ctx.tiles], lists[ctx.tiles :]
+    dqkv = None if dout is None else _attention_backward(dout, qkv, out, lse, ctx.heads, tiles, dropout)
+    return dqkv, None, [None] * len(tiles), [None] * len(dropout)
+
+
+_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+def attention(qkv: Tensor, heads: int, tiles: Any, dropout: Dropout | None) -> Tensor:
+    """`packed_attention`. tiles: an AttentionTiles."""
+    return _attention(qkv, heads, [*tiles.short, tiles.longer, tiles.end], _lists(dropout))[0]
+
+
+# Dropout, residual and LayerNorm.
+
+
+@custom_op("kloss::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels("add_norm").forward(x, residual, weight, bias, eps, _rows(dropout))
+
+
+@_add_norm.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@custom_op("kloss::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: Sequence[Tensor],
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernels("add_norm").backward(dy.contiguous(), x, residual, weight, mean, rstd, _rows(dropout), need_weight)
+
+
+@_add_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dropout = rest[-2]
+    dweight = x.new_empty(x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape if dropout else 0), dweight, torch.empty_like(dweight)
+
+
+def _save_add_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, bias, _, dropout = inputs
+    ctx.save_for_backward(x, residual, weight, *output[1:], *dropout)
+    ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | list | None, ...]:
+    x, residual, weight, mean, rstd, *dropout = ctx.saved_tensors
+    if dy is None:
+        return None, None, None, None, None, [None] * len(dropout)
+    need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    dx, dresidual, dweight, dbias = _add_norm_backward(dy, x, residual, weight, mean, rstd, dropout, need_weight)
+    dweight, dbias = (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)) if need_weight else (None, None)
+    return dx, dresidual if dropout else dx, dweight, dbias, None, [None] * len(dropout)
+
+
+_add_norm.register_autograd(_add_norm_gradient, setup_context=_save_add_norm)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None) -> Tensor:
+    """`add_norm`."""
+    return _add_norm(x, residual, weight, bias, eps, _lists(dropout))[0]
+
+
+@custom_op("kloss::dropout", mutates_args=())
+def _dropout(x: Tensor, keys: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+    return _kernels("add_norm").dropout(x, RowDropout(keys, threshold, scale))
+
+
+@_dropout.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_dropout(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+_dropout.register_autograd(lambda ctx, dy: (_dropout(dy, *ctx.saved_tensors), None, None, None), setup_context=_save_dropout)
+
+
+def dropout(x: Tensor, rows: RowDropout) -> Tensor:
+    """`apply_dropout`."""
+    return _dropout(x, *(tensor.contiguous() for tensor in rows))
+
+
+# A linear layer per adapter. lists: order, ends, row_adapter and the fields of Work.
+
+
+def _segment_lists(segments: Segments) -> list[Tensor]:
+    segments = with_work(segments)
+    assert segments.work is not None
+    return [segments.order, segments.ends, segments.row_adapter, *segments.work]
+
+
+@custom_op("kloss::adapter_linear", mutates_args=())
+def _adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, lists: Sequence[Tensor]) -> Tensor:
+    return _kernels("adapter_linear").forward(x, weight, bias, lists[0], Work(*lists[3:]))
+
+
+@_adapter_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, lists: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@custom_op("kloss::adapter_linear_backward", mutates_args=())
+def _adapter_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, lists: Sequence[Tensor], need_x: bool, need_w: bool, need_b: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, ends, _, *work = lists
+    return _kernels("adapter_linear").backward(dy.contiguous(), x, weight, order, ends, Work(*work), need_x, need_w, need_b)
+
+
+@_adapter_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, lists: Sequence[Tensor], need_x: bool, need_w: bool, need_b: bool
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape if need_x else (0,)), (weight.shape if need_w else (0,)), (weight.shape[:2] if need_b else (0,))
+    return tuple(tensor.new_empty(shape) for tensor, shape in zip((x, weight, weight), shapes, strict=True))
+
+
+def _save_adapter_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias, lists = inputs
+    ctx.save_for_backward(x, weight, *lists)
+    ctx.bias_dtype = bias.dtype
+
+
+def _adapter_linear_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | list | None, ...]:
+    x, weight, *lists = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    gradients = _adapter_linear_backward(dy, x, weight, lists, *needed)
+    dx, dw, db = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return dx, dw, None if db is None else db.to(ctx.bias_dtype), [None] * len(lists)
+
+
+_adapter_linear.register_autograd(_adapter_linear_gradient, setup_context=_save_adapter_linear)
+
+
+def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
+    """`adapter_linear`."""
+    return _adapter_linear(x, weight, bias, _segment_lists(segments))
+
+
+# The mean loss of each adapter's labelled rows.
+
+
+@custom_op("kloss::token_loss", mutates_args=())
+def _token_loss(
+    logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor, row_adapter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels("token_loss").forward(logits, labels, order, ends)
+
+
+@_token_loss.register_fake
+def _(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor, row_adapter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    G = ends.shape[0] - 1
+    per_row = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return per_row.new_empty(G), per_row.new_empty(G, dtype=torch.int64), per_row
+
+
+@custom_op("kloss::token_loss_backward", mutates_args=())
+def _token_loss_backward(
+    dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor, count: Tensor, lse: Tensor
+) -> Tensor:
+    return _kernels("token_loss").backward(dloss.contiguous(), logits, labels, row_adapter, count, lse)
+
+
+@_token_loss_backward.register_fake
+def _(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save_token_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, _, _, row_adapter = inputs
+    ctx.save_for_backward(logits, labels, row_adapter, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _token_loss_gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return None if dloss is None else _token_loss_backward(dloss, *ctx.saved_tensors), None, None, None, None
+
+
+_token_loss.register_autograd(_token_loss_gradient, setup_context=_save_token_loss)
+
+
+def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """`token_loss`."""
+    return _token_loss(logits, labels, segments.order, segments.ends, segments.row_adapter)[:2]
