@@ -91,7 +91,7 @@ def _product(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, work: Work) -> Tensor:
     """y [T, N] in x's dtype. order, work: of the segments."""
-    return _product(x.contiguous(), weight, bias.contiguous(), order, work, weight.stride(1), weight.stride(2), weight.shape[1])
+    return _product(x, weight, bias, order, work, weight.stride(1), weight.stride(2), weight.shape[1])
 
 
 def backward(

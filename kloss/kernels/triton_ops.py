@@ -29,13 +29,18 @@ def _lists(dropout: Dropout | None) -> list[Tensor]:
     return [] if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
 
 
+def _with_rows(x: Tensor) -> Tensor:
+    """The tensor with contiguous rows, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 # Attention. tiles: the fields of AttentionTiles in one list.
 
 
 @custom_op("kloss::attention", mutates_args=())
 def _attention(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     kernels = _kernels("attention")
-    return kernels.forward(qkv, heads, kernels.AttentionTiles(tiles[:-2], *tiles[-2:]), _rows(dropout))
+    return kernels.forward(_with_rows(qkv), heads, kernels.AttentionTiles(tiles[:-2], *tiles[-2:]), _rows(dropout))
 
 
 @_attention.register_fake
@@ -50,7 +55,7 @@ def _attention_backward(
 ) -> Tensor:
     kernels = _kernels("attention")
     tiles = kernels.AttentionTiles(tiles[:-2], *tiles[-2:])
-    return kernels.backward(dout.contiguous(), qkv, out, lse, heads, tiles, _rows(dropout))
+    return kernels.backward(_with_rows(dout), _with_rows(qkv), out, lse, heads, tiles, _rows(dropout))
 
 
 @_attention_backward.register_fake
@@ -87,7 +92,9 @@ def attention(qkv: Tensor, heads: int, tiles: Any, dropout: Dropout | None) -> T
 def _add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("add_norm").forward(x, residual, weight, bias, eps, _rows(dropout))
+    return _kernels("add_norm").forward(
+        _with_rows(x), _with_rows(residual), weight.contiguous(), bias.contiguous(), eps, _rows(dropout)
+    )
 
 
 @_add_norm.register_fake
@@ -107,7 +114,8 @@ def _add_norm_backward(
     dropout: Sequence[Tensor],
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _kernels("add_norm").backward(dy.contiguous(), x, residual, weight, mean, rstd, _rows(dropout), need_weight)
+    dy, x, residual = (_with_rows(tensor) for tensor in (dy, x, residual))
+    return _kernels("add_norm").backward(dy, x, residual, weight.contiguous(), mean, rstd, _rows(dropout), need_weight)
 
 
 @_add_norm_backward.register_fake
@@ -144,7 +152,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
 
 @custom_op("kloss::dropout", mutates_args=())
 def _dropout(x: Tensor, keys: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-    return _kernels("add_norm").dropout(x, RowDropout(keys, threshold, scale))
+    return _kernels("add_norm").dropout(_with_rows(x), RowDropout(keys, threshold, scale))
 
 
 @_dropout.register_fake
@@ -175,7 +183,7 @@ def _segment_lists(segments: Segments) -> list[Tensor]:
 
 @custom_op("kloss::adapter_linear", mutates_args=())
 def _adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, lists: Sequence[Tensor]) -> Tensor:
-    return _kernels("adapter_linear").forward(x, weight, bias, lists[0], Work(*lists[3:]))
+    return _kernels("adapter_linear").forward(_with_rows(x), weight, bias.contiguous(), lists[0], Work(*lists[3:]))
 
 
 @_adapter_linear.register_fake
@@ -188,7 +196,9 @@ def _adapter_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, lists: Sequence[Tensor], need_x: bool, need_w: bool, need_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, ends, _, *work = lists
-    return _kernels("adapter_linear").backward(dy.contiguous(), x, weight, order, ends, Work(*work), need_x, need_w, need_b)
+    return _kernels("adapter_linear").backward(
+        dy.contiguous(), _with_rows(x), weight, order, ends, Work(*work), need_x, need_w, need_b
+    )
 
 
 @_adapter_linear_backward.register_fake
@@ -228,7 +238,7 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 def _token_loss(
     logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor, row_adapter: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("token_loss").forward(logits, labels, order, ends)
+    return _kernels("token_loss").forward(_with_rows(logits), labels.contiguous(), order, ends)
 
 
 @_token_loss.register_fake
@@ -242,6 +252,7 @@ def _(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor, row_adapter: 
 def _token_loss_backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor, count: Tensor, lse: Tensor
 ) -> Tensor:
+    logits, labels = _with_rows(logits), labels.contiguous()
     return _kernels("token_loss").backward(dloss.contiguous(), logits, labels, row_adapter, count, lse)
 
 

@@ -1,0 +1,258 @@
+"""The Triton kernels of attention, add_norm, dropout, heads and loss against the specification, and isolation to the bit."""
+
+import pytest
+import torch
+from helpers import DEVICES, PLACES, assert_no_worse
+
+from kloss.kernels import Dropout, make_segments, reference, row_keys, triton_ops
+from kloss.kernels.attention_triton import CLASSES, attention_tiles
+from kloss.kernels.dropout import row_dropout
+from kloss.kernels.tuned import bucket
+
+LENGTHS = [3, 0, 16, 17, 33, 64, 65, 7]
+
+
+def batch(lengths, *, behind=0, p=0.5, device="cpu", learners=3, site=3):
+    """Offsets, dropout with a probability of its own for each learner, the rows in all, and each row's sequence."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    covered, sequences = int(cu_seqlens[-1]), torch.arange(len(lengths))
+    row_sequence = torch.repeat_interleave(sequences, torch.tensor(lengths, dtype=torch.long))
+    rows = covered + behind
+    adapter = torch.cat([row_sequence % (learners + 1) - 1, torch.full((behind,), -1)]).int()
+    keys = row_keys(torch.full((len(lengths),), 5), sequences, cu_seqlens, rows=rows)
+    chances = torch.tensor([p, p / 3, 0.0][:learners])
+    dropout = Dropout(chances, torch.arange(learners) * 7 + 3, keys, site, adapter) if p else None
+    if dropout is not None and device != "cpu":
+        dropout = Dropout(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in dropout))
+    return cu_seqlens.to(device), dropout, rows, row_sequence
+
+
+def cpu(dropout):
+    return dropout and Dropout(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in dropout))
+
+
+def run(op, tensors, dy, dtype=None):
+    """The op's value and the gradients of its tensors."""
+    leaves = [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    y = op(*leaves)
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(device, dtype)
+
+
+def assert_as_good(op, specified, tensors, dy, groups):
+    """Value and gradients are no worse than the specification's in the same dtype. groups: one for each."""
+    got = run(op, tensors, dy)
+    on_cpu = [x.cpu() for x in tensors]
+    plain, oracle = run(specified, on_cpu, dy.cpu()), run(specified, on_cpu, dy.cpu(), torch.float64)
+    for mine, theirs, truth, group in zip(got, plain, oracle, groups, strict=True):
+        assert_no_worse(mine.cpu(), theirs, truth, group)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (2, 20)])
+def test_attention(heads, width, p, device, dtype):
+    cu_seqlens, dropout, rows, _ = batch(LENGTHS, behind=5, p=p, device=device)
+    tiles = attention_tiles(cu_seqlens, rows, dtype)
+    qkv, dy = normal(rows, 3 * heads * width, dtype=dtype, device=device), normal(rows, heads * width, dtype=dtype, device=device)
+    group = torch.searchsorted(cu_seqlens.cpu()[1:], torch.arange(rows), right=True)
+    assert_as_good(
+        lambda x: triton_ops.attention(x, heads, tiles, dropout),
+        lambda x: reference.packed_attention(x, cu_seqlens.cpu(), heads, dropout=cpu(dropout)),
+        [qkv], dy, [group, group],
+    )  # fmt: skip
+    out, gradient = run(lambda x: triton_ops.attention(x, heads, tiles, dropout), [qkv], dy)
+    assert not out[-5:].count_nonzero() and not gradient[-5:].count_nonzero()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [200]])
+def test_attention_of_few_sequences(lengths, device):
+    cu_seqlens, _, rows, _ = batch(lengths, behind=2, p=0, device=device)
+    qkv = normal(rows, 3 * 32, device=device)
+    out = triton_ops.attention(qkv, 2, attention_tiles(cu_seqlens, rows, qkv.dtype), None)
+    expected = reference.packed_attention(qkv.cpu(), cu_seqlens.cpu(), 2)
+    torch.testing.assert_close(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_row_is_in_one_tile_of_its_class(device):
+    cu_seqlens, _, rows, _ = batch(LENGTHS, behind=5, p=0, device=device)
+    for dtype in (torch.float32, torch.float16):
+        tiles, classes = attention_tiles(cu_seqlens, rows, dtype), CLASSES[bucket(dtype)]
+        seen = torch.zeros(rows, dtype=torch.long)
+        for height, entries in zip((*classes, classes[-1]), (*tiles.short, tiles.longer), strict=True):
+            below = max((size for size in classes if size < height), default=0)
+            for start, end, first in entries.tolist():
+                last = min(first + height, end)
+                seen[first:last] += 1
+                if end > start and entries is not tiles.longer:
+                    assert below < end - start <= height and first == start
+        assert seen[:-5].eq(1).all() and not seen[-5:].count_nonzero(), dtype
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_depends_on_the_sequence_alone(device):
+    cu_seqlens, dropout, rows, row_sequence = batch(LENGTHS, device=device)
+    qkv, dy = normal(rows, 3 * 32, device=device), normal(rows, 32, device=device)
+
+    def bits(order, neighbours=1.0):
+        index = torch.cat([(row_sequence == s).nonzero()[:, 0] for s in order])
+        offsets = torch.tensor([0, *(LENGTHS[s] for s in order)]).cumsum(0).int().to(device)
+        x, d = qkv[index].clone(), dy[index].clone()
+        mine = (row_sequence[index] == 6).to(device)
+        x[~mine] *= neighbours
+        d[~mine] *= neighbours
+        tiles = attention_tiles(offsets, len(index), x.dtype)
+        return [y[mine] for y in run(lambda x: triton_ops.attention(x, 2, tiles, dropout.take(index.to(device))), [x], d)]
+
+    alone = bits([6])
+    for company in (bits([6, 3]), bits([2, 7, 6, 0, 4], torch.nan)):
+        assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(alone, company, strict=True))
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("width", [20, 48])
+def test_add_norm(width, p, device, dtype):
+    _, dropout, rows, _ = batch(LENGTHS, behind=3, p=p, device=device)
+    x, residual, dy = (normal(rows, width, dtype=dtype, device=device, seed=seed) for seed in range(3))
+    weight, bias = (normal(width, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    whole, each = torch.zeros(width), torch.arange(rows)
+    assert_as_good(
+        lambda *args: triton_ops.add_norm(*args, 1e-5, dropout),
+        lambda *args: reference.add_norm(*args, 1e-5, dropout=cpu(dropout)),
+        [x, residual, weight, bias], dy, [each, each, each, whole, whole],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_add_norm_of_strided_tensors_and_no_rows(device):
+    for rows in (0, 5):
+        wide, weight, bias = normal(rows, 80, device=device), normal(40, device=device), normal(80, device=device)[::2]
+        x, residual = wide[:, :40], wide[:, ::2]
+        y = triton_ops.add_norm(x, residual, weight, bias, 1e-5, None)
+        torch.testing.assert_close(y, reference.add_norm(x, residual, weight, bias, 1e-5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_frozen_norms_get_no_gradient(device):
+    x, residual = normal(5, 40, device=device).requires_grad_(), normal(5, 40, device=device, seed=1)
+    weight, bias = normal(40, device=device), normal(40, device=device).requires_grad_()
+    triton_ops.add_norm(x, residual, weight, bias, 1e-5, None).sum().backward()
+    assert x.grad is not None and weight.grad is None
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 5.0))
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_dropout_keeps_the_same_elements(device, dtype):
+    _, dropout, rows, _ = batch(LENGTHS, behind=3, device=device)
+    x, dy = normal(rows, 20, dtype=dtype, device=device), normal(rows, 20, dtype=dtype, device=device, seed=1)
+    got = run(lambda x: triton_ops.dropout(x, row_dropout(dropout)), [x], dy)
+    expected = run(lambda x: reference.apply_dropout(x, cpu(dropout)), [x.cpu()], dy.cpu())
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(got, expected, strict=True))
+
+
+HEADS = {
+    "odd": dict(lengths=[5, 0, 1, 70, 3], adapter=[2, 1, 0, 2, -1], adapters=4, k=41, n=23, behind=3),
+    "as many labels as MASSIVE": dict(lengths=[5, 2, 3], adapter=[1, 0, 1], adapters=2, k=64, n=111, behind=0),
+    "several blocks": dict(lengths=[5, 2, 3], adapter=[1, 0, 1], adapters=2, k=140, n=150, behind=0),
+    "nobody": dict(lengths=[4, 0], adapter=[-1, 1], adapters=2, k=16, n=7, behind=1),
+}
+
+
+def segments_of(lengths, adapter, adapters, device):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    return make_segments(cu_seqlens, torch.tensor(adapter).int().to(device), adapters, rows=sum(lengths))
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("name", HEADS)
+def test_adapter_linear(name, device, dtype):
+    lengths, adapter, adapters, k, n, behind = HEADS[name].values()
+    segments, host = (segments_of(lengths, adapter, adapters, d) for d in (device, "cpu"))
+    rows = sum(lengths) + behind
+    x, dy = normal(rows, k, dtype=dtype, device=device), normal(rows, n, dtype=dtype, device=device)
+    weight, bias = (normal(adapters, n, k) / k**0.5).to(device, dtype), normal(adapters, n, dtype=dtype, device=device)
+    each, own = torch.arange(rows), torch.arange(adapters)
+    if name == "nobody":  # nothing depends on the weights
+        y, *gradients = run(lambda *args: triton_ops.adapter_linear(*args, segments), [x, weight, bias], dy)
+        assert not any(tensor.count_nonzero() for tensor in (y, *gradients))
+        return
+    assert_as_good(
+        lambda *args: triton_ops.adapter_linear(*args, segments),
+        lambda *args: reference.adapter_linear(*args, host),
+        [x, weight, bias], dy, [each, each, own, own],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("name", HEADS)
+def test_token_loss(name, device, dtype):
+    lengths, adapter, adapters, _, n, behind = HEADS[name].values()
+    segments, host = (segments_of(lengths, adapter, adapters, d) for d in (device, "cpu"))
+    rows = sum(lengths) + behind
+    logits, dloss = normal(rows, n, dtype=dtype, device=device), normal(adapters, device=device)
+    labels = torch.randint(0, n, (rows,), generator=torch.Generator().manual_seed(0))
+    labels[::3] = -100
+    labels[5:6] = -100  # the third sequence, one row, has no label
+    assert_as_good(
+        lambda x: triton_ops.token_loss(x, labels.to(device), segments)[0],
+        lambda x: reference.token_loss(x, labels, host)[0],
+        [logits], dloss, [torch.zeros(adapters), torch.arange(rows)],
+    )  # fmt: skip
+    counts = triton_ops.token_loss(logits, labels.to(device), segments)[1]
+    assert counts.tolist() == reference.token_loss(logits.cpu(), labels, host)[1].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_and_loss_depend_on_the_adapter_alone(device):
+    lengths, adapter = [4, 20, 7, 50, 9, 1], [0, 1, 2, 1, 3, 1]
+    rows = torch.repeat_interleave(torch.arange(6), torch.tensor(lengths))
+    x, weight, bias = normal(len(rows), 40), normal(4, 23, 40), normal(4, 23)
+    labels = torch.randint(0, 23, (len(rows),), generator=torch.Generator().manual_seed(0))
+
+    def bits(order, neighbours=1.0):
+        index = torch.cat([(rows == s).nonzero()[:, 0] for s in order])
+        mine = torch.tensor(adapter)[rows[index]] == 1
+        values, w, b = x[index].clone(), weight.clone(), bias.clone()
+        values[~mine] *= neighbours
+        w[[0, 2, 3]] *= neighbours
+        segments = segments_of([lengths[s] for s in order], [adapter[s] for s in order], 4, device)
+        leaves = [tensor.to(device).requires_grad_() for tensor in (values, w, b)]
+        logits = triton_ops.adapter_linear(*leaves, segments)
+        loss = triton_ops.token_loss(logits, labels[index].to(device), segments)[0]
+        loss[1].backward()
+        dx, dw, db = (leaf.grad.cpu() for leaf in leaves)
+        mine = mine.nonzero()[:, 0]
+        mine = mine[index[mine].argsort()]
+        return loss[1].detach().cpu(), logits.detach().cpu()[mine], dx[mine], dw[1], db[1]
+
+    alone = bits([1, 3, 5])
+    for company in (bits(range(6)), bits([1, 3, 2, 5]), bits([0, 1, 4, 3, 5]), bits(range(6), torch.nan)):
+        assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(alone, company, strict=True))
+
+
+def test_opcheck():
+    cu_seqlens, dropout, rows, _ = batch([5, 4, 70], behind=3)
+    segments = segments_of([5, 4, 70], [1, 0, -1], 2, "cpu")
+    tiles = attention_tiles(cu_seqlens, rows, torch.float32)
+    lists = triton_ops._lists(dropout)
+
+    def leaf(*shape):
+        return normal(*shape).requires_grad_()
+
+    labels = torch.zeros(rows, dtype=torch.long)
+    samples = {
+        "attention": (leaf(rows, 96), 2, [*tiles.short, tiles.longer, tiles.end], lists),
+        "add_norm": (leaf(rows, 48), leaf(rows, 48), leaf(48), leaf(48), 1e-5, lists),
+        "dropout": (leaf(rows, 48), *lists),
+        "adapter_linear": (leaf(rows, 48), leaf(2, 7, 48), leaf(2, 7), triton_ops._segment_lists(segments)),
+        "token_loss": (leaf(rows, 7), labels, segments.order, segments.ends, segments.row_adapter),
+    }
+    for name, arguments in samples.items():
+        torch.library.opcheck(getattr(torch.ops.kloss, name).default, arguments)
