@@ -21,13 +21,13 @@ import kloss.kernels as kernels
 from kloss.kernels import (
     Dropout,
     adapter_linear,
-    make_buckets,
     make_segments,
     packed_attention,
     reference,
     row_keys,
     token_loss,
 )
+from kloss.kernels.buckets import make_buckets
 
 multi_lora_linear = partial(kernels.multi_lora_linear, backend="torch")
 SHAPES = {
@@ -228,16 +228,16 @@ def test_the_other_ops_are_as_good_as_the_reference(dropped, dtype):
             assert_no_worse(mine, theirs, right, group)
 
 
-def test_packed_attention_takes_buckets_made_before():
+def test_packed_attention_takes_lists_made_before():
     qkv, cu_seqlens = torch.randn(60, 12), torch.tensor([0, 3, 3, 30, 41, 58], dtype=torch.int32)
     buckets = make_buckets(cu_seqlens)
     assert [tuple(index.shape) for index, _ in buckets.blocks] == [(1, 8), (1, 16), (2, 32)]
     assert torch.equal(buckets.row_of_slot[buckets.slot_of_row], torch.arange(58)) and int(buckets.live.sum()) == 58
-    assert torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
-    assert torch.equal(packed_attention(qkv, cu_seqlens.long(), 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
+    assert torch.equal(packed_attention(qkv, cu_seqlens, 2, lists=buckets), packed_attention(qkv, cu_seqlens, 2))
+    assert torch.equal(packed_attention(qkv, cu_seqlens.long(), 2, lists=buckets), packed_attention(qkv, cu_seqlens, 2))
     for lengths in ([0, 29, 58], [0, 3, 3, 30, 40, 58]):
-        with pytest.raises(ValueError, match="buckets"):
-            packed_attention(qkv, cu_seqlens, 2, buckets=make_buckets(torch.tensor(lengths, dtype=torch.int32)))
+        with pytest.raises(ValueError, match="lists"):
+            packed_attention(qkv, cu_seqlens, 2, lists=make_buckets(torch.tensor(lengths, dtype=torch.int32)))
 
 
 def test_packed_attention_without_rows():

@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICES, PLACES, assert_no_worse
 
 from kloss.kernels import Dropout, make_segments, reference, row_keys, triton_ops
-from kloss.kernels.attention_triton import CLASSES, attention_tiles
+from kloss.kernels.buckets import CLASSES, attention_tiles
 from kloss.kernels.dropout import row_dropout
 from kloss.kernels.tuned import bucket
 
@@ -248,7 +248,7 @@ def test_opcheck():
 
     labels = torch.zeros(rows, dtype=torch.long)
     samples = {
-        "attention": (leaf(rows, 96), 2, [*tiles.short, tiles.longer, tiles.end], lists),
+        "attention": (leaf(rows, 96), 2, [*tiles.short, tiles.longer, tiles.cu_seqlens], lists),
         "add_norm": (leaf(rows, 48), leaf(rows, 48), leaf(48), leaf(48), 1e-5, lists),
         "dropout": (leaf(rows, 48), *lists),
         "adapter_linear": (leaf(rows, 48), leaf(2, 7, 48), leaf(2, 7), triton_ops._segment_lists(segments)),

@@ -2,13 +2,23 @@
 
 from . import reference
 from .adamw import adapter_adamw_
-from .buckets import Buckets, make_buckets
-from .dropout import Dropout, StepDropout, apply_dropout, row_keys
-from .eager import adapter_linear, add_norm, gelu, packed_attention, span_counts, token_loss
+from .buckets import AttentionTiles, Buckets
+from .dropout import Dropout, StepDropout, row_keys
+from .eager import (
+    adapter_linear,
+    add_norm,
+    apply_dropout,
+    attention_lists,
+    gelu,
+    packed_attention,
+    span_counts,
+    token_loss,
+)
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
 
 __all__ = [
+    "AttentionTiles",
     "Buckets",
     "Dropout",
     "Segments",
@@ -17,9 +27,9 @@ __all__ = [
     "adapter_linear",
     "add_norm",
     "apply_dropout",
+    "attention_lists",
     "gelu",
     "lora_linear",
-    "make_buckets",
     "make_segments",
     "multi_lora_linear",
     "packed_attention",

@@ -1,4 +1,4 @@
-"""Attention within packed sequences, in Triton: forward, backward, and the tiles that say what each program does.
+"""Attention within packed sequences, in Triton: forward and backward.
 
     S = q kᵀ / √D        P = softmax(S)        out = drop(P) v                   for each sequence and head
     dP = mask c (dout vᵀ)        dS = P (dP - Σ_j P dP)        dq = dS k / √D        dk = dSᵀ q / √D        dv = drop(P)ᵀ dout
@@ -9,57 +9,15 @@ queries, dk and dv the queries of a block of keys. There are no atomics, and no 
 sequence's values have the same bits in any batch. Sizes: T rows, H width, D width of a head.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .buckets import CLASSES, AttentionTiles
 from .dropout import RowDropout
 from .dropout_device import keep_block
-from .segments import cut
 from .tuned import arch_of, bucket, power_of_two
-
-# Rows of the short classes' tiles; longer sequences are cut into blocks of the last. Exact products in fp32 fill the registers.
-CLASSES = {"half": (16, 32, 64), "single": (16, 32)}
-
-
-class AttentionTiles(NamedTuple):
-    """What the programs of a launch do, int32 [tiles, 3] for each class: the sequence's first row and its end, and the tile's
-    first row. Unused tiles have first row and end 0. The lengths follow from the numbers of rows and sequences.
-
-    short: one list for each of CLASSES.
-    longer: blocks of the sequences that no short class has.
-    end: int32 [1], cu_seqlens[-1].
-    """
-
-    short: tuple[Tensor, ...]
-    longer: Tensor
-    end: Tensor
-
-
-def attention_tiles(cu_seqlens: Tensor, rows: int, dtype: torch.dtype) -> AttentionTiles:
-    """The tiles of packed sequences. Nothing is read back from the device.
-
-    cu_seqlens: int32 [S+1].
-    rows: T.
-    dtype: of q, k and v.
-    """
-    starts, ends, classes = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), CLASSES[bucket(dtype)]
-    lengths, lists, below = ends - starts, [], 0
-    for size in (*classes, rows):
-        height = min(size, classes[-1])
-        pieces = torch.where((lengths > below) & (lengths <= size), (lengths + height - 1) // height, 0)
-        # n > below rows are cut into one piece, or into cdiv(n, height) <= 2n / height where height = below.
-        capacity = min(lengths.numel(), rows // (below + 1)) if size in classes else 2 * rows // height if rows > below else 0
-        tiles = cut(starts, ends, pieces, height, capacity)
-        if lengths.numel():
-            sequence = tiles[:, 0].clamp(min=0).long()
-            tiles = torch.stack([starts[sequence], ends[sequence], tiles[:, 1]], 1).where(tiles[:, :1] >= 0, 0).to(torch.int32)
-        lists.append(tiles)
-        below = size
-    return AttentionTiles(tuple(lists[:-1]), lists[-1], cu_seqlens[-1:])
 
 
 @triton.jit
@@ -297,7 +255,7 @@ def forward(qkv: Tensor, heads: int, tiles: AttentionTiles, dropout: RowDropout 
                 threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, D=D, heads=heads, factor=D**-0.5,
                 stride_qkv=qkv.stride(0), stride_out=out.stride(0), BL=rows, BD=power_of_two(D), **launch_of(qkv, rows),
             )  # fmt: skip
-    zero_behind(out, tiles.end)
+    zero_behind(out, tiles.cu_seqlens)
     return out, lse
 
 
@@ -326,17 +284,17 @@ def backward(
                 **sizes, stride_out=out.stride(0), **strides, BL=classes[-1],
                 **launch_of(qkv, classes[-1], kernel is attend_dkv_kernel),
             )  # fmt: skip
-    zero_behind(dqkv, tiles.end)
+    zero_behind(dqkv, tiles.cu_seqlens)
     return dqkv
 
 
-def zero_behind(x: Tensor, end: Tensor) -> None:
-    """Rows from end [1] on become 0, in place. Which those are only the device knows."""
+def zero_behind(x: Tensor, cu_seqlens: Tensor) -> None:
+    """Rows behind the last offset become 0, in place. Which those are only the device knows."""
     T, W = x.shape
     if T and W:
         block = 1024
         grid = (min(T, 64) * triton.cdiv(W, block),)
-        zero_behind_kernel[grid](x_ptr=x, end_ptr=end, T=T, W=W, stride_x=x.stride(0), BLOCK=block)
+        zero_behind_kernel[grid](x_ptr=x, end_ptr=cu_seqlens[-1:], T=T, W=W, stride_x=x.stride(0), BLOCK=block)
 
 
 def launch_of(qkv: Tensor, rows: int, dkv: bool = False) -> dict[str, int]:

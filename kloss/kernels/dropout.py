@@ -205,6 +205,14 @@ def check_dropout(dropout: Dropout, rows: int, device: torch.device) -> None:
             check_ids("dropout.adapter", adapter, -1, p.numel())
 
 
+def check_row_keys(dropout: Dropout, x: Tensor) -> None:
+    """Raise ValueError unless the keys fit each other and are those of x [T, K]."""
+    check_dim("x", x, "T, K")
+    if dropout.row_key.numel() != x.shape[0]:
+        raise ValueError(f"dropout.row_key has {dropout.row_key.numel()} entries for {x.shape[0]} rows")
+    check_dropout(dropout, x.shape[0], x.device)
+
+
 def row_dropout(dropout: Dropout, adapter: Tensor | None = None) -> RowDropout:
     """Per-row state of a site. adapter: int32 [T], overrides dropout.adapter."""
     if dropout.rows is not None:
@@ -249,10 +257,7 @@ def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = N
     """
     if dropout is None:
         return x
-    check_dim("x", x, "T, K")
-    if dropout.row_key.numel() != x.shape[0]:
-        raise ValueError(f"dropout.row_key has {dropout.row_key.numel()} entries for {x.shape[0]} rows")
-    check_dropout(dropout, x.shape[0], x.device)
+    check_row_keys(dropout, x)
     K = x.shape[1]
     kept, scale = keep_mask(dropout, torch.arange(K + K % 2, dtype=torch.int32, device=x.device), adapter)
     return torch.where(kept[:, :K], (x * scale[:, None]).to(x.dtype), x.new_zeros(()))

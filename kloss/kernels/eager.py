@@ -1,4 +1,4 @@
-"""The ops that have no kernel yet, in plain torch, tuned. The multi-adapter linear is in `multi_lora.py`.
+"""The ops besides the multi-adapter linear: their checks, and plain torch, tuned, where no kernel serves them.
 
 They have the names and signatures of `reference.py`, their specification. An adapter's results do not depend on the others.
 """
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .buckets import Buckets, make_buckets
+from . import triton_ops
+from .buckets import AttentionTiles, Buckets, attention_tiles, make_buckets
 from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, require
-from .dropout import Dropout, apply_dropout, check_dropout, keep_mask
+from .dropout import Dropout, check_dropout, check_row_keys, keep_mask, row_dropout
+from .dropout import apply_dropout as plain_dropout
 from .segments import Segments
 
 IGNORED = -100  # the label of a row without one
@@ -108,6 +110,8 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
     check("weight", weight, (G, N, K), _partners(x), x.device)
     check("bias", bias, (G, N), _partners(x), x.device)
     _check_covered("x", x, segments)
+    if triton_ops.serves(x):
+        return triton_ops.adapter_linear(x, weight, bias, segments)
     return _AdapterLinear.apply(x, weight, bias, segments)
 
 
@@ -144,30 +148,45 @@ class _ContiguousGradient(Function):
         return dy.contiguous()
 
 
+def attention_lists(cu_seqlens: Tensor, qkv: Tensor) -> Buckets | AttentionTiles:
+    """The `lists` of `packed_attention`, the same for all layers. qkv: any tensor with its rows, dtype and device."""
+    return attention_tiles(cu_seqlens, qkv.shape[0], qkv.dtype) if triton_ops.serves(qkv) else make_buckets(cu_seqlens)
+
+
 def packed_attention(
-    qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None, buckets: Buckets | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    *,
+    dropout: Dropout | None = None,
+    lists: Buckets | AttentionTiles | None = None,
 ) -> Tensor:
     """Softmax attention within each packed sequence: softmax(q kᵀ / √D) v, D = H / num_heads.
 
     qkv: [T, 3H], q, k and v side by side.
     cu_seqlens: int [S+1].
     dropout: of the probabilities; the feature of head h and key position j is h << 16 | j.
-    buckets: `make_buckets(cu_seqlens)`, if already computed. Sequences of similar length share one padded product.
+    lists: `attention_lists(cu_seqlens, qkv)`, if already computed.
     Returns [T, H], 0 for rows behind cu_seqlens[-1].
-    Raises ValueError for tensors that do not fit each other, and for buckets of other offsets.
+    Raises ValueError for tensors that do not fit each other, and for lists of other offsets.
     """
     check_dim("qkv", qkv, "T, 3H")
     if num_heads < 1 or qkv.shape[1] % (3 * num_heads):
         raise ValueError(f"qkv has {qkv.shape[1]} columns, not three times a multiple of {num_heads} heads")
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     check("qkv", qkv, (rows, 3 * width), FLOATS, cu_seqlens.device)
-    blocks, index, live, slot_of_row, offsets = make_buckets(cu_seqlens) if buckets is None else buckets
+    lists = attention_lists(cu_seqlens, qkv) if lists is None else lists
+    if lists.cu_seqlens is not cu_seqlens:
+        check("lists.cu_seqlens", lists.cu_seqlens, tuple(cu_seqlens.shape), INTS, cu_seqlens.device)
+        require((lists.cu_seqlens == cu_seqlens).all(), "the lists must be those of cu_seqlens")
+    if isinstance(lists, AttentionTiles):
+        if dropout is not None:
+            check_dropout(dropout, rows, qkv.device)
+        return triton_ops.attention(qkv, num_heads, lists, dropout)
+    blocks, index, live, slot_of_row, _ = lists
     total = slot_of_row.numel()
     if total > rows:
         raise ValueError(f"cu_seqlens ends at {total}, more than the {rows} rows there are")
-    if offsets is not cu_seqlens:
-        check("buckets.cu_seqlens", offsets, tuple(cu_seqlens.shape), INTS, cu_seqlens.device)
-        require((offsets == cu_seqlens).all(), "the buckets must be those of cu_seqlens")
     if dropout is not None:
         check_dropout(dropout, total, qkv.device)
     if not blocks:
@@ -210,7 +229,19 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
     check("residual", residual, tuple(x.shape), dtypes, x.device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         check(name, tensor, (x.shape[1],), dtypes, x.device)
+    if triton_ops.serves(x) and x.dtype == residual.dtype:
+        if dropout is not None:
+            check_row_keys(dropout, x)
+        return triton_ops.add_norm(x, residual, weight, bias, eps, dropout)
     return F.layer_norm(apply_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
+
+
+def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:
+    """drop(x) for x [T, K], as `dropout.apply_dropout` describes it."""
+    if dropout is None or not triton_ops.serves(x):
+        return plain_dropout(x, dropout, adapter)
+    check_row_keys(dropout, x)
+    return triton_ops.dropout(x, row_dropout(dropout, adapter))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -233,6 +264,8 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     _check_covered("logits", logits, segments)
     G, total = segments.num_adapters, segments.row_adapter.numel()
     check_ids("labels", labels[:total], 0, logits.shape[1], ignored=IGNORED)
+    if triton_ops.serves(logits):
+        return triton_ops.token_loss(logits, labels, segments)
     bins = torch.where(segments.row_adapter < 0, G, segments.row_adapter).long()
     labels = labels[:total]
     row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=IGNORED)

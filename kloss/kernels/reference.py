@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .buckets import Buckets
+from .buckets import AttentionTiles, Buckets
 from .dropout import Dropout, apply_dropout, keep_mask
 from .segments import Segments
 
@@ -86,7 +86,12 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 
 
 def packed_attention(
-    qkv: Tensor, cu_seqlens: Tensor, num_heads: int, *, dropout: Dropout | None = None, buckets: Buckets | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    *,
+    dropout: Dropout | None = None,
+    lists: Buckets | AttentionTiles | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √D) v within each sequence, for every head; the probability of head h and key j is feature h << 16 | j.
 

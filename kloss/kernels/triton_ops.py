@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .buckets import AttentionTiles
 from .dropout import Dropout, RowDropout, row_dropout
 from .segments import Segments, Work, with_work
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the Triton kernels compute what x is an input of: on a GPU all but fp64."""
+    return x.device.type == "cuda" and x.dtype != torch.float64
 
 
 def _kernels(op: str) -> Any:
@@ -37,10 +43,13 @@ def _with_rows(x: Tensor) -> Tensor:
 # Attention. tiles: the fields of AttentionTiles in one list.
 
 
+def _tiles(tiles: Sequence[Tensor]) -> AttentionTiles:
+    return AttentionTiles(tuple(tiles[:-2]), *tiles[-2:])
+
+
 @custom_op("kloss::attention", mutates_args=())
 def _attention(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    kernels = _kernels("attention")
-    return kernels.forward(_with_rows(qkv), heads, kernels.AttentionTiles(tiles[:-2], *tiles[-2:]), _rows(dropout))
+    return _kernels("attention").forward(_with_rows(qkv), heads, _tiles(tiles), _rows(dropout))
 
 
 @_attention.register_fake
@@ -53,9 +62,7 @@ def _(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]
 ) -> Tensor:
-    kernels = _kernels("attention")
-    tiles = kernels.AttentionTiles(tiles[:-2], *tiles[-2:])
-    return kernels.backward(_with_rows(dout), _with_rows(qkv), out, lse, heads, tiles, _rows(dropout))
+    return _kernels("attention").backward(_with_rows(dout), _with_rows(qkv), out, lse, heads, _tiles(tiles), _rows(dropout))
 
 
 @_attention_backward.register_fake
@@ -80,9 +87,9 @@ def _attention_gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor 
 _attention.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
-def attention(qkv: Tensor, heads: int, tiles: Any, dropout: Dropout | None) -> Tensor:
-    """`packed_attention`. tiles: an AttentionTiles."""
-    return _attention(qkv, heads, [*tiles.short, tiles.longer, tiles.end], _lists(dropout))[0]
+def attention(qkv: Tensor, heads: int, tiles: AttentionTiles, dropout: Dropout | None) -> Tensor:
+    """`packed_attention`."""
+    return _attention(qkv, heads, [*tiles.short, tiles.longer, tiles.cu_seqlens], _lists(dropout))[0]
 
 
 # Dropout, residual and LayerNorm.

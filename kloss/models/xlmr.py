@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
 from ..kernels import (
+    AttentionTiles,
     Buckets,
     Dropout,
     Segments,
@@ -22,8 +23,8 @@ from ..kernels import (
     adapter_linear,
     add_norm,
     apply_dropout,
+    attention_lists,
     gelu,
-    make_buckets,
     multi_lora_linear,
     packed_attention,
 )
@@ -107,7 +108,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         cu_seqlens: Tensor,
-        buckets: Buckets,
+        lists: Buckets | AttentionTiles,
         segments: Segments | None,
         bank: Bank | None,
         dropout: StepDropout | None,
@@ -140,7 +141,7 @@ class Layer(nn.Module):
             return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
         qkv, keys = linear(x, "qkv", 3), drop("attention", "attention")
-        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, buckets=buckets)
+        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=lists)
         x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 
@@ -205,9 +206,9 @@ class XLMRForTokenClassification(nn.Module):
             self.embedding_norm.eps,
         )
         x = apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 2))
-        buckets = make_buckets(cu_seqlens)
+        lists = attention_lists(cu_seqlens, x)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, buckets, segments, bank, dropout)
+            x = layer(x, cu_seqlens, lists, segments, bank, dropout)
         return apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 1))
 
     def forward(
