@@ -161,7 +161,10 @@ def packed_attention(
         raise ValueError(f"qkv has {qkv.shape[1]} columns, not three times a multiple of {num_heads} heads")
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     check("qkv", qkv, (rows, 3 * width), FLOATS, cu_seqlens.device)
-    blocks, index, live, slot_of_row, offsets = make_buckets(cu_seqlens) if buckets is None else buckets
+    if buckets is None:
+        check_offsets(cu_seqlens, rows)  # before memory is allocated for them
+        buckets = make_buckets(cu_seqlens)
+    blocks, index, live, slot_of_row, offsets = buckets
     total = slot_of_row.numel()
     if total > rows:
         raise ValueError(f"cu_seqlens ends at {total}, more than the {rows} rows there are")
