@@ -57,7 +57,7 @@ def estimated_seconds(backbone: XLMRConfig, rounds: int, trained: int, scored: i
     trained, scored: number of tokens, at 4 FLOPs per weight (forward and backward) and 2 (forward).
     """
     width, inner, layers = backbone.hidden_size, backbone.intermediate_size, backbone.num_hidden_layers
-    x, weight, small = torch.randn(4096, width), torch.randn(inner, width), torch.randn(1, width)
+    x, weight, small = (torch.randn(rows, width, dtype=torch.float32) for rows in (4096, inner, 1))
     started = time.perf_counter()
     for _ in range(10):
         x @ weight.t()

@@ -234,8 +234,10 @@ def test_packed_attention_takes_buckets_made_before():
     assert [tuple(index.shape) for index, _ in buckets.blocks] == [(1, 8), (1, 16), (2, 32)]
     assert torch.equal(buckets.row_of_slot[buckets.slot_of_row], torch.arange(58)) and int(buckets.live.sum()) == 58
     assert torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
-    other = make_buckets(torch.tensor([0, 29, 58], dtype=torch.int32))
-    assert not torch.equal(packed_attention(qkv, cu_seqlens, 2, buckets=other), packed_attention(qkv, cu_seqlens, 2))
+    assert torch.equal(packed_attention(qkv, cu_seqlens.long(), 2, buckets=buckets), packed_attention(qkv, cu_seqlens, 2))
+    for lengths in ([0, 29, 58], [0, 3, 3, 30, 40, 58]):
+        with pytest.raises(ValueError, match="buckets"):
+            packed_attention(qkv, cu_seqlens, 2, buckets=make_buckets(torch.tensor(lengths, dtype=torch.int32)))
 
 
 def test_packed_attention_without_rows():

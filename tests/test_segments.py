@@ -6,7 +6,7 @@ from helpers import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kloss.kernels import make_segments, segments
+from kloss.kernels import checks, make_segments, segments
 from kloss.kernels.segments import LONG_TILE, SHORT_TILE, slot_capacity, tile_capacity, with_work
 
 BATCHES = st.integers(0, 5).flatmap(
@@ -116,12 +116,14 @@ def test_nothing_is_read_back_from_the_device():
 @pytest.mark.parametrize(
     ("cu_seqlens", "adapter", "rows", "message"),
     [
-        ([0, 3], [0, 1], None, "2 entries for 1 sequences"),
+        ([0, 3], [0, 1], None, r"adapter has shape \(2,\), expected \(1,\)"),
+        ([], [], None, r"cu_seqlens has shape \(0,\), expected \(1,\)"),
         ([1, 3], [0], None, "start at 0"),
         ([0, 3, 2], [0, 1], None, "not decrease"),
         ([0, 3], [2], None, r"\[-1, 2\), got 2..2"),
         ([0, 3], [-2], None, r"\[-1, 2\), got -2"),
-        ([0, 3], [0], 2, "ends at 3, more than the 2 rows"),
+        ([0, 3], [0], 2, "end within the 2 rows there are, got 3"),
+        ([0, 3], [0], -1, "at least 0"),
     ],
 )
 def test_faults_are_named(cu_seqlens, adapter, rows, message):
@@ -130,9 +132,30 @@ def test_faults_are_named(cu_seqlens, adapter, rows, message):
         make_segments(torch.tensor(cu_seqlens, **to_int), torch.tensor(adapter, **to_int), 2, rows=rows)
 
 
-@pytest.mark.parametrize("case", [([0, 3, 2], [0, 1]), ([0, 3], [2]), ([0, 13], [0])])
-def test_the_device_check_sees_what_the_host_check_sees(case):
+@pytest.mark.parametrize("case", [([0, 3, 2], [0, 1]), ([1, 3], [0]), ([0, 3], [2]), ([0, 3], [-2]), ([0, 13], [0])])
+def test_the_device_check_sees_what_the_host_check_sees(case, monkeypatch):
     """On a GPU this assertion stops the device; here the same expression raises."""
+    monkeypatch.setattr(checks, "readable", lambda values: False)
     cu_seqlens, adapter = (torch.tensor(values, dtype=torch.int32) for values in case)
     with pytest.raises(RuntimeError, match="must"):
-        segments._check_on_device(cu_seqlens, adapter, 2, 12)
+        make_segments(cu_seqlens, adapter, 2, rows=12)
+
+
+@pytest.mark.parametrize("name", ["int64", "int16", "int8", "uint8"])
+def test_offsets_and_ids_of_any_integer_type(name):
+    cu_seqlens, adapter = [0, 3, 5, 9], [2, 0, 1] if name == "uint8" else [2, -1, 0]
+    wanted, got = (
+        make_segments(torch.tensor(cu_seqlens, dtype=dtype), torch.tensor(adapter, dtype=dtype), 200, rows=11)
+        for dtype in (torch.int32, getattr(torch, name))
+    )
+    for one, other in zip(wanted, got, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_offsets_and_ids_of_no_integer_type_are_refused(dtype):
+    cu_seqlens, adapter = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^cu_seqlens is of"):
+        make_segments(cu_seqlens.to(dtype), adapter, 2)
+    with pytest.raises(ValueError, match="^adapter is of"):
+        make_segments(cu_seqlens, adapter.to(dtype), 2)

@@ -147,3 +147,93 @@ def test_lengths_that_differ_are_refused():
 
 def test_no_sequence_at_all():
     assert span_f1([], []) == 0.0
+
+
+IDS = [[1, 2, 0], [3, 4, 4, 0], [0]]  # of PAIRS
+GUESS = [[1, 2, 0], [3, 4, 0, 0], [5]]  # one of three spans right, one too short, one too many
+
+
+def padded(rows):
+    """int [S, L], behind each row -100."""
+    return np.array([row + [IGNORED] * (4 - len(row)) for row in rows])
+
+
+def named(rows):
+    return [[PAIRS[label] for label in row] for row in rows]
+
+
+FORMS = {
+    "lists of ids": (GUESS, IDS),
+    "tuples": (tuple(map(tuple, GUESS)), tuple(map(tuple, IDS))),
+    "lists of numpy's numbers": [[list(np.array(row)) for row in side] for side in (GUESS, IDS)],
+    "lists of arrays": [[np.array(row, np.int32) for row in side] for side in (GUESS, IDS)],
+    "an array of arrays": [np.array([np.array(row) for row in side], dtype=object) for side in (GUESS, IDS)],
+    "lists of tensors": [list(map(torch.tensor, side)) for side in (GUESS, IDS)],
+    "a padded array": (padded(GUESS), padded(IDS)),
+    "a padded tensor": (torch.tensor(padded(GUESS)), torch.tensor(padded(IDS))),
+    "padded lists": (padded(GUESS).tolist(), padded(IDS).tolist()),
+    "lists of names": (named(GUESS), named(IDS)),
+    "lists of arrays of names": [list(map(np.array, named(side))) for side in (GUESS, IDS)],
+    "names and ids": (named(GUESS), IDS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_that_a_trainer_or_seqeval_hands_over(form):
+    pred, gold = FORMS[form]
+    assert span_f1(pred, gold, labels=PAIRS) == pytest.approx(2 * 1 / (3 + 2))
+    np.testing.assert_allclose(span_f1(pred, gold, group=[0, 2, 2], labels=PAIRS), [1, np.nan, 0])
+
+
+MANY = ("O", *(f"{tag}-s{i}" for i in range(60) for tag in "BI"))  # 121, as many as MASSIVE's
+TENSOR = torch.tensor([[1, 2], [0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("pred", "gold", "more", "message"),
+    [
+        ([-100, 1], [21, 1], dict(labels=MANY), r"^pred\[0\] is -100, allowed are 0 to 120, and -100 in gold"),
+        ([[1, 2], [0, -100]], [[1, 2], [0, 0]], dict(labels=MANY), r"^pred\[1\]\[1\] is -100"),
+        ([1, 2, 121], [1, 2, 0], dict(labels=MANY), r"^pred\[2\] is 121, allowed are 0 to 120"),
+        ([1, 2, 0], [1, 2, 121], dict(labels=MANY), r"^gold\[2\] is 121"),
+        ([1, 2, 0], [1, 2, -1], {}, r"^gold\[2\] is -1, allowed are 0 or more"),
+        ([1, 2, -100], [1, 2, 0], {}, r"^pred\[2\] is -100"),
+        ([1, 2, 0], [1, 2, "O"], {}, r"^gold\[2\] is 'O'; all entries must be"),
+        ([1, 2, 0.5], [1, 2, 0], {}, r"^pred\[2\] is 0.5"),
+        ([1, 2, True], [1, 2, 0], {}, r"^pred\[2\] is True"),
+        ([1, 2, 2**70], [1, 2, 0], {}, r"^pred\[2\] is 118"),
+        ([[1], [2], [None]], [[1], [2], [0]], {}, r"^pred\[2\]\[0\] is None"),
+        ([[1], 2], [[1], [2]], {}, r"^pred\[1\] is 2, other entries are sequences"),
+        ([["O"], ["O", 3]], [["O"], ["O", "O"]], {}, r"^pred\[1\]\[1\] is 3"),
+        ([["O"], ["O", "x"]], [["O"], ["O", "O"]], {}, "'x' is not a BIO label"),
+        ([["O"], ["O", "B-z"]], [["O"], ["O", "O"]], dict(labels=PAIRS), r"^pred\[1\]\[1\] is 'B-z', none of the 7 labels"),
+        (["O", "B-a"], ["O", "B-a"], {}, "one list of names per sequence"),
+        ([["O"]], [[0]], {}, "both hold ids or both hold names"),
+        ([[0]], [[0]], dict(cu_seqlens=[0, 1]), "cu_seqlens is for packed rows"),
+        (TENSOR.float(), TENSOR, {}, r"^pred\[0\]\[0\] is 1.0"),
+        (TENSOR.bfloat16(), TENSOR, {}, r"^pred\[0\]\[0\] is 1.0"),
+        (TENSOR[None], TENSOR[None], {}, r"^pred\[0\]\[0\] is \[1, 2\]"),
+        (3, 3, {}, "not 3"),
+        (None, None, {}, "not None"),
+        ("O", "O", {}, "not 'O'"),
+        ([0, 0], [0, 0], dict(cu_seqlens=[0, 3]), "within the 2 rows there are, got 3"),
+        ([0, 0], [0, 0], dict(cu_seqlens=[0, 2, 1]), "not decrease"),
+        ([0, 0], [0, 0], dict(cu_seqlens=[0.0, 2.0]), r"^cu_seqlens\[0\] is 0.0"),
+        ([0, 0], [0, 0], dict(group=[2], num_groups=2), r"group must lie in \[0, 2\), got 2..2"),
+        ([0, 0], [0, 0], dict(group=[0], num_groups=0), r"group must lie in \[0, 0\)"),
+        ([0, 0], [0, 0], dict(group=[-1]), "group must lie in"),
+        ([0, 0], [0, 0], dict(group=["de"]), "^group holds label names"),
+    ],
+)
+def test_entries_of_another_kind_or_outside_the_labels_are_named(pred, gold, more, message):
+    with pytest.raises(UserError, match=message):
+        span_f1(pred, gold, **more)
+
+
+def test_predictions_where_gold_is_ignored_or_behind_the_last_border_do_not_matter():
+    assert span_f1([1, -100, 999, 5], [1, -100, -100, 999], [0, 3], labels=PAIRS) == 1.0
+
+
+def test_no_groups():
+    assert span_f1([], [], [0], group=[], num_groups=0).shape == (0,)
+    assert span_f1([], [], [0], group=[], num_groups=2).tolist() == pytest.approx([np.nan] * 2, nan_ok=True)

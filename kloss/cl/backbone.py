@@ -112,7 +112,7 @@ def _masked_language_modelling(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = model.config.hidden_size
-        head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        head = nn.Sequential(nn.Linear(width, width, dtype=torch.float32), nn.GELU(), nn.LayerNorm(width, dtype=torch.float32))
     parameters = [p for name, p in model.named_parameters() if not name.startswith("classifier")]
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=RATE, weight_decay=0.01, fused=True)
 
@@ -124,8 +124,8 @@ def _masked_language_modelling(
     for step in range(steps):
         packed = pack([Part(text, draw.integers(text.number, size=min(config.pretrain_batch, text.number)), 0)], 1)
         ids = packed.input_ids
-        predicted = (torch.rand(ids.shape, generator=generator) < MASKED) & ~torch.isin(ids, special)
-        kind = torch.rand(ids.shape, generator=generator)
+        predicted = (torch.rand(ids.shape, generator=generator, dtype=torch.float32) < MASKED) & ~torch.isin(ids, special)
+        kind = torch.rand(ids.shape, generator=generator, dtype=torch.float32)
         replaced = torch.where(kind < 0.8, mask, torch.randint(model.config.vocab_size, ids.shape, generator=generator))
         hidden = model.encode(torch.where(predicted & (kind < 0.9), replaced, ids), packed.cu_seqlens)
         noise = torch.from_numpy(text.input_ids[draw.integers(len(text.input_ids), size=NOISE)])

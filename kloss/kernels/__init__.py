@@ -1,9 +1,10 @@
 """The ops of kloss. `reference` has each under the same name and signature, as its specification."""
 
 from . import reference
+from .adamw import adapter_adamw_
 from .buckets import Buckets, make_buckets
 from .dropout import Dropout, StepDropout, apply_dropout, row_keys
-from .eager import adapter_adamw_, adapter_linear, add_norm, gelu, packed_attention, span_counts, token_loss
+from .eager import adapter_linear, add_norm, gelu, packed_attention, span_counts, token_loss
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import INTS, check, check_dim, check_ids, check_offsets, readable
+
 GOLDEN = 0x9E3779B97F4A7C15
 ODD = 0xD1B54A32D192ED03
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -78,6 +80,7 @@ class StepDropout:
     row_key: int64 [T], from `row_keys`.
     adapter: int32 [T], -1 for rows without dropout.
     num_sites: sites of the network, `XLMRForTokenClassification.num_sites`.
+    Raises ValueError for tensors that do not fit each other, on a CPU also for p or adapters out of range.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class StepDropout:
     ):
         self.p = {"hidden": hidden, "attention": attention, "lora": lora}
         self.seed, self.row_key, self.adapter, self.num_sites = seed, row_key, adapter, num_sites
+        for p in self.p.values():
+            if p is not None:
+                check_dropout(Dropout(p, seed, row_key, 0, adapter), 0, row_key.device)
         self._keys: Tensor | None = None
         self._limits = {kind: _row_limits(p, adapter, row_key.numel()) for kind, p in self.p.items() if p is not None}
 
@@ -111,10 +117,15 @@ def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | 
 
     step: int64 [S], below 2^31.
     sequence: int64 [S], below 2^16, as are positions.
-    cu_seqlens: int32 [S+1].
+    cu_seqlens: int [S+1].
     rows: T; rows behind cu_seqlens[-1] get key 0. None: T is cu_seqlens[-1], for which the host waits on a GPU.
     Returns int64 [T].
+    Raises ValueError for tensors that do not fit each other, on a CPU also for values out of range; on a GPU an assertion stops.
     """
+    check_offsets(cu_seqlens, rows)
+    for name, numbers, end in (("step", step, 1 << 31), ("sequence", sequence, 1 << 16)):
+        check(name, numbers, (cu_seqlens.numel() - 1,), (torch.int64,), cu_seqlens.device)
+        check_ids(name, numbers, 0, end)
     rows = int(cu_seqlens[-1]) if rows is None else rows
     row = torch.arange(rows, device=cu_seqlens.device)
     s = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
@@ -174,6 +185,26 @@ def _row_limits(p: Tensor, adapter: Tensor | None, rows: int) -> tuple[Tensor, T
     return threshold[adapter.long()], scale[adapter.long()]
 
 
+def check_dropout(dropout: Dropout, rows: int, device: torch.device) -> None:
+    """Raise ValueError unless the keys fit each other and are those of at least `rows` rows."""
+    p, keys, adapter = dropout.p, dropout.row_key, dropout.adapter
+    if keys.numel() < rows:
+        raise ValueError(f"dropout.row_key has {keys.numel()} entries, the rows are {rows}")
+    if dropout.rows is not None:
+        return  # `StepDropout` has checked
+    check("dropout.row_key", keys, (keys.numel(),), (torch.int64,), device)
+    check("dropout.p", p, (p.numel(),), (torch.float32,), device)
+    check("dropout.seed", dropout.seed, (p.numel(),), (torch.int64,), device)
+    if adapter is not None:
+        check("dropout.adapter", adapter, (keys.numel(),), INTS, device)
+    if p.numel() and readable(p):  # a GPU's are clamped
+        low, high = (float(bound) for bound in p.aminmax())
+        if not (low >= 0 and high < 1):
+            raise ValueError(f"dropout.p must lie in [0, 1), got {low}..{high}")
+        if adapter is not None:
+            check_ids("dropout.adapter", adapter, -1, p.numel())
+
+
 def row_dropout(dropout: Dropout, adapter: Tensor | None = None) -> RowDropout:
     """Per-row state of a site. adapter: int32 [T], overrides dropout.adapter."""
     if dropout.rows is not None:
@@ -214,9 +245,14 @@ def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = N
 
     adapter: int32 [T], overrides dropout.adapter.
     Returns [T, K] in x's dtype; x itself without dropout.
+    Raises ValueError for keys that do not fit x or each other, on a CPU also for p or adapters out of range.
     """
     if dropout is None:
         return x
+    check_dim("x", x, "T, K")
+    if dropout.row_key.numel() != x.shape[0]:
+        raise ValueError(f"dropout.row_key has {dropout.row_key.numel()} entries for {x.shape[0]} rows")
+    check_dropout(dropout, x.shape[0], x.device)
     K = x.shape[1]
     kept, scale = keep_mask(dropout, torch.arange(K + K % 2, dtype=torch.int32, device=x.device), adapter)
     return torch.where(kept[:, :K], (x * scale[:, None]).to(x.dtype), x.new_zeros(()))

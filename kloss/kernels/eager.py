@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.optim.adamw import adamw
 
 from .buckets import Buckets, make_buckets
-from .dropout import Dropout, apply_dropout, keep_mask
+from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, require
+from .dropout import Dropout, apply_dropout, check_dropout, keep_mask
 from .segments import Segments
+
+IGNORED = -100  # the label of a row without one
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -79,6 +81,17 @@ class _AdapterLinear(Function):
         return dx.to(x.dtype) if need_x else None, dw if need_w else None, db if need_b else None, None
 
 
+def _check_covered(name: str, tensor: Tensor, segments: Segments) -> None:
+    """Raise ValueError for a tensor with fewer rows than the segments."""
+    if tensor.shape[0] < segments.order.numel():
+        raise ValueError(f"{name} has {tensor.shape[0]} rows, the segments cover {segments.order.numel()}")
+
+
+def _partners(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that may meet x: its own, under autocast all."""
+    return FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+
+
 def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
     """A whole linear layer per adapter: y[t] = W_g x[t] + b_g; 0 for rows without an adapter.
 
@@ -86,7 +99,15 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
     weight: [G, N, K].
     bias: [G, N].
     Returns [T, N], differentiable in x, weight, bias.
+    Raises ValueError for tensors that do not fit each other.
     """
+    check_dim("x", x, "T, K")
+    check_dim("weight", weight, "G, N, K")
+    G, (N, K) = segments.num_adapters, weight.shape[1:]
+    check("x", x, (x.shape[0], K), FLOATS, segments.order.device)
+    check("weight", weight, (G, N, K), _partners(x), x.device)
+    check("bias", bias, (G, N), _partners(x), x.device)
+    _check_covered("x", x, segments)
     return _AdapterLinear.apply(x, weight, bias, segments)
 
 
@@ -129,16 +150,31 @@ def packed_attention(
     """Softmax attention within each packed sequence: softmax(q kᵀ / √D) v, D = H / num_heads.
 
     qkv: [T, 3H], q, k and v side by side.
-    cu_seqlens: int32 [S+1].
+    cu_seqlens: int [S+1].
     dropout: of the probabilities; the feature of head h and key position j is h << 16 | j.
     buckets: `make_buckets(cu_seqlens)`, if already computed. Sequences of similar length share one padded product.
     Returns [T, H], 0 for rows behind cu_seqlens[-1].
+    Raises ValueError for tensors that do not fit each other, and for buckets of other offsets.
     """
+    check_dim("qkv", qkv, "T, 3H")
+    if num_heads < 1 or qkv.shape[1] % (3 * num_heads):
+        raise ValueError(f"qkv has {qkv.shape[1]} columns, not three times a multiple of {num_heads} heads")
     rows, width = qkv.shape[0], qkv.shape[1] // 3
-    blocks, index, live, slot_of_row = make_buckets(cu_seqlens) if buckets is None else buckets
+    check("qkv", qkv, (rows, 3 * width), FLOATS, cu_seqlens.device)
+    if buckets is None:
+        check_offsets(cu_seqlens, rows)  # before memory is allocated for them
+        buckets = make_buckets(cu_seqlens)
+    blocks, index, live, slot_of_row, offsets = buckets
+    total = slot_of_row.numel()
+    if total > rows:
+        raise ValueError(f"cu_seqlens ends at {total}, more than the {rows} rows there are")
+    if offsets is not cu_seqlens:
+        check("buckets.cu_seqlens", offsets, tuple(cu_seqlens.shape), INTS, cu_seqlens.device)
+        require((offsets == cu_seqlens).all(), "the buckets must be those of cu_seqlens")
+    if dropout is not None:
+        check_dropout(dropout, total, qkv.device)
     if not blocks:
         return qkv.new_zeros(rows, width)
-    total = slot_of_row.numel()
     gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
     outputs = []
     # Split, not sliced: the gradient of a slice is a matrix of zeros of the whole size.
@@ -167,7 +203,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, live: Tensor, index: Tensor, dropou
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None) -> Tensor:
-    """LayerNorm(drop(x) + residual) over the last dimension. x, residual: [T, H]. weight, bias: [H]. Returns [T, H]."""
+    """LayerNorm(drop(x) + residual) over the last dimension. x, residual: [T, H]. weight, bias: [H]. Returns [T, H].
+
+    Raises ValueError for tensors that do not fit each other.
+    """
+    check_dim("x", x, "T, H")
+    check("x", x, tuple(x.shape), FLOATS, None)
+    dtypes = _partners(x)
+    check("residual", residual, tuple(x.shape), dtypes, x.device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check(name, tensor, (x.shape[1],), dtypes, x.device)
     return F.layer_norm(apply_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
 
 
@@ -183,62 +228,34 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     labels: int64 [T], -100 for rows without a label.
     Returns loss fp32 [G], 0 for an adapter without labelled rows, and the number of labelled rows int64 [G]. The sum of the
     losses gives every adapter the gradient of its own mean.
+    Raises ValueError for tensors that do not fit each other, on a CPU also for labels out of range.
     """
+    check_dim("logits", logits, "T, C")
+    check("logits", logits, tuple(logits.shape), FLOATS, segments.order.device)
+    check("labels", labels, (logits.shape[0],), (torch.int64,), logits.device)
+    _check_covered("logits", logits, segments)
     G, total = segments.num_adapters, segments.row_adapter.numel()
+    check_ids("labels", labels[:total], 0, logits.shape[1], ignored=IGNORED)
     bins = torch.where(segments.row_adapter < 0, G, segments.row_adapter).long()
     labels = labels[:total]
-    row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=-100)
+    row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=IGNORED)
     count = bins.new_zeros(G + 1).index_add(0, bins, (labels >= 0).long())
     loss = row_loss.new_zeros(G + 1).index_add(0, bins, row_loss) / count.clamp(min=1)
     return loss[:G], count[:G]
 
 
-@torch.no_grad()
-def adapter_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: Tensor,
-    max_norm: Tensor,
-    active: Tensor,
-) -> Tensor:
-    """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
-
-    param, exp_avg, exp_avg_sq: fp32 [G, P].
-    grad: [G, P].
-    step: int64 [G], steps taken so far.
-    lr, weight_decay: fp32 [G].
-    max_norm: fp32 [G], gradients of a larger norm are clipped to it; inf: never.
-    active: bool [G].
-    Returns the gradient norms fp32 [G] before clipping, 0 for inactive rows. A row that is inactive, or whose norm is not finite,
-    is left untouched to the bit.
-    Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
-    """
-    rows, (beta_1, beta_2) = active.nonzero()[:, 0].tolist(), betas
-    norms = torch.zeros(param.shape[0], device=param.device)
-    for g in rows:
-        norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
-    host_norms = norms.tolist()  # read back together: on a GPU one wait
-    for g in rows:
-        if not math.isfinite(host_norms[g]):
-            continue
-        shrink = max(1.0, (host_norms[g] + 1e-6) / float(max_norm[g]))  # the fused step divides by it, in place
-        row = grad[g].to(torch.float32, copy=shrink > 1)
-        # Filled on the device: for a copy from the host, the host would wait.
-        steps, divisor, found_inf = (torch.full((), x, device=param.device) for x in (float(step[g]), shrink, 0.0))
-        adamw(
-            [param[g]], [row], [exp_avg[g]], [exp_avg_sq[g]], [], [steps], fused=True, amsgrad=False, maximize=False,
-            beta1=beta_1, beta2=beta_2, lr=float(lr[g]), weight_decay=float(weight_decay[g]), eps=eps,
-            grad_scale=divisor, found_inf=found_inf,
-        )  # fmt: skip
-        step[g] += 1
-    return norms
+def _check_labels(pred: Tensor, gold: Tensor, cu_seqlens: Tensor, tags: Tensor | None, types: Tensor | None) -> None:
+    """What `span_counts` needs of its tensors before it looks at labels."""
+    check("gold", gold, (gold.numel(),), INTS, cu_seqlens.device)
+    check("pred", pred, (gold.numel(),), INTS, gold.device)
+    check_offsets(cu_seqlens, gold.numel())
+    if tags is None and types is None:
+        return
+    if tags is None or types is None:
+        raise ValueError("tags and types are given together or not at all")
+    check("tags", tags, (tags.numel(),), INTS, gold.device)
+    check("types", types, (tags.numel(),), INTS, gold.device)
+    check_ids("tags", tags, 0, 3)
 
 
 def span_counts(
@@ -254,26 +271,36 @@ def span_counts(
     """Counts for micro span F1 of every group: true positives, predicted spans, gold spans.
 
     pred, gold: int [T], label ids; rows whose gold is -100 do not count.
-    cu_seqlens: int32 [S+1].
-    group: int [S].
+    cu_seqlens: int [S+1].
+    group: int [S], in 0..num_groups-1.
     tags: int [C], 0 for O, 1 for B, 2 for I. types: int [C], the slot of each label. None: O, then B and I of each slot in turn.
     Returns int64 [num_groups, 3]. Spans are conlleval's, as in seqeval's default mode: a span starts at B, at an I behind O or
     behind another slot, and at the start of a sequence. It never crosses sequences.
+    Raises ValueError for tensors that do not fit each other, on a CPU also for labels or groups out of range. On a GPU an
+    assertion stops the device.
     """
+    _check_labels(pred, gold, cu_seqlens, tags, types)
+    if num_groups < 0:
+        raise ValueError(f"num_groups must be at least 0, got {num_groups}")
+    check("group", group, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
+    check_ids("group", group, 0, num_groups)
     index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
     sequence = torch.repeat_interleave(index, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
     total = sequence.numel()
-    counted = gold[:total] >= 0
-    pred, gold, sequence = pred[:total][counted].long(), gold[:total][counted].long(), sequence[counted]
-    if tags is None or types is None:
-        top = int(torch.cat([pred, gold]).max()) + 1 if pred.numel() else 1
-        label = torch.arange(top, device=pred.device)
-        tags, types = torch.where(label == 0, 0, 2 - label % 2), (label - 1) // 2
+    pred, gold = pred[:total].long(), gold[:total].long()
+    counted = gold != IGNORED
+    pred, gold, sequence = pred[counted], gold[counted], sequence[counted]
+    labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
+    check_ids("pred", pred, 0, labels)
+    check_ids("gold", gold, 0, labels, ignored=IGNORED)
     new_sequence = torch.ones_like(sequence, dtype=torch.bool)
     new_sequence[1:] = sequence[1:] != sequence[:-1]
 
     def spans(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tag, slot = tags[labels], types[labels]
+        if tags is None or types is None:
+            tag, slot = torch.where(labels == 0, 0, 2 - labels % 2), (labels - 1) // 2
+        else:
+            tag, slot = tags[labels], types[labels]
         inside = tag > 0
         fresh = new_sequence.clone()
         fresh[1:] |= ~inside[:-1] | (slot[1:] != slot[:-1])

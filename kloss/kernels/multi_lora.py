@@ -17,13 +17,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import multi_lora_cpu
-from .dropout import Dropout, kept_scaling, row_dropout
+from .checks import FLOATS, INTS
+from .dropout import Dropout, check_dropout, kept_scaling, row_dropout
 from .eager import lower, widened
 from .lora_torch import Backward, Forward
 from .segments import Segments, make_segments, with_work
 
 BACKENDS = {"triton": "lora_triton", "csrc": "multi_lora_cpu", "torch": "lora_torch"}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @cache
@@ -68,7 +68,7 @@ def multi_lora_linear(
     """
     x, weight, bias = lower(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
-    backend = _checked(backend, x, weight, slices) if backend else _fastest(x, weight, slices)
+    backend = _fastest(x, weight, slices) if backend is None else _checked(backend, x, weight, slices)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
     if ranks is not None:
         ranks = ranks.long()
@@ -106,6 +106,8 @@ def lora_linear(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` with one adapter for all rows: lora_a [R, K], lora_b [N, R], scaling a number or fp32 [1]."""
+    if x.dim() != 2 or (isinstance(scaling, Tensor) and scaling.numel() != 1):
+        raise ValueError(f"expected x [T, K] and one scaling, got x {tuple(x.shape)} and scaling {scaling}")
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
     segments = make_segments(cu_seqlens, torch.zeros_like(cu_seqlens[1:]), 1, rows=x.shape[0])
     if not isinstance(scaling, Tensor):
@@ -154,10 +156,10 @@ def _check(
     if slices < 1 or N % slices or K < 1 or N < 1 or R < 1:
         raise ValueError(f"{N} outputs do not divide into {slices} slices; K {K}, N {N}, rank {R} and slices must be at least 1")
     dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+    if dtype not in FLOATS or weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         given = f"x {dtype}, weight {weight.dtype}, bias {None if bias is None else bias.dtype}"
-        raise ValueError(f"expected one dtype for the base layer, of {', '.join(map(str, DTYPES))}; got {given}")
-    if not (lora_a.is_floating_point() and lora_b.is_floating_point() and scaling.dtype == torch.float32):
+        raise ValueError(f"expected one dtype for the base layer, of {', '.join(map(str, FLOATS))}; got {given}")
+    if not (lora_a.dtype in FLOATS and lora_b.dtype in FLOATS and scaling.dtype == torch.float32):
         given = f"lora_a {lora_a.dtype}, lora_b {lora_b.dtype}, scaling {scaling.dtype}"
         raise ValueError(f"expected float lora_a and lora_b, and scaling in float32; got {given}")
     expected = [("weight", weight, (N, K)), ("lora_a", lora_a, (G, slices * R, K)), ("lora_b", lora_b, (G, N, R))]
@@ -177,10 +179,10 @@ def _check(
         raise ValueError(f"x has {rows} rows, the segments cover {covered}")
     if segments.order.device != device:
         raise ValueError(f"segments are on {segments.order.device}, x on {device}")
-    if dropout is not None and dropout.row_key.numel() < covered:
-        raise ValueError(f"row_key has {dropout.row_key.numel()} entries, the segments cover {covered} rows")
+    if dropout is not None:
+        check_dropout(dropout, covered, device)
     if ranks is not None:
-        if ranks.is_floating_point() or ranks.dtype == torch.bool:
+        if ranks.dtype not in INTS:
             raise ValueError(f"ranks must be of an integer dtype, got {ranks.dtype}")
         if G and device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in ranks.aminmax())

@@ -1,7 +1,7 @@
 """The specification: every op as short as its equation, under autograd, in any dtype, on a CPU.
 
 Sizes: T packed rows, S sequences, G adapters, K inputs, N outputs, R rank of the bank, H width. The arguments are described at
-the ops of the same names in `multi_lora.py` and `eager.py`. Whatever runs is held to the functions here.
+the ops of the same names in `multi_lora.py`, `eager.py` and `adamw.py`. Whatever runs is held to the functions here.
 """
 
 import math

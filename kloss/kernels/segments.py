@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import INTS, check, check_ids, check_offsets
+
 SHORT_TILE, LONG_TILE = 64, 128  # rows of a tile, fixed for each kernel: an adapter's bits must not depend on the batch
 CHUNK = 1024  # rows that one program of a reduction adds up
 
@@ -67,18 +69,22 @@ class Segments(NamedTuple):
 def make_segments(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, *, rows: int | None = None) -> Segments:
     """Group the rows of packed sequences by adapter.
 
-    cu_seqlens: int32 [S+1], sequence s is rows cu_seqlens[s]:cu_seqlens[s+1]; empty ones are allowed.
-    adapter: int32 [S], in any order, -1 for the base model only.
+    cu_seqlens: int [S+1], sequence s is rows cu_seqlens[s]:cu_seqlens[s+1]; empty ones are allowed.
+    adapter: int [S], in any order, -1 for the base model only.
     num_adapters: G.
     rows: T, rows of the packed tensors; those behind cu_seqlens[-1] get the base model's value. None: T is cu_seqlens[-1], for
         which the host waits on a GPU; with a number nothing is read back.
-    Raises ValueError on a CPU for offsets or adapters out of range. On a GPU an assertion stops the device.
+    Raises ValueError for tensors that do not fit each other, on a CPU also for offsets or adapters out of range. On a GPU an
+        assertion stops the device.
     """
-    if adapter.numel() != cu_seqlens.numel() - 1:
-        raise ValueError(f"adapter has {adapter.numel()} entries for {cu_seqlens.numel() - 1} sequences in cu_seqlens")
+    if num_adapters < 0 or (rows is not None and rows < 0):
+        raise ValueError(f"num_adapters and rows must be at least 0, got {num_adapters} and {rows}")
+    check_offsets(cu_seqlens, rows)
+    check("adapter", adapter, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
+    check_ids("adapter ids", adapter, -1, num_adapters)
+    cu_seqlens, adapter = cu_seqlens.to(torch.int32), adapter.to(torch.int32)
     rows = int(cu_seqlens[-1]) if rows is None else rows
     on_cpu = cu_seqlens.device.type == "cpu"
-    (_check_now if on_cpu else _check_on_device)(cu_seqlens, adapter, num_adapters, rows)
     row_adapter = _spread(torch.cat([adapter, adapter.new_full((1,), -1)]), cu_seqlens, rows)
     key = torch.where(row_adapter < 0, num_adapters, row_adapter)
     in_order = bool((key[1:] >= key[:-1]).all()) if on_cpu else None
@@ -157,20 +163,3 @@ def _spread(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """The value [rows] of each row's sequence. values: [S+1], the last for rows behind the last offset."""
     row = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return values[torch.searchsorted(cu_seqlens[1:], row, right=True)]
-
-
-def _check_now(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, rows: int) -> None:
-    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
-        raise ValueError("cu_seqlens must start at 0 and not decrease")
-    if int(cu_seqlens[-1]) > rows:
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, more than the {rows} rows there are")
-    low, high = (int(adapter.min()), int(adapter.max())) if adapter.numel() else (-1, -1)
-    if low < -1 or high >= num_adapters:
-        raise ValueError(f"adapter ids must lie in [-1, {num_adapters}), got {low}..{high}")
-
-
-def _check_on_device(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, rows: int) -> None:
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all() & (cu_seqlens[-1] <= rows)
-    known = ((adapter >= -1) & (adapter < num_adapters)).all()
-    torch._assert_async(fits, f"cu_seqlens must start at 0, not decrease, and end within the {rows} rows there are")
-    torch._assert_async(known, f"adapter ids must lie in [-1, {num_adapters})")

@@ -96,12 +96,12 @@ class Layer(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         self.index, self.heads, self.eps = index, config.num_attention_heads, config.layer_norm_eps
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_1 = nn.LayerNorm(width, config.layer_norm_eps)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-        self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, dtype=torch.float32)
+        self.out = nn.Linear(width, width, dtype=torch.float32)
+        self.norm_1 = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
+        self.up = nn.Linear(width, inner, dtype=torch.float32)
+        self.down = nn.Linear(inner, width, dtype=torch.float32)
+        self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
 
     def forward(
         self,
@@ -147,7 +147,7 @@ class Layer(nn.Module):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """An embedding without values: nn.Embedding draws them, which on the meta device imports torch's compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding.from_pretrained(torch.empty(rows, width, dtype=torch.float32), freeze=False)
 
 
 def _check_lengths(cu_seqlens: Tensor, max_length: int) -> None:
@@ -170,9 +170,9 @@ class XLMRForTokenClassification(nn.Module):
         self.word_embeddings = _embedding(config.vocab_size, width)
         self.position_embeddings = _embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = _embedding(config.type_vocab_size, width)
-        self.embedding_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.embedding_norm = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.classifier = nn.Linear(width, config.num_labels)
+        self.classifier = nn.Linear(width, config.num_labels, dtype=torch.float32)
 
     @property
     def num_sites(self) -> int:

@@ -1,0 +1,92 @@
+"""AdamW for some rows of a matrix, each with its own rate, step, decay and clipping: all rows move, or none does."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .checks import FLOATS, check, check_dim, check_values
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _check_rows(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """What `adapter_adamw_` needs of memory that it writes in place."""
+    check_dim("param", param, "G, P")
+    (G, P), memory = param.shape, {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in memory.items():
+        check(name, tensor, (G, P), (torch.float32,), param.device)
+        if (P > 1 and tensor.stride(1) != 1) or (G > 1 and tensor.stride(0) < P):
+            raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")
+    check("grad", grad, (G, P), FLOATS, param.device)
+    if G and len({tensor.data_ptr() for tensor in (grad, *memory.values())}) < 4:
+        raise ValueError("param, grad, exp_avg and exp_avg_sq must not be one tensor")
+
+
+@torch.no_grad()
+def adapter_adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: Tensor,
+    max_norm: Tensor,
+    active: Tensor,
+) -> Tensor:
+    """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
+
+    param, exp_avg, exp_avg_sq: fp32 [G, P], each row contiguous.
+    grad: float [G, P].
+    step: int64 [G], steps taken so far.
+    lr, weight_decay: float [G], finite, at least 0.
+    max_norm: float [G], above 0; gradients of a larger norm are clipped to it; inf: never.
+    active: bool [G].
+    betas: in [0, 1).
+    eps: above 0.
+    Returns the gradient norms fp32 [G] before clipping, 0 for inactive rows. A row that is inactive, or whose norm is not finite,
+    is left untouched to the bit.
+    Raises ValueError for arguments out of range or that do not fit each other; then no row has changed.
+    Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
+    """
+    _check_rows(param, grad, exp_avg, exp_avg_sq)
+    G, (beta_1, beta_2) = param.shape[0], betas
+    check_values("betas", betas, lambda value: 0 <= value < 1, "a number in [0, 1)")
+    if not 0 < eps <= LARGEST:
+        raise ValueError(f"eps is {eps}, expected a finite number above 0")
+    check("step", step, (G,), (torch.int64,), None)
+    check("active", active, (G,), (torch.bool,), None)
+    for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
+        check(name, tensor, (G,), FLOATS, None)
+    steps, rates, decays, tops = step.tolist(), lr.tolist(), weight_decay.tolist(), max_norm.tolist()
+    check_values("step", steps, lambda value: value >= 0, "a count")
+    for name, values in (("lr", rates), ("weight_decay", decays)):
+        check_values(name, values, lambda value: 0 <= value <= LARGEST, "a finite number, at least 0")
+    check_values("max_norm", tops, lambda value: value > 0, "a number above 0, or inf for no clipping")
+    rows = active.nonzero()[:, 0].tolist()
+    norms = torch.zeros(G, dtype=torch.float32, device=param.device)
+    for g in rows:
+        norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
+    host_norms = norms.tolist()  # read back together: on a GPU one wait
+    for g in rows:
+        if not math.isfinite(host_norms[g]):
+            continue
+        shrink = max(1.0, (host_norms[g] + 1e-6) / tops[g])  # the fused step divides by it, in place
+        row = grad[g].to(torch.float32, copy=shrink > 1).contiguous()  # the fused step takes memory as contiguous
+        if shrink > LARGEST:
+            row, shrink = (grad[g].double() / shrink).float(), 1.0
+        # Filled on the device: for a copy from the host, the host would wait.
+        scalars = float(steps[g]), shrink, 0.0
+        taken, divisor, found_inf = (torch.full((), x, dtype=torch.float32, device=param.device) for x in scalars)
+        adamw(
+            [param[g]], [row], [exp_avg[g]], [exp_avg_sq[g]], [], [taken], fused=True, amsgrad=False, maximize=False,
+            beta1=beta_1, beta2=beta_2, lr=rates[g], weight_decay=decays[g], eps=eps,
+            grad_scale=divisor, found_inf=found_inf,
+        )  # fmt: skip
+        step[g] += 1
+    return norms
