@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from toy import ToyCorpus, toy_model
 
 from kloss.cl import cache as cache_module
 from kloss.cl.backbone import load_backbone
 from kloss.cl.corpus import load_corpus
+from kloss.cl.learner import Learner
+from kloss.cl.rundir import open_run
+from kloss.cl.runner import train_study
+from kloss.cl.study import Study
 from kloss.config import Config
 from kloss.errors import UserError
 
@@ -259,3 +266,238 @@ def test_a_home_that_nobody_knows(monkeypatch):
         cache_module.cache_folder()
     with pytest.raises(UserError, match="cannot use"):
         cache_module.cache_folder("a\0b")
+
+
+LEARNERS = (
+    Learner(experiences=(("aa",), ("bb",)), rank=2, alpha=2.0, lr=1e-2, seed=1, epochs=2, batch_size=4),
+    Learner(experiences=(("cc",),), rank=3, alpha=3.0, lr=float("inf"), seed=2, epochs=2, batch_size=4),  # diverges at step 2
+    Learner(experiences=(("aa",),), rank=None, alpha=1.0, lr=1e-2, seed=3, epochs=1, batch_size=6),
+)
+TO_SCORE = [{0: ["aa"], 1: ["aa", "bb"], 2: ["bb"]}, {0: ["cc"], 1: ["cc"]}, {1: ["aa"]}]
+LORA, WHOLE = 4, 13  # rounds after which a run is stopped: among the adapters, among the whole model's steps
+
+
+def train(folder, stop=None):
+    """Trains the study to its end, or stops it behind that many rounds with a checkpoint. Returns scores and what was said."""
+    said, rounds = Said(), []
+
+    class Stop(Said):
+        def __call__(self, done, total, text):
+            rounds.append(done)
+            if len(rounds) == stop:
+                raise KeyboardInterrupt
+
+    config, study = Config(checkpoint_seconds=0 if stop else 1000), Study([], list(LEARNERS), TO_SCORE)
+    display = Stop() if stop else said
+    with open_run(folder, {"seed": 0}) as run:
+        outcome = train_study(config, ToyCorpus(), study, toy_model, run, display)
+    return outcome, said
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where a run was stopped -> its folder, of which only copies are changed; None: what a whole run gives."""
+    folder, stopped = tmp_path_factory.mktemp("runs"), {}
+    stopped[None] = train(folder / "whole")[0]
+    assert "diverged at step 2" in stopped[None].failed[1]
+    for stop in (1, LORA, WHOLE):
+        stopped[stop] = folder / f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped[stop], stop + 1)
+    return stopped
+
+
+def read(file):
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def changed(runs, tmp_path, stop, tensors=None, state=None, keep_digest=False):
+    """A copy of a stopped run whose checkpoint's tensors and state were changed in place by two functions."""
+    folder = Path(shutil.copytree(runs[stop], tmp_path / "run"))
+    values, metadata = read(folder / "checkpoint.safetensors")
+    content = json.loads(metadata["state"])
+    content = ((state or (lambda content: None))(content), content)[1]
+    (tensors or (lambda values: None))(values)
+    metadata["state"] = json.dumps(content)
+    if not keep_digest:
+        metadata.pop("digest", None)
+    save_file(values, folder / "checkpoint.safetensors", metadata)
+    return folder
+
+
+def refused(folder, words=""):
+    before = (folder / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(UserError, match="checkpoint.safetensors is damaged .*delete it to train again from the start") as error:
+        train(folder)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert (folder / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop", [1, LORA, WHOLE])
+@pytest.mark.parametrize("old", [False, True], ids=["digest", "no digest"])
+def test_a_checkpoint_of_learners_of_which_one_diverged_is_continued(runs, tmp_path, stop, old):
+    folder = Path(shutil.copytree(runs[stop], tmp_path / "run"))
+    if old:
+        folder = changed(runs, tmp_path / "old", stop)
+    if old and stop == 1:  # the weights are infinite already, and nothing says yet that the learner diverged
+        return refused(folder, "param of learner 1 is not finite")
+    outcome, said = train(folder)
+    assert outcome == runs[None]
+    assert ["has no digest" in line for line in said if "diverged" not in line] == [True] * old
+
+
+def flip_weight(values):
+    values["param"].view(torch.int32)[0, 5] ^= 1 << 20
+
+
+@pytest.mark.parametrize("stop", [LORA, WHOLE])
+def test_a_flipped_bit_of_a_checkpoint_is_seen(runs, tmp_path, stop):
+    refused(changed(runs, tmp_path, stop, flip_weight, keep_digest=True), "digest")
+    for number, where in enumerate((0.5, 0.9, -1)):  # in the file as it lies there
+        folder = Path(shutil.copytree(runs[stop], tmp_path / str(number)))
+        data = bytearray((folder / "checkpoint.safetensors").read_bytes())
+        data[int(len(data) * where) if where > 0 else where] ^= 16
+        (folder / "checkpoint.safetensors").write_bytes(data)
+        refused(folder, "digest")
+
+
+@pytest.mark.parametrize("stop", [LORA, WHOLE])
+def test_a_changed_state_of_a_checkpoint_is_seen(runs, tmp_path, stop):
+    def one_more(state):
+        state["state"]["scores"][0]["0" if stop == LORA else "1"] = {"aa": [0, 0, 0]}
+
+    refused(changed(runs, tmp_path, stop, state=one_more, keep_digest=True), "digest")
+
+
+def replaced(name, change):
+    def replace(values):
+        values[name] = change(values[name])
+
+    return replace
+
+
+NAN = torch.full((), float("nan"))
+TENSORS = {
+    "one row": (replaced("param", lambda t: t[:1].clone()), "param"),
+    "a scalar": (replaced("param", lambda t: t[0, 0].clone()), "param"),
+    "a column too few": (replaced("exp_avg", lambda t: t[:, 1:].clone()), "exp_avg"),
+    "half": (replaced("param", lambda t: t.half()), "param"),
+    "double": (replaced("exp_avg_sq", lambda t: t.double()), "exp_avg_sq"),
+    "steps as floats": (replaced("steps", lambda t: t.float()), "steps"),
+    "negative steps": (replaced("steps", lambda t: t - 99), "steps"),
+    "too many steps": (replaced("steps", lambda t: t + 99), "steps"),
+    "NaN": (replaced("param", lambda t: torch.cat([NAN.expand(1, t.shape[1]), t[1:]])), "param of learner 0 is not finite"),
+    "a moment of inf": (replaced("exp_avg_sq", lambda t: t.index_fill(1, torch.tensor([3]), float("inf"))), "exp_avg_sq"),
+    "missing": (lambda values: values.pop("exp_avg"), "tensors are exp_avg_sq, param, steps, not"),
+    "all missing": (lambda values: values.clear(), "tensors are none"),
+    "another": (lambda values: values.update(other=torch.zeros(3)), "other"),
+}
+
+
+@pytest.mark.parametrize(("stop", "damage"), [*((LORA, damage) for damage in TENSORS), (WHOLE, "a scalar"), (WHOLE, "NaN")])
+def test_tensors_that_are_not_the_learners_are_refused(runs, tmp_path, stop, damage):
+    change, words = TENSORS[damage]
+    refused(changed(runs, tmp_path, stop, change), words)
+
+
+def at(*path, value=None, pop=False):
+    """Sets, or removes, what stands at a path of JSON."""
+
+    def change(state):
+        for step in path[:-1]:
+            state = state[step]
+        if pop:
+            del state[path[-1]]
+        else:
+            state[path[-1]] = value
+
+    return change
+
+
+STATES = {
+    "nothing": lambda state: state.clear(),
+    "no cohort": at("cohort", pop=True),
+    "cohort in words": at("cohort", value="one"),
+    "finished a list": at("finished", value=[]),
+    "no state": at("state", pop=True),
+    "state null": at("state", value=None),
+    "state a list": at("state", value=[]),
+    "no counters": at("state", "counters", pop=True),
+    "counters of one learner": at("state", "counters", value=[[0, 0, 0]] * 5),
+    "two counters": at("state", "counters", 0, value=[0, 0]),
+    "counters of text": at("state", "counters", 0, value="000"),
+    "a counter of text": at("state", "counters", 0, value=[0, "0", 0]),
+    "a counter of true": at("state", "counters", 0, value=[True, 0, 0]),
+    "experience below": at("state", "counters", 0, value=[-1, 0, 0]),
+    "experience beyond": at("state", "counters", 0, value=[9, 0, 0]),
+    "epoch beyond": at("state", "counters", 0, value=[0, 2, 0]),
+    "batch beyond": at("state", "counters", 0, value=[0, 0, 3]),
+    "batch behind the end": at("state", "counters", 0, value=[2, 0, 1]),
+    "scores null": at("state", "scores", value=None),
+    "a score null": at("state", "scores", 0, "0", value=None),
+    "no scores": at("state", "scores", 0, value={}),
+    "an experience in words": at("state", "scores", 0, "one", value={}),
+    "scores of the future": at("state", "scores", 0, "2", value={"bb": [0, 0, 0]}),
+    "another locale": at("state", "scores", 0, "0", value={"zz": [0, 0, 0]}),
+    "two counts": at("state", "scores", 0, "0", value={"aa": [1, 2]}),
+    "negative counts": at("state", "scores", 0, "0", value={"aa": [-1, 2, 3]}),
+    "more found than there are": at("state", "scores", 0, "0", value={"aa": [5, 6, 3]}),
+    "failed a list": at("state", "failed", value=[]),
+    "failed nobody": at("state", "failed", value={"7": "diverged"}),
+    "failed in words": at("state", "failed", value={"one": "diverged"}),
+    "tokens of text": at("state", "tokens", value="many"),
+    "negative tokens": at("state", "tokens", value=-1),
+}
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_a_state_that_is_not_the_learners_is_refused(runs, tmp_path, damage):
+    refused(changed(runs, tmp_path, LORA, state=STATES[damage]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        at("finished", "0", value=None),
+        at("finished", "0", value={}),
+        at("finished", "0", "scores", pop=True),
+        at("finished", "0", "weights", pop=True),
+        at("finished", "0", "weights", value=[1]),
+        at("finished", "0", "weights", value=[1, "2"]),
+        at("finished", "0", "counters", 0, value=[1, 0, 0]),
+        at("finished", "0", "scores", 0, value={}),
+    ],
+)
+def test_a_finished_cohort_that_is_not_the_learners_is_refused(runs, tmp_path, change):
+    refused(changed(runs, tmp_path, WHOLE, state=change))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "5", "{", "[" * 100_000, '{"finished": ' + "[" * 100_000])
+def test_a_state_that_is_odd_json_is_refused(runs, tmp_path, text):
+    folder = Path(shutil.copytree(runs[LORA], tmp_path / "run"))
+    values, metadata = read(folder / "checkpoint.safetensors")
+    save_file(values, folder / "checkpoint.safetensors", {"state": text})
+    refused(folder)
+    save_file(values, folder / "checkpoint.safetensors")
+    refused(folder)
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+def test_a_checkpoint_cut_short(runs, tmp_path, damage):
+    folder = Path(shutil.copytree(runs[LORA], tmp_path / "run"))
+    damage(folder / "checkpoint.safetensors")
+    refused(folder)
+
+
+def test_a_checkpoint_that_is_no_file(runs, tmp_path):
+    folder = Path(shutil.copytree(runs[LORA], tmp_path / "run"))
+    folder_instead(folder / "checkpoint.safetensors")
+    with pytest.raises(UserError, match="checkpoint.safetensors"):
+        train(folder)
+
+
+def test_a_checkpoint_deleted_trains_again_from_the_start(runs, tmp_path):
+    folder = Path(shutil.copytree(runs[LORA], tmp_path / "run"))
+    (folder / "checkpoint.safetensors").unlink()
+    assert train(folder)[0] == runs[None]

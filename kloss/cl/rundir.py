@@ -1,6 +1,7 @@
 """A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.json (written last: it means done)."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
 from ..kernels import multi_lora_cpu
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    state: Any  # JSON
+    verified: bool  # it has a digest, and that of its contents; earlier versions wrote none
 
 
 class RunFolder:
@@ -45,20 +55,36 @@ class RunFolder:
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Replace the checkpoint, in one rename. state: as JSON."""
-        write_tensors(self.path / "checkpoint.safetensors", dict(tensors), {"state": json.dumps(state)})
+        on_host, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
+        write_tensors(self.path / CHECKPOINT, on_host, {"state": text, "digest": _digest(on_host, text)})
 
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Return tensors and state of the last checkpoint, None without one. Raises UserError for a damaged one."""
-        from safetensors import SafetensorError, safe_open
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Return the last checkpoint, None without one. Raises UserError for a damaged one."""
+        from safetensors import safe_open
 
-        file = self.path / "checkpoint.safetensors"
-        if not file.exists():
-            return None
+        file = self.path / CHECKPOINT
         try:
-            with safe_open(file, "pt") as opened:
-                state = json.loads(opened.metadata()["state"])
-                return {name: opened.get_tensor(name) for name in opened.keys()}, state  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+            if not file.exists():
+                return None
+            with self.reading_checkpoint(), safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                text = metadata.get("state", "")
+                if "digest" in metadata and metadata["digest"] != _digest(tensors, text):
+                    raise UserError("its contents have not the digest written with them")
+                return Checkpoint(tensors, json.loads(text), "digest" in metadata)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+    @contextmanager
+    def reading_checkpoint(self) -> Iterator[None]:
+        """Turn what shows, in the block, that the checkpoint is damaged into a UserError that says what to do."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (UserError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            file = self.path / CHECKPOINT
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
     def write_environment(self, device: torch.device) -> None:
@@ -150,6 +176,15 @@ def _remove_leftovers(path: Path) -> None:
             os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror}") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    """Return 32 hex digits that depend on a checkpoint's tensors, on the host, and on its state."""
+    digest = hashlib.blake2b(state.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str | None:
