@@ -29,7 +29,7 @@ from .config import Config
 from .console import Console
 from .errors import UserError
 from .estimate import describe
-from .files import read_json, write_json
+from .files import read_json
 from .presets import PRESETS
 from .report import write_report
 
@@ -132,7 +132,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
-            write_json(folder.path / "scores.json", results(config, corpus, study, backbone, parameters, outcome))
+            folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
         write_report(folder.path)
         return folder.path, folder.scores()
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from toy import ToyCorpus, toy_model
+from users import plain_user
 
 from kloss.cl import cache as cache_module
 from kloss.cl.backbone import load_backbone
@@ -195,55 +195,41 @@ def test_entries_are_readable_as_the_umask_says(tmp_path, umask):
 
 
 @pytest.fixture
-def plain_user(made):
-    """A copy of `made`'s cache that belongs to a user whom permissions bind: the tests' user, or nobody where that is root."""
-    folder = Path(tempfile.mkdtemp())
-    cache, root = folder / "cache", os.geteuid() == 0
-    shutil.copytree(made[0], cache)
-    if root:
-        for path in (folder, cache, *cache.rglob("*")):
-            shutil.chown(path, 65534, 65534)
-        os.setegid(65534)
-        os.seteuid(65534)
-    yield cache
-    if root:
-        os.seteuid(0)
-        os.setegid(0)
-    for path in (cache, *cache.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o700)
-    shutil.rmtree(folder)
+def own_cache(made):
+    """A copy of `made`'s cache that belongs to a user whom permissions bind."""
+    with plain_user(made[0]) as place:
+        yield place / made[0].name
 
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("closed", ["folder", "file"])
-def test_an_unreadable_entry_is_no_damage(plain_user, kind, closed):
-    there = entry(plain_user, kind)
+def test_an_unreadable_entry_is_no_damage(own_cache, kind, closed):
+    there = entry(own_cache, kind)
     (there if closed == "folder" else there / FILES[kind]).chmod(0)
     with pytest.raises(UserError, match=f"cannot read .*{kind}-.*Permission denied.*--cache"):
-        opened(plain_user)
-    assert there.exists() and not list(plain_user.glob(".tmp-*"))
+        opened(own_cache)
+    assert there.exists() and not list(own_cache.glob(".tmp-*"))
 
 
-def test_a_damaged_entry_that_cannot_be_moved_away(plain_user):
-    cut(entry(plain_user, "backbone") / "model.safetensors")
-    plain_user.chmod(0o555)
+def test_a_damaged_entry_that_cannot_be_moved_away(own_cache):
+    cut(entry(own_cache, "backbone") / "model.safetensors")
+    own_cache.chmod(0o555)
     with pytest.raises(UserError, match="backbone-.* is damaged and cannot be moved away .*Permission denied.*--cache"):
-        opened(plain_user)
+        opened(own_cache)
 
 
-def test_a_cache_that_cannot_be_written_serves_as_long_as_it_has_all(made, plain_user):
-    plain_user.chmod(0o555)
-    assert opened(plain_user)[0] == []
-    plain_user.chmod(0o755)
-    shutil.rmtree(entry(plain_user, "tokenizer"))
-    plain_user.chmod(0o555)
+def test_a_cache_that_cannot_be_written_serves_as_long_as_it_has_all(made, own_cache):
+    own_cache.chmod(0o555)
+    assert opened(own_cache)[0] == []
+    own_cache.chmod(0o755)
+    shutil.rmtree(entry(own_cache, "tokenizer"))
+    own_cache.chmod(0o555)
     with pytest.raises(UserError, match="cannot write .*tokenizer-.*Permission denied"):
-        opened(plain_user)
+        opened(own_cache)
 
 
-def test_what_others_left_behind_is_left_to_them(plain_user):
-    cache = plain_user
+def test_what_others_left_behind_is_left_to_them(own_cache):
+    cache = own_cache
     shutil.rmtree(entry(cache, "backbone"))
     (cache / ".tmp-other" / "inner").mkdir(parents=True)
     (cache / ".tmp-other" / "inner" / "file").write_text("")
