@@ -1,17 +1,23 @@
 """What kloss wrote is checked when it is read: the cache makes a damaged entry again, a run folder says what to delete."""
 
+import copy
 import json
 import os
 import shutil
 import stat
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from markupsafe import Markup
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_report import FIVE, fake_scores, write_run
 from toy import ToyCorpus, toy_model
 from users import plain_user
 
@@ -24,6 +30,7 @@ from kloss.cl.runner import train_study
 from kloss.cl.study import Study
 from kloss.config import Config
 from kloss.errors import UserError
+from kloss.report import figures, write_report
 
 CONFIG = Config(tiny_layers=1, tiny_hidden=32, pretrain_steps=2, pretrain_batch=4)
 LOCALES = ("en-US", "ja-JP")
@@ -487,3 +494,108 @@ def test_a_checkpoint_deleted_trains_again_from_the_start(runs, tmp_path):
     folder = Path(shutil.copytree(runs[LORA], tmp_path / "run"))
     (folder / "checkpoint.safetensors").unlink()
     assert train(folder)[0] == runs[None]
+
+
+def test_a_run_folder_removed_while_the_run_goes_on_is_not_made_anew(tmp_path):
+    class Remove(Said):
+        def __call__(self, done, total, text):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    with pytest.raises(UserError, match="run folder .* is gone"), open_run(tmp_path / "run", {"seed": 0}) as run:
+        train_study(Config(), ToyCorpus(), Study([], list(LEARNERS), TO_SCORE), toy_model, run, Remove())
+    assert not (tmp_path / "run").exists()
+
+
+SCORES = {
+    "only a format": (lambda scores: [scores.pop(name) for name in list(scores) if name != "format"], "name"),
+    "runs null": (at("runs", value=None), "runs"),
+    "runs of null": (at("runs", 1, value=None), "runs[1]"),
+    "no runs": (at("runs", pop=True), "runs"),
+    "no corpus": (at("corpus", pop=True), "corpus"),
+    "locales a text": (at("corpus", "locales", value="en-US"), "corpus.locales"),
+    "utterances null": (at("corpus", "train_utterances", value=None), "corpus.train_utterances"),
+    "utterances of text": (at("corpus", "test_utterances", "en-US", value="many"), "corpus.test_utterances.en-US"),
+    "no utterances": (at("corpus", "test_utterances", value={}), "corpus.test_utterances"),
+    "subwords a list": (at("corpus", "tokens_per_word", value=[1]), "corpus.tokens_per_word"),
+    "a backbone of text": (at("backbone", "layers", value="4"), "backbone.layers"),
+    "a name of numbers": (at("name", value=5), "name"),
+    "choices of numbers": (at("choices", value=[5]), "choices[0]"),
+    "no label": (at("runs", 0, "label", pop=True), "runs[0].label"),
+    "a rate of text": (at("runs", 0, "lr", value="fast"), "runs[0].lr"),
+    "no weights": (at("runs", 0, "trainable_parameters", value=None), "runs[0].trainable_parameters"),
+    "steps of text": (at("runs", 0, "steps", value="x"), "runs[0].steps"),
+    "a seed in a list": (at("runs", 0, "seed", value=[0]), "runs[0].seed"),
+    "diverged: true": (at("runs", 0, "diverged", value=True), "runs[0].diverged"),
+    "R null": (at("runs", 0, "R", value=None), "runs[0].R"),
+    "R empty": (at("runs", 0, "R", value=[]), "runs[0].R"),
+    "a row null": (at("runs", 0, "R", 2, value=None), "runs[0].R[2]"),
+    "a row short": (at("runs", 0, "R", 2, value=[0.5]), "runs[0].R"),
+    "a row missing": (at("runs", 0, "R", 2, pop=True), "runs[0].R"),
+    "a cell of text": (at("runs", 0, "R", 2, 1, value="0.5"), "runs[0].R[2][1]"),
+    "a cell of NaN": (at("runs", 0, "R", 2, 1, value=float("nan")), "runs[0].R"),
+    "a cell of 80": (at("runs", 0, "R", 2, 1, value=80.0), "runs[0].R"),
+    "an order without languages": (at("runs", 0, "order", value=[]), "runs[0].R"),
+    "an order of another length": (at("runs", 0, "order", 4, pop=True), "runs[0].R"),
+    "an order of numbers": (at("runs", 0, "order", 1, value=7), "runs[0].order[1]"),
+}
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return fake_scores(strategies=("non-shared", "multi"), orders=1, seeds=2)
+
+
+@pytest.mark.parametrize("damage", SCORES)
+def test_scores_changed_by_hand_are_one_line(tmp_path, scores, damage):
+    change, where = SCORES[damage]
+    write_run(tmp_path, scores)
+    value = copy.deepcopy(scores)
+    change(value)
+    (tmp_path / "scores.json").write_text(json.dumps(value))
+    with pytest.raises(UserError) as error:
+        write_report(tmp_path)
+    words = f"{tmp_path / 'scores.json'} is not what kloss wrote ({where} "
+    assert str(error.value).startswith(words) and str(error.value).endswith("rename or delete it to go on")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"commit": 5}, "commit"),
+        ({"commit": ["a"]}, "commit"),
+        ({"command": 5}, "command"),
+        ({"command": ["a", 5]}, "command"),
+        ({"argv": {"a": 1}}, "argv"),
+    ],
+)
+def test_an_environment_changed_by_hand_is_one_line(tmp_path, scores, value, where):
+    write_run(tmp_path, scores)
+    (tmp_path / "env.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=rf"env.json is not what kloss wrote \({where} .*delete it"):
+        write_report(tmp_path)
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_any_part_of_the_scores_changed_to_anything(data):
+    """A report, of which only the drawing is left out, or one line."""
+    value = fake_scores(FIVE[:2], ("shared",), orders=1, seeds=1)
+    env = {"commit": "0123", "dirty": True, "command": ["a"], "threads": 2}
+    part = data.draw(st.sampled_from([value, value, value, env]))
+    while True:
+        keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(part[key], (dict, list)) or not part[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        part = part[key]
+    odd = st.sampled_from([None, True, 0, -1, 5, 1.5, 1e300, float("nan"), "", "text", [], {}, [1], [[]], {"a": 1}, [None]])
+    part[key] = data.draw(odd)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_panel", lambda caption, figure, warning="": figures.Panel(caption, Markup(""), False, warning))
+        (Path(folder) / "scores.json").write_text(json.dumps(value))
+        (Path(folder) / "env.json").write_text(json.dumps(env))
+        try:
+            write_report(folder)
+        except UserError as error:
+            assert "\n" not in str(error) and ("scores.json" in str(error) or "env.json" in str(error))

@@ -1,5 +1,6 @@
 """What JSON of a run folder must look like, and where a value departs from it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -7,6 +8,35 @@ from ..errors import UserError
 # A type, of which float takes whole numbers too; None; a tuple of shapes, one of which must fit; [shape], a list of any length;
 # {str: shape}, an object with any keys; {"name": shape}, an object with at least these keys, of which "name?" may be absent.
 Shape = Any
+
+SCORES = {
+    "name": str,
+    "corpus": {
+        "name": str,
+        "locales": [str],
+        "labels": int,
+        "train_utterances": {str: int},
+        "test_utterances": {str: int},
+        "tokens_per_word?": ({str: float}, None),
+    },
+    "backbone": {"name": str, "parameters": float, "layers": int, "hidden": int, "vocabulary": int},
+    "runs": [
+        {
+            "strategy": str,
+            "label": str,
+            "lr": float,
+            "order": [str],
+            "order_name": str,
+            "seed": int,
+            "diverged?": (str, None),
+            "trainable_parameters": int,
+            "steps": int,
+            "R": [[(float, None)]],
+        }
+    ],
+    "choices?": [str],
+}
+ENVIRONMENT = {"commit?": (str, None), "command?": (str, [str]), "argv?": (str, [str])}
 
 
 def misfit(value: object, shape: Shape, path: str = "") -> str | None:
@@ -39,3 +69,21 @@ def check_shape(value: object, shape: Shape) -> None:
     where = misfit(value, shape)
     if where is not None:
         raise UserError(f"{where} is missing or of another type")
+
+
+def check_scores(scores: Mapping[str, Any]) -> None:
+    """Raise UserError unless the contents of scores.json can be reported."""
+    if scores.get("format") != 1:
+        raise UserError(f"has format {scores.get('format')!r}; only format 1 is known")
+    check_shape(scores, SCORES)
+    for name in ("train_utterances", "test_utterances"):
+        if not scores["corpus"][name]:
+            raise UserError(f"corpus.{name} is empty")
+    shapes: dict[str, tuple[int, int]] = {}
+    for i, run in enumerate(scores["runs"]):
+        R, T = run["R"], len(run["order"])
+        cells = [value for row in R for value in row if value is not None]
+        if T == 0 or len(R) not in (2, T + 1) or any(len(row) != T for row in R) or not all(0 <= value <= 1 for value in cells):
+            raise UserError(f"runs[{i}].R is no matrix of F1, T+1 or 2 rows by {T} languages, 0 to 1 or null")
+        if shapes.setdefault(run["label"], (len(R), T)) != (len(R), T):
+            raise UserError(f"runs[{i}].R is of another shape than those before it")
