@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,11 +71,27 @@ def tiny_backbone(config: Config, corpus: Corpus, progress: OnProgress) -> Path:
     30 % of the tokens are predicted: 80 % of these masked, 10 % replaced, 10 % left alone. Devlin et al. 2019
     (arXiv 1810.04805) predict 15 %. Embeddings of tokens that the text never uses keep their initial values.
     """
-    sizes = tiny_config(config, corpus)
+    return _tiny(config, corpus, progress)[0]
+
+
+def warm_up_threads(config: Config, corpus: Corpus, progress: OnProgress) -> int | None:
+    """Return how many threads the tiny backbone was warmed up on, which changes its weights; None without a warm-up.
+
+    The count is kept with the backbone, but is no part of its cache key: a run continued on another count finds its backbone.
+    """
+    return _tiny(config, corpus, progress)[1]["threads"] if config.backbone == "tiny" else None
+
+
+def _tiny(config: Config, corpus: Corpus, progress: OnProgress) -> tuple[Path, dict[str, Any]]:
+    """Return the tiny backbone's folder and what is kept with it; both are made if not cached."""
+    sizes, threads = tiny_config(config, corpus), torch.get_num_threads() if config.pretrain_steps else None
     name = key(FORMAT, corpus.fingerprint, sizes, config.pretrain_steps, config.pretrain_batch, config.seed)
     folder = cache_folder(config.cache) / f"backbone-{name}"
-    open_entry(folder, lambda temporary: _warmed_up(config, corpus, sizes, progress).save_pretrained(temporary), progress)
-    return folder
+
+    def make(temporary: Path) -> None:
+        _warmed_up(config, corpus, sizes, progress).save_pretrained(temporary)
+
+    return folder, open_entry(folder, make, progress, threads=threads)
 
 
 def _warmed_up(config: Config, corpus: Corpus, sizes: XLMRConfig, progress: OnProgress) -> XLMRForTokenClassification:

@@ -111,8 +111,8 @@ class RunFolder:
             file = self.path / CHECKPOINT
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
-    def write_environment(self, device: torch.device) -> None:
-        """Write env.json: command, commit, versions, device."""
+    def write_environment(self, device: torch.device, backbone_threads: int | None = None) -> None:
+        """Write env.json: command, commit, versions, device, threads. backbone_threads: those of the tiny backbone's warm-up."""
         self.check()
         if device.type == "cuda":
             name, lora = torch.cuda.get_device_name(device), "Triton"
@@ -128,6 +128,7 @@ class RunFolder:
                 **{package: _version(package) for package in packages},
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
+                "backbone_threads": backbone_threads,
                 "lora": lora,
             },
         )
