@@ -107,7 +107,7 @@ class RunFolder:
 
         try:
             yield
-        except (UserError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, SafetensorError, RecursionError) as error:  # UserErrors and JSON's are ValueErrors
             file = self.path / CHECKPOINT
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
@@ -221,7 +221,7 @@ def _in_use(name: str) -> bool:
         os.kill(int(name.split(".")[3]), 0)  # the process that `written` puts into the name
     except ProcessLookupError:
         return False
-    except (PermissionError, ValueError):  # another user's process; no number
+    except (PermissionError, ValueError, OverflowError):  # another user's process; no number of a process
         pass
     return True
 

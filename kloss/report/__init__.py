@@ -82,15 +82,16 @@ def _read_log(path: Path) -> Log:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}; rename or delete it to go on") from error
     phases: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line, parse_int=_number, parse_float=_number, parse_constant=_number)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from error
+            raise UserError(f"{path}:{number} is not JSON: {error}; delete the line to go on") from error
         if not isinstance(entry, dict):
-            raise UserError(f"{path}:{number} holds JSON of type {type(entry).__name__}, an object is needed")
+            kind = type(entry).__name__
+            raise UserError(f"{path}:{number} holds JSON of type {kind}, an object is needed; delete the line to go on")
         phases.setdefault(str(entry.get("phase", "")), []).append(entry)
     return phases
 
