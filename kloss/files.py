@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,12 +48,17 @@ def written(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def temporary_folder(parent: Path) -> Path:
-    """Make a temporary folder in `parent`; remove those that killed processes left there more than a day ago."""
+    """Make a temporary folder in `parent`; remove those that killed processes left there more than a day ago.
+
+    Its permissions are the umask's, since it becomes an entry of a cache that users may share; tempfile's folders are private.
+    """
     for leftover in parent.glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
             if time.time() - leftover.stat().st_mtime > 86400:
                 shutil.rmtree(leftover)
-    return Path(tempfile.mkdtemp(dir=parent, prefix=".tmp-"))
+    temporary = parent / f".tmp-{secrets.token_hex(8)}"
+    temporary.mkdir()
+    return temporary
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,10 +91,13 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[st
     from safetensors.torch import save_file
 
     with written(path) as temporary:
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # the umask's; save_file would leave the file private
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        temporary.chmod(permissions)
 
 
 def read_tensors(path: Path) -> dict[str, "Tensor"]:

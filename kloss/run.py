@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from .cl.backbone import load_backbone
+from .cl.backbone import load_backbone, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results
@@ -29,7 +29,7 @@ from .config import Config
 from .console import Console
 from .errors import UserError
 from .estimate import describe
-from .files import read_json, write_json
+from .files import read_json
 from .presets import PRESETS
 from .report import write_report
 
@@ -128,11 +128,17 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     f"the run stopped on {threads} threads and goes on with {torch.get_num_threads()}: "
                     "scores may differ from those of a run that was not stopped"
                 )
-            folder.write_environment(device)
+            warm_up = warm_up_threads(config, corpus, progress)
+            if warm_up not in (None, torch.get_num_threads()):
+                progress.say(
+                    f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has "
+                    f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
+                )
+            folder.write_environment(device, warm_up)
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
-            write_json(folder.path / "scores.json", results(config, corpus, study, backbone, parameters, outcome))
+            folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
         write_report(folder.path)
         return folder.path, folder.scores()
 

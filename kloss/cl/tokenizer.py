@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import written
-from .cache import hash_files, key
+from .cache import SEAL, hash_files, key, open_entry
 
 FORMAT = 1  # part of a trained tokenizer's cache key; increment when the same texts give another one
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
@@ -38,30 +37,28 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def hash_tokenizer(folder: Path) -> str:
-    """Return 32 hex digits that depend on a tokenizer's files, but not on model weights beside them."""
-    return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS))
+    """Return 32 hex digits that depend on a tokenizer's files, but not on model weights or an entry's digest beside them."""
+    return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS and f.name != SEAL))
 
 
-def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]) -> Path:
+def tokenizer_folder(
+    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]], progress: Callable
+) -> Path:
     """Return a tokenizer's folder: `name` itself, a cached copy from the hub, or for None one trained on `texts`.
 
     digest: hash of what the texts come from; part of the trained tokenizer's cache key.
     """
     if name is None:
         folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
-        if not folder.is_dir():
-            with written(folder, folder=True) as temporary:
-                train_tokenizer(texts(), temporary)
+        open_entry(folder, lambda temporary: train_tokenizer(texts(), temporary), progress)
         return folder
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser().resolve()
     tokenizer = load_tokenizer(name)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as saved:
+    with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         folder = cache / f"tokenizer-{hash_tokenizer(Path(saved))}"
-        if not folder.is_dir():
-            with written(folder, folder=True) as temporary:
-                shutil.copytree(saved, temporary, dirs_exist_ok=True)
+        open_entry(folder, lambda temporary: shutil.copytree(saved, temporary, dirs_exist_ok=True), progress)
     return folder
 
 
