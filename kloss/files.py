@@ -118,8 +118,8 @@ def written(path: Path, *, folder: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*") if folder else (temporary,):
             if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
         try:
             os.replace(temporary, path)
         except OSError:

@@ -22,31 +22,42 @@ def refused(words, function, *arguments):
     return line
 
 
-def odd_entries(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Entries of a folder that are no readable regular file, by kind: path, and words of the refusal."""
-    made = {kind: folder / f"{kind}.json" for kind in ("folder", "fifo", "socket", "broken", "circle", "device", "missing")}
-    made["folder"].mkdir()
-    os.mkfifo(made["fifo"])
-    with socket.socket(socket.AF_UNIX) as bound:
+ODD_ENTRIES = {
+    "folder": "is a folder",
+    "fifo": "is a FIFO",
+    "socket": "is a socket",
+    "device": "is a device",
+    "broken": "is a broken link",
+    "circle": "Too many levels of symbolic links",
+}
+
+
+def make_odd_entry(path: Path, kind: str) -> str:
+    """Make what is no readable regular file. Returns words of its refusal."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
         before = Path.cwd()
-        os.chdir(folder)  # the name of a socket has at most 107 bytes
-        bound.bind(made["socket"].name)
+        os.chdir(path.parent)  # the name of a socket has at most 107 bytes
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
         os.chdir(before)
-    made["broken"].symlink_to("nowhere")
-    made["circle"].symlink_to(made["circle"].name)
-    made["device"].symlink_to("/dev/zero")
-    words = {"folder": "a folder", "fifo": "a FIFO", "socket": "a socket", "broken": "a broken link", "device": "a device"}
-    words |= {"circle": "Too many levels of symbolic links", "missing": "does not exist"}
-    return {kind: (path, words[kind]) for kind, path in made.items()}
+    else:
+        path.symlink_to({"device": "/dev/zero", "broken": "nowhere", "circle": path.name}[kind])
+    return ODD_ENTRIES[kind]
 
 
 def test_only_regular_files_are_read(tmp_path):
     write_json(tmp_path / "good", {"a": "ü"})
     (tmp_path / "link").symlink_to("good")
     assert read_json(tmp_path / "link") == {"a": "ü"}
-    for path, words in odd_entries(tmp_path).values():
+    for kind in ODD_ENTRIES:
+        words = make_odd_entry(tmp_path / f"{kind}.json", kind)
         for reader in (read_json, read_tensors):
-            assert path.name in refused(words, reader, path)
+            assert f"{kind}.json" in refused(words, reader, tmp_path / f"{kind}.json")
+    refused("does not exist", read_json, tmp_path / "nothing")
     refused("embedded null byte", read_json, tmp_path / "a\0b")
     refused("File name too long", read_json, tmp_path / ("a" * 256))
     refused("Not a directory", read_json, tmp_path / "good" / "b")

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UserError
-from ..files import temporary_folder, written
+from ..files import read_json, temporary_folder, written
 from . import massive, synthetic
 from .cache import cache_folder, key
 from .languages import LOCALES, check_locales
@@ -201,12 +201,8 @@ def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, A
 def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> list[str]:
     """Return the training utterances, words separated by spaces, to train a tokenizer on."""
     progress(0, 1, "training a tokenizer")
-    texts = []
-    for position, record in source.read():
-        locale, partition, words, _ = massive.utterance(position, record)
-        if partition == "train" and (locales is None or locale in locales):
-            texts.append(" ".join(words))
-    return texts
+    utterances = massive.utterances(source, locales)
+    return [" ".join(words) for _, partition, _, words, _ in utterances if partition == "train"]
 
 
 def _open_cache(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
@@ -214,11 +210,11 @@ def _open_cache(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
     if not folder.is_dir():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Sentences._fields}
         if {name: len(values) for name, values in arrays.items()} == meta["sizes"]:
             return meta, arrays
-    except (OSError, ValueError, EOFError):  # a file is missing, cut short, or no array
+    except (OSError, ValueError, EOFError):  # a file is missing, cut short, no array or no JSON
         pass
     with contextlib.suppress(FileNotFoundError):  # another process may have moved it
         os.rename(folder, temporary_folder(folder.parent) / "damaged")
@@ -241,12 +237,9 @@ def _read(
     words: dict[str, int] = {}
     names = {"O": 0}
     progress(0, 1, f"reading {source.name}")
-    for count, (position, record) in enumerate(source.read(), 1):
-        locale, partition, texts, labels = massive.utterance(position, record)
-        if locales is not None and locale not in locales:
-            continue
+    for count, (locale, partition, name, texts, labels) in enumerate(massive.utterances(source, locales), 1):
         target = utterances[locale, partition]
-        target.ids.append(record["id"])
+        target.ids.append(name)
         target.lengths.append(len(texts))
         target.words.extend([words.setdefault(text, len(words)) for text in texts])
         target.labels.extend([names.setdefault(label, len(names)) for label in labels])
