@@ -13,7 +13,8 @@ from .files import shown, user_path
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
-    "rank tiny_layers tiny_hidden seeds orders": (1, 10_000),
+    "rank tiny_layers seeds orders": (1, 10_000),
+    "tiny_hidden": (1, 4096),  # estimating the time of wider layers takes minutes
     "epochs batch_size pretrain_batch pass_tokens limit eval_limit": (1, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
     "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),

@@ -128,7 +128,7 @@ def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.dev
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name, values in needed.items():
         if 16 * values > there:  # weight, gradient, two moments
-            raise UserError(f"{name} needs {values / 2**26:,.0f} GiB for training; {device} has {there / 2**30:,.0f} GiB")
+            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
 
 
 def run(config: Config, progress: Progress) -> tuple[Path, dict]:
