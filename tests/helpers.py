@@ -19,10 +19,6 @@ PLACES = [
 ]
 
 
-def fuzz_examples(cases: int) -> int:
-    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
-
-
 def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Tensor | None = None) -> None:
     """Norm-wise error of each group at most twice that of plain torch in the same dtype, plus that dtype's eps.
 
@@ -46,6 +42,11 @@ def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Te
     good = error <= 2 * plain + torch.finfo(result.dtype).eps * size
     worst = (~good).nonzero()[:5, 0].tolist()
     assert good.all(), [(g, f"{error[g]:.2e}", f"plain {plain[g]:.2e}", f"norm {size[g]:.2e}") for g in worst]
+
+
+def fuzz_examples(cases: int) -> int:
+    """Return how many cases a fuzzer tries: `cases`, or KLOSS_FUZZ times as many."""
+    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
 
 
 class Problem(NamedTuple):

@@ -196,12 +196,8 @@ def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, A
 def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> list[str]:
     """Return the training utterances, words separated by spaces, to train a tokenizer on."""
     progress(0, 1, "training a tokenizer")
-    texts = []
-    for position, record in source.read():
-        locale, partition, words, _ = massive.utterance(position, record)
-        if partition == "train" and (locales is None or locale in locales):
-            texts.append(" ".join(words))
-    return texts
+    utterances = massive.utterances(source, locales)
+    return [" ".join(words) for _, partition, _, words, _ in utterances if partition == "train"]
 
 
 class _Utterances:
@@ -220,12 +216,9 @@ def _read(
     words: dict[str, int] = {}
     names = {"O": 0}
     progress(0, 1, f"reading {source.name}")
-    for count, (position, record) in enumerate(source.read(), 1):
-        locale, partition, texts, labels = massive.utterance(position, record)
-        if locales is not None and locale not in locales:
-            continue
+    for count, (locale, partition, name, texts, labels) in enumerate(massive.utterances(source, locales), 1):
         target = utterances[locale, partition]
-        target.ids.append(record["id"])
+        target.ids.append(name)
         target.lengths.append(len(texts))
         target.words.extend([words.setdefault(text, len(words)) for text in texts])
         target.labels.extend([names.setdefault(label, len(names)) for label in labels])
