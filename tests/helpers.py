@@ -1,5 +1,6 @@
 """Shared by tests: the one assertion for kernels, and problems for the multi-adapter linear."""
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,11 @@ PLACES = [
     ("cpu", torch.float16),
     *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
 ]
+
+
+def fuzz_examples(cases: int) -> int:
+    """Number of cases that a fuzzer tries: `cases`, times KLOSS_FUZZ where that is set."""
+    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
 
 
 def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Tensor | None = None) -> None:

@@ -640,7 +640,7 @@ def test_models_known_to_take_time_first_take_one_adapter_at_a_time(name):
         out = with_ids(model, ids, x) if ids else model(x)
         return out if isinstance(out, torch.Tensor) else out.last_hidden_state
 
-    with pytest.raises(ValueError, match="may have time before batch: use one id for all rows"):
+    with pytest.raises(ValueError, match="may have time before batch, .*: use one id for all rows"):
         states(model, [0, 1, 2, 3])
     merged = copy.deepcopy(model)
     for layer in layers(merged).values():
@@ -729,6 +729,12 @@ def test_a_model_with_adapters_of_another_library_is_refused():
 
 
 def test_wrappers_that_would_not_see_the_adapters_are_refused():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from kloss.models.targets import PARAMETER_WRAPPERS
+
+    kinds = nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule
+    assert {kind.__name__ for kind in kinds} == PARAMETER_WRAPPERS
     wrapper = type("DistributedDataParallel", (nn.Sequential,), {})
     with pytest.raises(UserError, match="the model is in a DistributedDataParallel, .* attach first"):
         kloss.attach(wrapper(nn.Linear(8, 8)), 1, 1)
@@ -761,7 +767,15 @@ def test_an_adapter_with_a_head_loads_without_it(task, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": True}, {"alpha": True}, {"alpha": [1.0, True]}, {"adapters": True}, {"seed": 1 << 64}, {"seed": 0.5}],
+    [
+        {"rank": True},
+        {"alpha": True},
+        {"alpha": [1.0, True]},
+        {"alpha": 10**40},
+        {"adapters": True},
+        {"seed": 1 << 64},
+        {"seed": 0.5},
+    ],
     ids=str,
 )
 def test_numbers_that_are_none(options):

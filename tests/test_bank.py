@@ -500,7 +500,7 @@ def test_an_adapter_that_changed_its_base_is_refused(init, tmp_path):
     assert equal(state_of(bank, [0, 1]), before)
 
 
-@pytest.mark.parametrize(("alpha", "rank"), [(2, 4), (10, 7), (20, 6), (16.5, 3), (0, 2)])
+@pytest.mark.parametrize(("alpha", "rank"), [(2, 4), (10, 7), (20, 6), (16.5, 3), (0, 2), (1 << 100, 3)])
 def test_alpha_is_saved_as_it_was_given(alpha, rank, tmp_path):
     bank = make_bank(2, [rank, 8], alpha=alpha)
 
@@ -554,5 +554,6 @@ def test_an_adapter_that_is_not_there(tmp_path):
         for g in (2, -1):
             with pytest.raises(UserError, match=f"no adapter {g}, the bank has 0 to 1"):
                 call(tmp_path, g)
-    with pytest.raises(UserError, match="alpha must be a finite number"):
-        AdapterBank(CONFIG, 1, 1, alpha=float("nan"))
+    for alpha in (float("nan"), float("inf"), 10**400, [1, 2]):
+        with pytest.raises(UserError, match="alpha must be a finite number"):
+            AdapterBank(CONFIG, 1, 1, alpha=alpha)

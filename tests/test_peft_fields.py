@@ -157,6 +157,10 @@ def test_adapter_model_bin_is_read_where_there_is_no_safetensors(tmp_path):
     file.unlink()
     load_peft(ours, tmp_path, 1)
     assert torch.equal(outputs(ours), net()(X))
+    theirs.save_pretrained(tmp_path / "by peft", safe_serialization=False)
+    assert (tmp_path / "by peft/adapter_model.bin").exists()
+    load_peft(ours, tmp_path / "by peft", 1)
+    torch.testing.assert_close(outputs(ours), theirs(X))
     torch.save({name: nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "adapter_model.bin")
     load_peft(ours, tmp_path, 1)
     torch.testing.assert_close(outputs(ours), theirs(X))
@@ -234,6 +238,14 @@ def compiled():
     return torch.compile(net(), backend="eager")
 
 
+def checkpointed():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = net()
+    model[0] = checkpoint_wrapper(model[0])
+    return model
+
+
 class Block(nn.Module):
     """A layer compiled within a model."""
 
@@ -253,11 +265,13 @@ def plain_block():
 
 @pytest.mark.parametrize(
     ("wrapped", "plain", "target"),
-    [(compiled, net, "0"), (Block, plain_block, "inner.0"), (lambda: nn.DataParallel(net()), net, "0")],
-    ids=["compiled", "a compiled block", "DataParallel"],
+    [(compiled, net, "0"), (Block, plain_block, "inner.0"), (lambda: nn.DataParallel(net()), net, "0"), (checkpointed, net, "0")],
+    ids=["compiled", "a compiled block", "DataParallel", "a checkpointed layer"],
 )
 def test_wrappers_are_in_no_name(wrapped, plain, target, tmp_path):
-    ours, other = kloss.attach(wrapped(), 2, 4, target), kloss.attach(plain(), 2, 4, target)
+    model = wrapped()
+    model(X)  # what torch compiled before must not go on
+    ours, other = kloss.attach(model, 2, 4, target), kloss.attach(plain(), 2, 4, target)
     one, two = (next(m for m in model.modules() if hasattr(m, "lora_a")) for model in (ours, other))
     assert one.name == two.name == target and torch.equal(one.lora_a, two.lora_a)
     one.lora_b.data.normal_()
@@ -266,6 +280,7 @@ def test_wrappers_are_in_no_name(wrapped, plain, target, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [target]
     load_peft(other, tmp_path, 1)
     torch.testing.assert_close(outputs(other), outputs(ours))
+    assert (outputs(ours) - plain()(X)).abs().max() > 0.1
     torch.testing.assert_close(PeftModel.from_pretrained(plain(), tmp_path)(X), outputs(ours))
 
 
@@ -291,6 +306,13 @@ def test_names_before_peft_s_own_are_left_out(prefix, tmp_path):
         load_peft(ours, tmp_path, 1)
 
 
+def test_adapters_in_a_module_saved_whole_are_not_dropped_with_it(tmp_path):
+    theirs = made_by_peft(tmp_path)
+    edit(tmp_path, modules_to_save=["model"])  # is in every name
+    load_peft(ours := attached(), tmp_path, 1, head="ignore")
+    torch.testing.assert_close(outputs(ours), theirs(X))
+
+
 def test_a_layer_of_the_model_s_own_called_module_keeps_its_name(tmp_path):
     model = kloss.attach(nn.ModuleDict({"module": net()}), 1, 2, "0")
     assert model["module"][0].name == "module.0"
@@ -302,7 +324,7 @@ def test_a_layer_of_the_model_s_own_called_module_keeps_its_name(tmp_path):
     assert torch.equal(again["module"][0].lora_b, model["module"][0].lora_b)
 
 
-@pytest.mark.parametrize("alpha", [2, 2.0, 10, 20, 0, -3, 16.5, 0.1])
+@pytest.mark.parametrize("alpha", [2, 2.0, 10, 20, 0, -3, 16.5, 0.1, 1 << 100])
 def test_alpha_is_saved_as_it_was_given(alpha, tmp_path):
     save_peft(kloss.attach(net(), 2, [7, 3], "0", alpha=alpha), tmp_path, 1)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
 from ..kernels.dropout import draws, stream_keys
-from .peft_files import fitted, read_adapter, write_adapter
+from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .targets import find_targets, named, plain_modules, routed, time_first
 
 
@@ -165,7 +165,7 @@ class MultiAdapterLinear(nn.Module):
             needed = f"[{size}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
             raise ValueError(f"{self.name}: the input has shape {list(shape)}, needed is {needed}; or one id for all rows")
         if second and self.batch_first is False or len(shape) == 2 and self.routed:
-            why = "which may have time before batch" if second else "the tokens that a router chose"
+            why = "which may have time before batch, as another length would show" if second else "the tokens that a router chose"
             raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
 
 
@@ -201,7 +201,9 @@ def attach(
     if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
         raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
     ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
-    alphas = list(ranks) if alpha is None else _each("alpha", alpha, adapters, "a finite number", math.isfinite)
+    alphas = (
+        list(ranks) if alpha is None else _each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
+    )
     chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
     linears, shared = find_targets(model, ends), _Shared(ranks, alphas, chances, seed, ends)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .convert import LINEARS, QKV
-from .peft_files import fitted, read_adapter, write_adapter
+from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .rows import Rows
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
@@ -69,11 +69,11 @@ class AdapterBank(Rows):
         if len(ranks) != adapters or any(r < 1 for r in ranks):
             raise UserError(f"rank must be a positive number, or one for each of the {adapters} adapters; got {rank}")
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
-        if len(alphas) != adapters or not all(math.isfinite(a) for a in alphas):
+        if len(alphas) != adapters or not all(abs(a) <= LARGEST_ALPHA for a in alphas):
             raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
         self.rank, self.has_head, self.exact = max(ranks), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
-        self.ranks, self.alphas = torch.tensor(ranks), torch.tensor(alphas, dtype=torch.float64)
+        self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
         param = torch.zeros(adapters, _width(self.slots), dtype=torch.float32, device=device)
         super().__init__(param, param if dtype == torch.float32 else param.to(dtype))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json, read_tensors, write_json, write_tensors
+from .targets import WRAPPED
 
 # Read, and obeyed or refused by value.
 HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "modules_to_save"}
@@ -59,6 +60,7 @@ PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+LARGEST_ALPHA = torch.finfo(torch.float32).max
 SAFETENSORS, BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
 
@@ -79,8 +81,8 @@ class Adapter(NamedTuple):
     saved_whole: tuple[str, ...]
 
     def in_saved_whole(self, name: str) -> bool:
-        """Whether a tensor belongs to a module that was saved whole."""
-        return any(f".{module}." in name for module in self.saved_whole)
+        """Whether a tensor belongs to a module that was saved whole, and not to an adapter in one."""
+        return ".lora_" not in name and any(f".{module}." in name for module in self.saved_whole)
 
 
 def write_adapter(folder: str | Path, tensors: dict[str, Tensor], *, rank: int, alpha: float, **settings: object) -> None:
@@ -121,7 +123,7 @@ def read_adapter(folder: str | Path, largest: int) -> Adapter:
     if kind != "LORA" or type(rank) is not int or not 1 <= rank <= largest:
         raise UserError(f"{folder}: a LORA adapter of rank 1 to {largest} is needed, got {kind!s:.60} {rank!s:.60}")
     _check_settings(folder, config)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= torch.finfo(torch.float32).max:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
         raise UserError(f"{folder}: lora_alpha must be a number that is finite in fp32, got {alpha!r:.60}")
     if not (stabilised is None or isinstance(stabilised, bool)):
         raise UserError(f"{folder}: use_rslora must be true or false, got {stabilised!r:.60}")
@@ -135,7 +137,7 @@ def read_adapter(folder: str | Path, largest: int) -> Adapter:
         raise UserError(f"{folder}: {min(a ^ b)} has only one of lora_A and lora_B")
     if not a:
         raise UserError(f"{folder}: the file of the weights holds no lora_A and lora_B")
-    root = math.sqrt(rank)
+    alpha, root = float(alpha), math.sqrt(rank)
     alpha, scaling = (alpha * root, alpha / root) if stabilised else (alpha, alpha / rank)
     return Adapter(rank, alpha, scaling, tensors, tuple(saved_whole))
 
@@ -183,7 +185,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def fitted(folder: str | Path, tensors: dict[str, Tensor], views: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of a file as the views they belong to want them, by the views' names. Nothing is written.
 
-    tensors: by peft's names; those that wrappers put in (torch.compile's _orig_mod, DDP's module) are left out.
+    tensors: by peft's names; what wrappers put in (torch.compile's _orig_mod, DDP's module) is left out.
     where: what lacks a place, for messages.
     Raises UserError for a tensor that has no view of its shape, that comes twice, is no strided float, or is not finite.
     """
@@ -205,7 +207,7 @@ def fitted(folder: str | Path, tensors: dict[str, Tensor], views: Mapping[str, T
 def _unwrapped(name: str, known: Mapping[str, Tensor]) -> str:
     """A tensor's name without the parts that wrappers put in, unless the model has them itself."""
     if name not in known:
-        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        name = ".".join(part for part in name.split(".") if part not in WRAPPED)
     if name not in known:
         name = re.sub(r"^(module\.)*base_model\.model\.(module\.)*", "base_model.model.", name)
     return name

@@ -8,6 +8,8 @@ from ..errors import UserError
 
 # Modules of other adapter libraries, by the beginning of their class's module: peft, AdapterHub's adapters, lycoris, loralib.
 ADAPTER_LIBRARIES = ("peft.", "adapters.methods.", "lycoris.", "loralib.")
+# The names of what torch.compile and torch's activation checkpointing wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 # Wrappers that manage the parameters they found when they were made; those of adapters attached later they would not.
 PARAMETER_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 # Models of transformers in which some linears get [length, batch, width].
@@ -24,7 +26,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name in modules:
         if name:
             parent, _, leaf = name.rpartition(".")
-            wraps = leaf == "_orig_mod" or leaf == "module" and isinstance(modules[parent], nn.DataParallel)
+            wraps = leaf in WRAPPED or leaf == "module" and isinstance(modules[parent], nn.DataParallel)
             plain[name] = plain[parent] if wraps else f"{plain[parent]}.{leaf}".lstrip(".")
     return {plain[name]: module for name, module in modules.items()}
 
