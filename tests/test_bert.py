@@ -3,13 +3,17 @@
 import json
 import warnings
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from test_xlmr import close, edit_config, make_batch
 
+from kloss.cl.backbone import tiny_config
+from kloss.config import Config
 from kloss.errors import UserError
+from kloss.kernels import make_segments
 from kloss.models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from kloss.models.architecture import COMPUTED, DEFAULTS, DEFAULTS_OF, HARMLESS, MODELS
 
@@ -123,8 +127,6 @@ def test_peft_loads_an_adapter_of_each_kind(tmp_path, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns of adapters that find no place
         adapted = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    from kloss.kernels import make_segments
-
     ids, offsets = make_batch([7, 3, 12], 60)
     with torch.no_grad():
         mine = ours(ids, offsets, make_segments(offsets, torch.ones(3, dtype=torch.int32), 2), bank)
@@ -132,6 +134,13 @@ def test_peft_loads_an_adapter_of_each_kind(tmp_path, kind):
     other = AdapterBank(ours, 1, 4)
     other.load_peft(tmp_path / "adapter", 0)
     assert torch.equal(other.param[0], bank.param[1])
+
+
+@pytest.mark.parametrize("pad", [0, 1, 7])
+def test_a_tiny_backbone_has_as_many_positions_whatever_the_padding_token(pad):
+    corpus = SimpleNamespace(max_length=512, vocab_size=60, labels=("O",), pad_id=pad)
+    sizes = tiny_config(Config(), corpus)
+    assert sizes.max_length == 512 and sizes.first_position == pad + 1 and sizes.max_position_embeddings == 513 + pad
 
 
 # config.json
