@@ -1,5 +1,6 @@
 """Shared by tests: the one assertion for kernels, and problems for the multi-adapter linear."""
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kloss.kernels import Dropout, Segments, make_segments, reference, row_keys
+
+
+def fuzz_examples(cases: int) -> int:
+    """How many cases a fuzzer tries: `cases`, or KLOSS_FUZZ times as many."""
+    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
+
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Triton's interpreter multiplies bf16 blocks wrongly, so bf16 is for GPUs.

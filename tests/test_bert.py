@@ -213,7 +213,7 @@ def test_a_config_of_another_function_is_refused_by_its_field_and_value(tmp_path
 BAD_SIZES = {name: [-5, 10**9, 10**19, 1e400, "7", True, [2], {"a": [{}]}] for name in DEFAULTS}
 BAD_SIZES |= {name: [*BAD_SIZES[name], None, float("nan"), 0] for name in ("hidden_size", "num_attention_heads")}
 for name in ("layer_norm_eps", "initializer_range"):
-    BAD_SIZES[name] = [-5, 1e400, float("nan"), "7", True, None]  # no shape depends on it
+    BAD_SIZES[name] = [-5, 1e400, 10**400, 1e308, float("nan"), "7", True, None]  # no shape depends on it
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -1,6 +1,5 @@
 """Sizes of an encoder, and which config.json of transformers says an encoder that kloss computes."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -49,6 +48,7 @@ HARMLESS = frozenset({
     "tie_last_hidden_states", "num_labels", "id2label", "label2id", "problem_type", "dtype", "torch_dtype", "architectures",
     "model_type", "transformers_version", "name_or_path", "_name_or_path",
 })  # fmt: skip
+LARGEST = 1000.0  # epsilon and deviation of the initial weights, which are finite so in fp16
 FROM_ZERO = ("layer_norm_eps", "initializer_range", "pad_token_id")
 
 
@@ -79,9 +79,10 @@ class XLMRConfig:
         for field in fields(self)[:-1]:
             value, least = getattr(self, field.name), 0 if field.name in FROM_ZERO else 1
             if type(value) not in ((int, float) if isinstance(field.default, float) else (int,)):
-                raise UserError(f"{field.name} must be a number like {field.default}, got {value!r}")
-            if not least <= value < math.inf:
-                raise UserError(f"{field.name} must be at least {least} and finite, got {value!r}")
+                raise UserError(f"{field.name} must be a number like {field.default}, got {repr(value)[:200]}")
+            if not value >= least or isinstance(field.default, float) and value > LARGEST:
+                limit = f" and at most {LARGEST:g}" if isinstance(field.default, float) else ""
+                raise UserError(f"{field.name} must be at least {least}{limit}, got {repr(value)[:200]}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if self.max_length < 1:
@@ -117,11 +118,11 @@ def from_config(stored: Mapping[str, Any], source: str) -> XLMRConfig:
     """
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in MODELS:
-        raise UserError(f"{source} holds a {kind!r} model; kloss loads {', '.join(MODELS)}")
+        raise UserError(f"{source} holds a {repr(kind)[:200]} model; kloss loads {', '.join(MODELS)}")
     for key, value in COMPUTED.items():
         given = stored.get(key, value)
         if given != value and not (key == "embedding_size" and given == stored.get("hidden_size")):
-            raise UserError(f"{source}: {key} is {given!r}, only {value!r} is supported")
+            raise UserError(f"{source}: {key} is {repr(given)[:200]}, only {value!r} is supported")
     sizes = {key: stored.get(key, value) for key, value in (DEFAULTS | DEFAULTS_OF[kind]).items()}
     if kind == "bert" and sizes["pad_token_id"] is None:
         sizes["pad_token_id"] = 0  # BERT's positions do without it
