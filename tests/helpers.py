@@ -19,11 +19,6 @@ PLACES = [
 ]
 
 
-def fuzz_examples(cases: int) -> int:
-    """Number of cases that a fuzzer tries: `cases`, times KLOSS_FUZZ where that is set."""
-    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
-
-
 def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Tensor | None = None) -> None:
     """Norm-wise error of each group at most twice that of plain torch in the same dtype, plus that dtype's eps.
 

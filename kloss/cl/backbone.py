@@ -47,6 +47,7 @@ def _check_positions(sizes: XLMRConfig, corpus: Corpus, name: str) -> None:
 def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:
     """Return the tiny backbone's sizes for a corpus: heads of width 32, feed-forward layers 4 times as wide as the rest.
 
+    Positions count from the corpus's padding token, as in XLM-R, and are as many whatever its id.
     Init std is scaled by sqrt(768 / width): unscaled, attention is too weak at width 128.
     Raises UserError for utterances longer than its positions.
     """
@@ -62,6 +63,7 @@ def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:
         intermediate_size=4 * width,
         num_attention_heads=max(1, width // 32),
         pad_token_id=corpus.pad_id,
+        max_position_embeddings=TINY.max_length + corpus.pad_id + 1,
     )
 
 

@@ -184,7 +184,7 @@ class AdapterBank(Rows):
             for target in self.targets:
                 a, b = (self.view(self.param, f"{layer}.{target}.{kind}")[g] for kind in "ab")
                 names = [f"attention.self.{part}" for part in QKV] if target == "qkv" else [LINEARS[target]]
-                prefix = f"base_model.model.roberta.encoder.layer.{layer}"
+                prefix = f"base_model.model.{self.config.prefix}encoder.layer.{layer}"
                 for name, a_part, b_part in zip(names, a.chunk(len(names)), b.chunk(len(names)), strict=True):
                     tensors[f"{prefix}.{name}.lora_A.weight"] = a_part[:rank]
                     tensors[f"{prefix}.{name}.lora_B.weight"] = b_part[:, :rank]

@@ -7,9 +7,7 @@ is refused by name.
 
 import math
 import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json, read_tensors, write_json, write_tensors
+from .checkpoint import read_file
 from .targets import WRAPPED
 
 # Read, and obeyed or refused by value.
@@ -169,15 +168,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / BIN
     if not os.path.exists(path):
         raise UserError(f"{folder} holds neither {SAFETENSORS} nor {BIN}: the former does not exist, nor does the latter")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, AssertionError,
-        pickle.UnpicklingError, struct.error, OSError,
-    ) as error:  # fmt: skip  # foreign bytes fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged, cut short or holds code: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+    tensors = read_file(path)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} must hold tensors by name, got other things")
     return tensors
 
