@@ -53,12 +53,12 @@ def read_file(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file")
     if path.suffix == ".safetensors":
-        return readread_file(path)
+        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged, cut short or holds code: {reason}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, a dictionary of tensors is needed")
-    return {name: value for name, value in state.items() if isinstance(name, str)}
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds a {type(state).__name__}, a dictionary of tensors by name is needed")
+    return state
