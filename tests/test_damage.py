@@ -263,7 +263,7 @@ def test_a_home_that_nobody_knows(monkeypatch):
 
 LEARNERS = (
     Learner(experiences=(("aa",), ("bb",)), rank=2, alpha=2.0, lr=1e-2, seed=1, epochs=2, batch_size=4),
-    Learner(experiences=(("cc",),), rank=3, alpha=3.0, lr=float("inf"), seed=2, epochs=2, batch_size=4),  # diverges at step 2
+    Learner(experiences=(("cc",),), rank=3, alpha=3.0, lr=1e38, seed=2, epochs=2, batch_size=4),  # diverges at step 2
     Learner(experiences=(("aa",),), rank=None, alpha=1.0, lr=1e-2, seed=3, epochs=1, batch_size=6),
 )
 TO_SCORE = [{0: ["aa"], 1: ["aa", "bb"], 2: ["bb"]}, {0: ["cc"], 1: ["cc"]}, {1: ["aa"]}]

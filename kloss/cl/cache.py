@@ -31,7 +31,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
         raise UserError(f"cannot use {str(folder)!r} as the cache folder ({reason})") from error
 
 
-def open_entry(folder: Path, make: Callable[[Path], object], progress: Callable, **about: object) -> dict[str, Any]:
+def open_entry(folder: Path, make: Callable[[Path], object], progress: Callable | None, **about: object) -> dict[str, Any]:
     """Open an entry of the cache. One that is absent is made, one that is not what was written is moved away and made again.
 
     make: called as make(temporary), writes the files of the entry into the folder `temporary`.

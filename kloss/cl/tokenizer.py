@@ -74,7 +74,7 @@ def hash_tokenizer(folder: Path) -> str:
 
 
 def tokenizer_folder(
-    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]], progress: Callable
+    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]], progress: Callable | None = None
 ) -> Path:
     """Return a tokenizer's folder: `name` itself, a cached copy from the hub, or for None one trained on `texts`.
 
