@@ -39,11 +39,9 @@ def make_odd_entry(path: Path, kind: str) -> str:
     elif kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
-        before = Path.cwd()
-        os.chdir(path.parent)  # the name of a socket has at most 107 bytes
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-        os.chdir(before)
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(".socket")  # a socket's name has at most 107 bytes
+        (path.parent / ".socket").rename(path)
     else:
         path.symlink_to({"device": "/dev/zero", "broken": "nowhere", "circle": path.name}[kind])
     return ODD_ENTRIES[kind]

@@ -260,7 +260,7 @@ def damaged(draw, content, damage):
     if damage == "cut":
         del content[draw(st.integers(0, len(content))) :]
         return
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 4)) if content else 0):
         content[draw(st.integers(0, min(len(content), 4096) - 1))] = draw(st.integers(0, 255))
 
 
