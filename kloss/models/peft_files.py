@@ -166,20 +166,24 @@ def _check_settings(folder: Path, config: dict) -> None:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     if os.path.exists(folder / SAFETENSORS):
         return read_tensors(folder / SAFETENSORS)
-    path = folder / BIN
-    if not os.path.exists(path):
-        raise UserError(f"{folder} holds neither {SAFETENSORS} nor {BIN}: the former does not exist, nor does the latter")
+    if not os.path.exists(folder / BIN):
+        raise UserError(f"{folder}: neither {SAFETENSORS} nor {BIN} is there, one must exist")
+    tensors = _read_bin(folder / BIN)
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+        raise UserError(f"{folder / BIN} must hold tensors by name, got other things")
+    return tensors
+
+
+def _read_bin(path: Path) -> object:
+    """What torch.save wrote; code in it is not run."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (
         RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, AssertionError,
         pickle.UnpicklingError, struct.error, OSError,
-    ) as error:  # fmt: skip  # foreign bytes fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    ) as error:  # fmt: skip
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # foreign bytes fail in many ways
         raise UserError(f"{path} is damaged, cut short or holds code: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
-        raise UserError(f"{path} must hold tensors by name, got other things")
-    return tensors
 
 
 def fitted(folder: str | Path, tensors: dict[str, Tensor], views: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
