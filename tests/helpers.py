@@ -19,10 +19,6 @@ PLACES = [
 ]
 
 
-def fuzz_examples(cases: int) -> int:
-    return cases * int(os.environ.get("KLOSS_FUZZ", 1))
-
-
 def assert_no_worse(result: Tensor, reference: Tensor, oracle: Tensor, group: Tensor | None = None, *, floor: float = 1) -> None:
     """Norm-wise error of each group at most twice that of plain torch in the same dtype, plus `floor` of that dtype's eps.
 

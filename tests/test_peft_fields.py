@@ -201,7 +201,7 @@ def test_a_root_of_several_adapters_names_them(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json does not exist"):
         load_peft(attached(), tmp_path / "nothing", 1)
     (tmp_path / "english/adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="adapter_model.safetensors nor adapter_model.bin"):
+    with pytest.raises(UserError, match="adapter_model.safetensors nor adapter_model.bin is there"):
         load_peft(attached(), tmp_path / "english", 1)
 
 

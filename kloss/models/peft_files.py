@@ -167,7 +167,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder / SAFETENSORS)
     path = folder / BIN
     if not os.path.exists(path):
-        raise UserError(f"{folder} holds neither {SAFETENSORS} nor {BIN}: the former does not exist, nor does the latter")
+        raise UserError(f"{folder}: neither {SAFETENSORS} nor {BIN} is there, one must exist")
     tensors = read_file(path)
     if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} must hold tensors by name, got other things")
