@@ -94,15 +94,15 @@ def tensors(draw, state):
 
 PICKLED = {
     "list": lambda state: list(state.values()),
-    "lists": lambda state: {name: tensor.tolist() for name, tensor in state.items()},
+    "lists": lambda state: {name: tensor.float().tolist() for name, tensor in state.items()},
     "numbers": lambda state: dict(enumerate(state.values())),
     "within": lambda state: {"state_dict": state, "epoch": 3},
     "number": lambda state: 7,
     "None": lambda state: None,
     "evil": lambda state: state | {"extra": Evil()},
     "evil alone": lambda state: Evil(),
-    "expanded": lambda state: {name: tensor.flatten()[0].expand(tensor.shape) for name, tensor in state.items()},
-    "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
+    "expanded": lambda state: {name: tensor.float().flatten()[0].expand(tensor.shape) for name, tensor in state.items()},
+    "parameters": lambda state: {name: torch.nn.Parameter(tensor.float()) for name, tensor in state.items()},
     "meta": lambda state: {name: tensor.to("meta") for name, tensor in state.items()},
     "sparse": lambda state: {name: tensor.float().to_sparse() for name, tensor in state.items()},
     "as it is": lambda state: state,
