@@ -63,10 +63,10 @@ void parallel(int64_t jobs, void (*job)(int64_t, const void*), const void* conte
   });
 }
 
-// Checks a contiguous tensor.
-void check(const Tensor& tensor, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name, " has another type, device or layout");
+// Checks a contiguous tensor of `dims` dimensions.
+void check(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
+  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.dim() == dims;
+  STD_TORCH_CHECK(fits, name, " has another type, device or layout");
 }
 
 // Checks a tensor [G, rows, columns] whose matrices are each contiguous.
@@ -76,9 +76,9 @@ void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
       fits && tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2), name, " has another type, device or layout");
 }
 
-const void* pointer(const std::optional<Tensor>& tensor, ScalarType type, const char* name) {
+const void* pointer(const std::optional<Tensor>& tensor, ScalarType type, int64_t dims, const char* name) {
   if (!tensor) return nullptr;
-  check(*tensor, type, name);
+  check(*tensor, type, dims, name);
   return tensor->const_data_ptr();
 }
 
@@ -103,18 +103,19 @@ Call call(
   ScalarType type = x.scalar_type();
   const Kind* kind = kind_for(type, variant);
   STD_TORCH_CHECK(kind != nullptr, "no such kernel for this type on this processor");
-  check(x, type, "x");
+  check(x, type, 2, "x");
   check_rows(a, type, "lora_a");
   check_rows(b, type, "lora_b");
-  check(output, type, "y");
-  check(s, type, "s");
-  check(scaling_kept, ScalarType::Float, "scaling_kept");
-  check(order, ScalarType::Long, "order");
-  check(ends, ScalarType::Long, "ends");
+  check(output, type, 2, "y");
+  check(s, type, 2, "s");
+  check(scaling_kept, ScalarType::Float, 1, "scaling_kept");
+  check(order, ScalarType::Long, 1, "order");
+  check(ends, ScalarType::Long, 1, "ends");
   int64_t adapters = a.size(0), rank = b.size(2), k = x.size(1), n = b.size(1), rows = x.size(0), all = order.size(0);
-  bool fits = slices > 0 && a.size(1) == slices * rank && a.size(2) == k && b.size(0) == adapters && n % slices == 0 &&
-              scaling_kept.size(0) == adapters && ends.size(0) >= adapters && output.size(0) == rows && output.size(1) == n &&
-              all <= rows && s.size(0) == all && s.size(1) == slices * rank && (!ranks || ranks->size(0) == adapters) &&
+  bool fits = k > 0 && n > 0 && rank > 0 && slices > 0 && n % slices == 0 && a.size(1) % slices == 0 &&
+              a.size(1) / slices == rank && a.size(2) == k && b.size(0) == adapters && scaling_kept.size(0) == adapters &&
+              ends.size(0) >= adapters && output.size(0) == rows && output.size(1) == n && all <= rows && s.size(0) == all &&
+              s.size(1) == a.size(1) && (!ranks || ranks->size(0) == adapters) &&
               (!keys || (keys->size(0) >= all && threshold && threshold->size(0) >= all));
   STD_TORCH_CHECK(fits, "shapes do not fit each other");
   STD_TORCH_CHECK(
@@ -126,9 +127,9 @@ Call call(
   lora.scaling_kept = static_cast<const float*>(scaling_kept.const_data_ptr());
   lora.order = static_cast<const int64_t*>(order.const_data_ptr());
   lora.ends = static_cast<const int64_t*>(ends.const_data_ptr());
-  lora.ranks = static_cast<const int64_t*>(pointer(ranks, ScalarType::Long, "ranks"));
-  lora.keys = static_cast<const int64_t*>(pointer(keys, ScalarType::Long, "keys"));
-  lora.threshold = static_cast<const int16_t*>(pointer(threshold, ScalarType::Short, "threshold"));
+  lora.ranks = static_cast<const int64_t*>(pointer(ranks, ScalarType::Long, 1, "ranks"));
+  lora.keys = static_cast<const int64_t*>(pointer(keys, ScalarType::Long, 1, "keys"));
+  lora.threshold = static_cast<const int16_t*>(pointer(threshold, ScalarType::Short, 1, "threshold"));
   lora.s = s.mutable_data_ptr();
   check_range(lora.order, all, 0, all - 1, "order");
   check_range(lora.ends, adapters, 0, all, "ends");
@@ -151,15 +152,15 @@ void backward(
     std::optional<Tensor> keys, std::optional<Tensor> threshold, int64_t slices, int64_t variant, Tensor dy,
     Tensor s, Tensor ds, std::optional<Tensor> dx, std::optional<Tensor> da, std::optional<Tensor> db) {
   Call made = call(x, a, b, scaling_kept, order, ends, ranks, keys, threshold, slices, variant, dy, s);
-  check(ds, x.scalar_type(), "ds");
+  check(ds, x.scalar_type(), 2, "ds");
   STD_TORCH_CHECK(
       ds.numel() == s.numel() && (!dx || dx->numel() == x.numel()) && (!da || da->numel() == a.numel()) &&
           (!db || db->numel() == b.numel()),
       "dx, da, db and ds must have the sizes of x, lora_a, lora_b and s");
   made.lora.dy = dy.const_data_ptr(), made.lora.ds = ds.mutable_data_ptr();
-  made.lora.dx = const_cast<void*>(pointer(dx, x.scalar_type(), "dx"));
-  made.lora.da = const_cast<void*>(pointer(da, x.scalar_type(), "da"));
-  made.lora.db = const_cast<void*>(pointer(db, x.scalar_type(), "db"));
+  made.lora.dx = const_cast<void*>(pointer(dx, x.scalar_type(), 2, "dx"));
+  made.lora.da = const_cast<void*>(pointer(da, x.scalar_type(), 3, "da"));
+  made.lora.db = const_cast<void*>(pointer(db, x.scalar_type(), 3, "db"));
   made.kind->backward(made.lora, parallel);
 }
 

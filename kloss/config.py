@@ -1,16 +1,20 @@
 """What configures a run: one frozen dataclass. A preset (`presets.py`) returns one, a flag overrides it, nothing else does."""
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal, get_args
+import math
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import arg
 
 from .errors import UserError
+from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
-    "rank tiny_layers tiny_hidden seeds orders": (1, 10_000),
+    "rank tiny_layers seeds orders": (1, 10_000),
+    "tiny_hidden": (1, 4096),  # estimating the time of wider layers takes minutes
     "epochs batch_size pretrain_batch pass_tokens limit eval_limit": (1, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
     "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
@@ -21,6 +25,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "alpha weight_decay": (0, 1e30),
     "max_norm": (1e-30, float("inf")),
 }
+MOST_MATRICES = 10_000  # score matrices of a study; each takes about a millisecond to plan
 
 
 # The comment behind a field, or above it, is its text in --help; a class's docstring is its section's.
@@ -120,7 +125,10 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
         return {name: "inf" if value == float("inf") else value for name, value in settings.items()}  # JSON has no inf
 
     def checked(self) -> "Config":
-        """Return the configuration itself. Raises UserError for the first value that makes no sense."""
+        """Return the configuration, `~` of its paths expanded. Raises UserError for the first value that makes no sense.
+
+        `data` and `tokenizer` keep their `~`, as they stand in the config.json of older runs; their readers expand it.
+        """
         if not self.strategies:
             raise UserError(f"--strategies needs at least one of {', '.join(get_args(StrategyName))}")
         for names, (least, most) in LIMITS.items():
@@ -130,5 +138,23 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
                     raise UserError(f"{flag} needs at least one value")
                 for value in values if isinstance(values, tuple) else (values,):
                     if value is not None and not least <= value <= most:  # not: NaN compares false
-                        raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {value}")
-        return self
+                        raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {shown(value)}")
+        matrices = math.prod((len(self.strategies), len(self.rank), len(self.lr), self.orders, self.seeds))
+        if matrices > MOST_MATRICES:
+            raise UserError(
+                f"{matrices:,} score matrices (strategies x ranks x rates x orders x seeds) are more than the "
+                f"{MOST_MATRICES:,} of a study; lower --orders or --seeds"
+            )
+        return replace(self, **self._paths())
+
+    def _paths(self) -> dict[str, Any]:
+        """Return the paths that replace those with `~`. Raises UserError for one that can name nothing, see `user_path`."""
+        paths: dict[str, Any] = {}
+        for name in ("data", "tokenizer", "backbone", "groups", "out", "cache"):
+            given = getattr(self, name)
+            if given != getattr(Config, name):  # a default is a word, or "" for a default folder
+                path = user_path(given, f"--{name}")
+                if given.startswith("~") and name not in ("data", "tokenizer"):
+                    paths[name] = str(path)
+        user_path(self.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache", "--cache")
+        return paths

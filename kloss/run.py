@@ -6,6 +6,7 @@ several ranks, orders and seeds. The same command continues a run that was stopp
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -16,12 +17,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from .cl.backbone import load_backbone
+from .cl.backbone import load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results
 from .cl.rundir import open_run
-from .cl.runner import Progress, on_signals, train_study
+from .cl.runner import Progress, cohorts_of, on_signals, train_study
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
 from .cl.summary import summary_rows
@@ -29,7 +30,8 @@ from .config import Config
 from .console import Console
 from .errors import UserError
 from .estimate import describe
-from .files import read_json, write_json
+from .files import read_json, shown
+from .models import AdapterBank
 from .presets import PRESETS
 from .report import write_report
 
@@ -38,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Config:
     """Return a command line's configuration: a preset, overridden by the other flags. Exits with status 2 if malformed."""
     for argument in arguments:
         if re.search("[\ud800-\udfff]", argument):  # what the shell gave as other bytes
-            raise UserError(f"the argument {argument!r} is not UTF-8")
+            raise UserError(f"the argument '{shown(argument)}' is not UTF-8")
     preset_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset_only.add_argument("--preset", nargs="?")
     name = preset_only.parse_known_args(arguments)[0].preset
@@ -59,7 +61,8 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     """Return the tokenised corpus and the plan. Raises UserError for settings that do not fit together."""
-    for line in without_effect(config.checked()):
+    config = config.checked()
+    for line in without_effect(config):
         progress.say(line)
     locales, synthetic = check_locales(config.languages) or None, None
     if config.data == "synthetic":
@@ -107,10 +110,33 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:
+    """Raise UserError if the tiny backbone, or its largest cohort of adapters, takes more memory than the device has."""
+    if config.backbone != "tiny":
+        return  # its sizes are not known yet
+    sizes = tiny_config(config, corpus)
+    width, tokens = sizes.hidden_size, sizes.vocab_size + sizes.max_position_embeddings
+    needed = {f"the tiny backbone of width {width:,}": width * (tokens + 12 * sizes.num_hidden_layers * width)}
+    for members in cohorts_of(study, config.max_learners):
+        ranks = [learner.rank for learner in (study.learners[g] for g in members) if learner.rank is not None]
+        if ranks:
+            name = f"a cohort of {len(ranks):,} adapters of rank {max(ranks):,} (see --max-learners)"
+            needed[name] = len(ranks) * AdapterBank.width_of(sizes, max(ranks))
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, values in needed.items():
+        if 16 * values > there:  # weight, gradient, two moments
+            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
+
+
 def run(config: Config, progress: Progress) -> tuple[Path, dict]:
     """Run a study, or continue one. Returns the run folder and the contents of scores.json."""
-    device = device_of(config.checked().device)
+    config = config.checked()
+    device = device_of(config.device)
     corpus, study = prepare(config, progress)
+    check_memory(config, corpus, study, device)
     for locale, count in corpus.truncated.items():
         if count:
             progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
@@ -128,11 +154,17 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     f"the run stopped on {threads} threads and goes on with {torch.get_num_threads()}: "
                     "scores may differ from those of a run that was not stopped"
                 )
-            folder.write_environment(device)
+            warm_up = warm_up_threads(config, corpus, progress)
+            if warm_up not in (None, torch.get_num_threads()):
+                progress.say(
+                    f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has "
+                    f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
+                )
+            folder.write_environment(device, warm_up)
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
-            write_json(folder.path / "scores.json", results(config, corpus, study, backbone, parameters, outcome))
+            folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
         write_report(folder.path)
         return folder.path, folder.scores()
 
@@ -153,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         with on_signals(_interrupt):
-            config = parse(sys.argv[1:] if arguments is None else arguments)
+            config = parse(sys.argv[1:] if arguments is None else arguments).checked()
             if config.dry_run:
                 with console.progress() as progress:
                     lines = describe(config, *prepare(config, progress))
@@ -163,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     folder, scores = run(config, progress)
                 console.summary(summary_rows(scores), folder / "report.html")
     except UserError as error:
-        console.error(str(error))
+        console.error(shown(error, 2000))
         return 2
     except KeyboardInterrupt as interrupt:
         console.error("stopped; the same command continues from the last checkpoint")

@@ -175,7 +175,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     with kloss.use_adapters(ours, MIXED), pytest.raises(UserError, match="outside use_adapters"):
         load_peft(ours, good, 0)
     (tmp_path / "bad/adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         load_peft(ours, tmp_path / "bad", 0)
 
 
@@ -507,7 +507,7 @@ def test_mistakes_in_a_block():
     layer = ours.roberta.encoder.layer[0].attention.self.query
     with kloss.use_adapters(ours, [0]), pytest.raises(ValueError, match="query: the input is torch.float64"):
         layer(torch.ones(1, 32).double())
-    with kloss.use_adapters(ours, [0] * 32), pytest.raises(ValueError, match="query: the input has shape"):
+    with kloss.use_adapters(ours, [0, 1] * 16), pytest.raises(ValueError, match="query: the input has shape"):
         layer(torch.ones(32))
     long = Tiny(dropout=0.5)
     with kloss.use_adapters(long, [0]), pytest.raises(UserError, match="dropout takes 65536 positions"):
@@ -516,13 +516,14 @@ def test_mistakes_in_a_block():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
-def test_a_pretended_gpu_runs_triton_and_waits_only_once_a_batch(monkeypatch):
+@pytest.mark.parametrize("ids", [[2, -1, 0, 2], [1] * 3], ids=["mixed", "one adapter, another first dimension"])
+def test_a_pretended_gpu_runs_triton_and_waits_only_once_a_batch(ids, monkeypatch):
     def run(device):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 8))
         model = randomised(kloss.attach(model, 3, RANKS, alpha=ALPHAS, dropout=0.5)).to(device)
         x = torch.randn(4, 3, 16).to(device)
-        with kloss.use_adapters(model, [2, -1, 0, 2]):
+        with kloss.use_adapters(model, ids):
             model[0](x)
             before = len(gpu.waits) if device == GPU else 0
             y = model(x)
@@ -542,3 +543,241 @@ def test_importing_kloss_does_not_import_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
     with pytest.raises(AttributeError, match="no attribute 'attack'"):
         kloss.attack  # noqa: B018
+
+
+# What a layer's input is: batch first, or something else.
+
+
+class Turned(nn.Module):
+    """A layer that takes time first, in a model that takes the batch first."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def with_ids(model, ids, *inputs):
+    with torch.no_grad(), kloss.use_adapters(model, ids):
+        return model(*inputs)
+
+
+@pytest.mark.parametrize("shape", [(32,), (7, 32), (6, 32), (1, 16, 32), (0, 32), (2, 3, 0, 32), (3, 2, 5, 32)])
+def test_rows_of_one_adapter_may_have_any_shape(shape):
+    model = randomised(kloss.attach(nn.Sequential(nn.Linear(32, 64)), 3, RANKS, alpha=ALPHAS, dropout=0.5)).eval()
+    layer, x = model[0], torch.randn(shape)
+    for g in range(3):
+        update = F.linear(F.linear(x, layer.lora_a[g]), layer.lora_b[g]) * (ALPHAS[g] / RANKS[g])
+        torch.testing.assert_close(with_ids(model, [g] * 6, x), F.linear(x, layer.weight, layer.bias) + update)
+        assert with_ids(model.train(), [g] * 6, x).shape == (*shape[:-1], 64)  # with dropout
+        model.eval()
+    torch.testing.assert_close(with_ids(model, [-1] * 6, x), F.linear(x, layer.weight, layer.bias))
+    if shape[0] != 6:
+        with pytest.raises(ValueError, match="0: the input has shape .* or one id for all rows"):
+            with_ids(model, [0, 1] * 3, x)
+
+
+def test_one_adapter_of_a_model_whose_layers_meet_other_shapes():
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    def make():
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+        more = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8)
+        return DebertaV2Model(DebertaV2Config(**sizes, **more, initializer_range=0.2, pooler_hidden_size=32)).eval()
+
+    theirs = get_peft_model(make(), LoraConfig(r=2, target_modules=["query_proj", "dense"], init_lora_weights=False)).eval()
+    ours = kloss.attach(make(), 2, 2, ("query_proj", "dense"))
+    for name, layer in layers(ours).items():
+        peer = theirs.base_model.model.get_submodule(name)
+        layer.lora_a.data[1], layer.lora_b.data[1] = peer.lora_A["default"].weight.data, peer.lora_B["default"].weight.data * 4
+    wanted = theirs(IDS, MASK).last_hidden_state
+    torch.testing.assert_close(with_ids(ours, [1] * 5, IDS, MASK).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted - make()(IDS, MASK).last_hidden_state).abs().max() > 0.1
+    with pytest.raises(ValueError, match="query_proj: the input has shape"):
+        with_ids(ours, [0, 1, 1, 0, -1], IDS, MASK)
+
+
+def time_first_models():
+    from transformers import FSMTConfig, FSMTModel, LongformerConfig, LongformerModel, XLNetConfig, XLNetModel
+
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    longformer = LongformerConfig(**sizes, attention_window=4, max_position_embeddings=40, pad_token_id=1)
+    torch.manual_seed(0)
+    fsmt = FSMTConfig(
+        src_vocab_size=50, tgt_vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, langs=["en", "de"],
+    )  # fmt: skip
+    ids = torch.randint(5, 50, (4, 4))
+    return {
+        "XLNet": (XLNetModel(XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=2, d_inner=64)), ids),
+        "FSMT": (FSMTModel(fsmt), ids),
+        "Longformer": (LongformerModel(longformer), ids),
+        "a decoder of torch": (Decoder(), torch.randn(4, 4, 8)),
+        "beside an LSTM": (Turned(lstm=nn.LSTM(8, 8)), torch.randn(4, 4, 8)),
+    }
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["XLNet", "FSMT", "Longformer", "a decoder of torch", "beside an LSTM"])
+def test_models_known_to_take_time_first_take_one_adapter_at_a_time(name):
+    model, x = time_first_models()[name]
+    model = randomised(kloss.attach(model.eval(), 4, 4))
+
+    def states(model, ids):
+        out = with_ids(model, ids, x) if ids else model(x)
+        return out if isinstance(out, torch.Tensor) else out.last_hidden_state
+
+    with pytest.raises(ValueError, match="may have time before batch, .*: use one id for all rows"):
+        states(model, [0, 1, 2, 3])
+    merged = copy.deepcopy(model)
+    for layer in layers(merged).values():
+        layer.weight.data += (layer.lora_b[1] @ layer.lora_a[1]).data
+    torch.testing.assert_close(states(model, [1] * 4), states(merged, None), rtol=1e-4, atol=1e-5)
+    assert (states(model, [1] * 4) - states(model, None)).abs().max() > 1e-3
+
+
+def test_a_layer_that_was_seen_to_take_time_first_is_refused_at_the_length_of_the_batch():
+    model, square, long = randomised(kloss.attach(Turned(), 4, 4)), torch.randn(4, 4, 8), torch.randn(4, 6, 8)
+    with_ids(model, [1] * 4, long)
+    with pytest.raises(ValueError, match="inner: the input has shape .* time before batch"):
+        with_ids(model, [0, 1, 2, 3], square)
+    model = randomised(kloss.attach(Turned(), 4, 4))
+    for x in (long, square):  # the second would be computed, with the wrong adapters
+        with pytest.raises(ValueError, match="inner: the input has shape"):
+            with_ids(model, [0, 1, 2, 3], x)
+
+
+def test_a_layer_that_was_seen_to_take_the_batch_first_stays_so():
+    model = randomised(kloss.attach(nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)), 4, 4))
+    layer, square = model[0], torch.randn(4, 4, 8)
+    with kloss.use_adapters(model, [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="time before batch"):
+            layer(square)
+        layer(torch.randn(4, 6, 8))
+        layer(square)
+    for plain in (nn.Linear(8, 8), nn.Linear(8, 8)):
+        model = randomised(kloss.attach(nn.Sequential(plain), 4, 4))
+        with_ids(model, [1] * 4, torch.randn(8, 4, 8))  # beams: a multiple of the batch says nothing
+        with_ids(model, [1], torch.randn(7, 1, 8))
+        assert with_ids(model, [0, 1, 2, 3], square).shape == square.shape
+
+
+def test_tokens_that_a_router_chose_take_one_adapter_at_a_time():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):  # [4, 2, 8]: each expert gets the four tokens of one position
+            return torch.stack([expert(x[:, i]) for i, expert in enumerate(self.experts)], 1)
+
+    model = randomised(kloss.attach(Block(), 4, 4, "experts.0"))
+    x = torch.randn(4, 2, 8)
+    with pytest.raises(ValueError, match=r"experts.0: .*\[4, 8\], the tokens that a router chose: use one id"):
+        with_ids(model, [0, 1, 2, 3], x)
+    assert not torch.equal(with_ids(model, [1] * 4, x), with_ids(model, [2] * 4, x))
+
+
+# Models that others have changed.
+
+
+def test_a_model_with_adapters_of_another_library_is_refused():
+    theirs = get_peft_model(xlmr(), LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    wanted = logits(theirs.eval())
+
+    class LoRAParametrisation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Parameter(torch.ones(1, 8)), nn.Parameter(torch.ones(8, 1))
+
+        def forward(self, weight):
+            return weight + self.lora_B @ self.lora_A
+
+    from torch.nn.utils import parametrize
+
+    minimal = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    parametrize.register_parametrization(minimal[0], "weight", LoRAParametrisation())
+    inside = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    parametrize.register_parametrization(inside[0], "weight", nn.Linear(8, 8))
+    hub = type("LoRALinear", (nn.Linear,), {"__module__": "adapters.methods.lora"})
+    for model, match in (
+        (theirs, "has peft adapters .itself: PeftModel.; merge them .*merge_and_unload"),
+        (theirs.base_model.model, "has peft adapters"),
+        (nn.Sequential(hub(8, 8), nn.Linear(8, 8)), "has adapters adapters .0: LoRALinear"),
+        (minimal, "LoRA adapters of its own .0.parametrizations.weight.0: LoRAParametrisation"),
+        (inside, "0.parametrizations.weight.0 belongs to a parametrisation"),
+    ):
+        before = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(UserError, match=match):
+            kloss.attach(model, 2, 4)
+        assert not layers(model) and [p.requires_grad for p in model.parameters()] == before
+    merged = kloss.attach(theirs.merge_and_unload(), 2, 2, "query")
+    torch.testing.assert_close(logits(merged), wanted)
+
+
+def test_wrappers_that_would_not_see_the_adapters_are_refused():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from kloss.models.targets import PARAMETER_WRAPPERS
+
+    kinds = nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule
+    assert {kind.__name__ for kind in kinds} == PARAMETER_WRAPPERS
+    wrapper = type("DistributedDataParallel", (nn.Sequential,), {})
+    with pytest.raises(UserError, match="the model is in a DistributedDataParallel, .* attach first"):
+        kloss.attach(wrapper(nn.Linear(8, 8)), 1, 1)
+    with pytest.raises(UserError, match="^0 is compiled by itself.* attach first"):
+        kloss.attach(nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager")), 1, 1)
+
+
+def test_the_output_head_of_a_wrapped_model_stays_out_of_all_linear():
+    plain = layers(kloss.attach(xlmr(), 1, 1)).keys()
+    for wrapped in (torch.compile(xlmr(), backend="eager"), nn.DataParallel(xlmr())):
+        assert {layer.name for layer in layers(kloss.attach(wrapped, 1, 1)).values()} == plain
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "SEQ_CLS"])
+def test_an_adapter_with_a_head_loads_without_it(task, tmp_path):
+    theirs = get_peft_model(xlmr(), LoraConfig(task_type=task, r=2, target_modules=["query"], init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = kloss.attach(xlmr(), 2, 4, "query")
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(UserError, match=r'classifier.* has no place .* modules_to_save \(classifier, score\); head="ignore"'):
+        load_peft(ours, tmp_path, 1)
+    with pytest.raises(UserError, match="head must be 'error' or 'ignore', got 'drop'"):
+        load_peft(ours, tmp_path, 1, head="drop")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    load_peft(ours, tmp_path, 1, head="ignore")
+    with kloss.use_adapters(ours, [1] * 5):
+        torch.testing.assert_close(logits(ours), logits(theirs))  # whose head is still the base model's
+    assert torch.equal(ours.classifier.weight, before["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": True},
+        {"alpha": True},
+        {"alpha": [1.0, True]},
+        {"alpha": 10**40},
+        {"adapters": True},
+        {"seed": 1 << 64},
+        {"seed": 0.5},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none(options):
+    with pytest.raises(UserError, match=f"{[*options][0]} must be"):
+        kloss.attach(xlmr(), **{"adapters": 2} | options)

@@ -487,3 +487,73 @@ def test_saving_over_an_adapter_that_cannot_be_written_leaves_it(tmp_path):
     with pytest.raises(UserError):
         make_bank(1, 4).save_peft(tmp_path / "file", 0)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_refused(init, tmp_path):
+    model, bank = make_model(), make_bank(2, 5)
+    before = state_of(bank, [0, 1])
+    save_with_peft(tmp_path, model, r=2, target_modules=["query", "value"])
+    spoil(tmp_path, init_lora_weights=init)
+    with pytest.raises(UserError, match=f"init_lora_weights '{init}'"):
+        bank.load_peft(tmp_path, 1)
+    assert equal(state_of(bank, [0, 1]), before)
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(2, 4), (10, 7), (20, 6), (16.5, 3), (0, 2), (1 << 100, 3)])
+def test_alpha_is_saved_as_it_was_given(alpha, rank, tmp_path):
+    bank = make_bank(2, [rank, 8], alpha=alpha)
+
+    def saved(bank, g):
+        bank.save_peft(tmp_path, g)
+        return json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
+
+    part = bank.select([1, 0])
+    assert saved(bank, 0) == saved(part, 1) == saved(bank.span(0, 1), 0) == alpha
+    other = make_bank(3, 8)
+    other.load_peft(tmp_path, 2)
+    assert saved(other, 2) == alpha and saved(other, 0) == 8
+    other.copy_rows_([0], other.select([2]))
+    assert saved(other, 0) == alpha
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (("qkv",), ["query", "key", "value"]),
+        ("all-linear", ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]),
+        (("up",), ["intermediate.dense"]),
+        (("down",), r".*encoder\.layer\.\d+\.(output\.dense)"),
+    ],
+)
+def test_target_modules_are_names_unless_these_say_more(targets, names, tmp_path):
+    make_bank(1, 2, targets=targets).save_peft(tmp_path, 0)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == names
+
+
+def test_files_of_a_compiled_model_load_into_a_bank(tmp_path):
+    model, bank = make_model(), make_bank(2, 5)
+    theirs = save_with_peft(tmp_path, model, target_modules=["query", "value"], r=2)
+    compiled = {".encoder.": ".encoder._orig_mod.", "base_model.model.": "base_model.model.module."}
+
+    def wrap(tensors):
+        for name in list(tensors):
+            wrapped = name
+            for plain, other in compiled.items():
+                wrapped = wrapped.replace(plain, other)
+            tensors[wrapped] = tensors.pop(name)
+
+    spoil_tensors(tmp_path, wrap)
+    bank.load_peft(tmp_path, 1)
+    agree(logits_of(model, bank, 1), their_logits(theirs))
+
+
+def test_an_adapter_that_is_not_there(tmp_path):
+    bank = make_bank(2, 4)
+    for call in (bank.save_peft, bank.load_peft):
+        for g in (2, -1):
+            with pytest.raises(UserError, match=f"no adapter {g}, the bank has 0 to 1"):
+                call(tmp_path, g)
+    for alpha in (float("nan"), float("inf"), 10**400, [1, 2]):
+        with pytest.raises(UserError, match="alpha must be a finite number"):
+            AdapterBank(CONFIG, 1, 1, alpha=alpha)

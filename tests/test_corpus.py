@@ -1,20 +1,25 @@
 """Parsing of utterances, the tokenised corpus against transformers' own encoding, the cache, the errors."""
 
 import contextlib
+import gzip
 import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_files import ODD_ENTRIES, make_odd_entry, unprivileged
 
+from kloss.cl import cache as cache_module
 from kloss.cl import corpus as corpus_module
 from kloss.cl import massive
 from kloss.cl.corpus import IGNORED, cache_folder, load_corpus
@@ -320,24 +325,9 @@ def test_default_cache_folder(tmp_path, monkeypatch):
         cache_folder(tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", ["meta.json", "labels.npy", "short", "torn"])
-def test_damaged_cache_is_made_anew(data, tokenizer, tmp_path, damage):
-    first = load_corpus(data, tokenizer=tokenizer, cache=tmp_path)
-    expected = [np.array(a) for a in first.sentences("en-US", "train")]
-    folder = next(tmp_path.glob("corpus-*"))
-    if damage == "short":
-        np.save(folder / "labels.npy", np.zeros(3, np.int32))
-    elif damage == "torn":
-        (folder / "meta.json").write_text('{"labels": [')
-    else:
-        (folder / damage).unlink()
-    again = load_corpus(data, tokenizer=tokenizer, cache=tmp_path).sentences("en-US", "train")
-    assert all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True))
-
-
 def build(data, tokenizer, cache, signals, pause):
     """In another process: load, stopping at `pause` until told to go on."""
-    written = corpus_module.written
+    written = cache_module.written
 
     @contextlib.contextmanager
     def wait(*arguments, **options):
@@ -347,7 +337,7 @@ def build(data, tokenizer, cache, signals, pause):
             assert signals[1].wait(60)
 
     if pause:
-        corpus_module.written = wait
+        cache_module.written = wait
     load_corpus(data, tokenizer=tokenizer, cache=cache)
 
 
@@ -426,6 +416,184 @@ def test_broken_archives(data, tmp_path, tokenizer, name, mode, damage):
         content[-6] ^= 1
     path.write_bytes(content)
     refuses(path, "broken or unreadable archive", tokenizer=tokenizer, cache=tmp_path)
+
+
+def lines(*ids, **more):
+    return [GOOD | {"id": i} | more for i in ids]
+
+
+def tar_of(path: Path, *members: tuple[tarfile.TarInfo | str, bytes]) -> Path:
+    """An archive with members of these names or headers."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for header, content in members:
+            if isinstance(header, str):
+                header = tarfile.TarInfo(header)
+                header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("partition", ["train", "test"])
+@pytest.mark.parametrize(
+    ("names", "first", "second"),
+    [
+        (["en-US.jsonl", "data/en-US.jsonl"], "data/en-US.jsonl:2", "d/en-US.jsonl:1"),  # read in the order of their paths
+        (["en-US.jsonl", "en-US (1).jsonl"], "d/en-US (1).jsonl:2", "d/en-US.jsonl:1"),
+        (["en-US.jsonl", "jsonl/all.jsonl"], "d/en-US.jsonl:1", "jsonl/all.jsonl:2"),
+        (["1.0/data/en-US.jsonl", "1.1/data/en-US.jsonl"], "data/en-US.jsonl:1", "data/en-US.jsonl:2"),  # in an archive
+    ],
+)
+def test_an_id_in_two_files(tmp_path, tokenizer, partition, names, first, second):
+    rows = [lines("7"), lines("8", "7", partition=partition)]
+    if names[0] == "en-US.jsonl":
+        source = tmp_path / "d"
+        for name, some in zip(names, rows, strict=True):
+            write((source / name).parent, some, Path(name).name)
+    else:
+        contents = ["\n".join(map(json.dumps, some)).encode() for some in rows]
+        source = tar_of(tmp_path / "a.tar.gz", *zip(names, contents, strict=True))
+    for folder in (tokenizer, None):  # None: a tokenizer is trained on the texts first
+        with pytest.raises(UserError, match="en-US has the id '7' already, at ") as caught:
+            load_corpus(source, tokenizer=folder, cache=tmp_path / "c")
+        message = str(caught.value)
+        assert re.findall(r"([^/]+/[^/]+\.jsonl:\d+)", message) == [second, first] and "\n" not in message
+        assert source.suffix != ".gz" or "a.tar.gz/1.1/data" in message and "a.tar.gz/1.0/data" in message
+    assert not [*(tmp_path / "c").glob("corpus-*"), *(tmp_path / "c").glob("tokenizer-*")]
+
+
+def test_an_id_in_two_places_that_are_no_fault(tmp_path, tokenizer):
+    rows = [*lines("1", "2"), *lines("1", "2", locale="de-DE"), *lines("3", "3", locale="fr-FR")]
+    folder = write(tmp_path / "d", rows, "all.jsonl")
+    corpus = load_corpus(folder, tokenizer=tokenizer, locales=["en-US", "de-DE"], cache=tmp_path)  # fr-FR is not read
+    assert [corpus.sentences(locale, "train").number for locale in corpus.locales] == [2, 2]
+    refuses(folder, r"all\.jsonl:6: fr-FR has the id '3' already, at .*all\.jsonl:5", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ODD_ENTRIES)
+def test_entries_that_are_no_files(tokenizer, tmp_path, kind):
+    """Refused where they have the name of a wanted locale, else not looked at."""
+    folder = write(tmp_path / "d", records())
+    words = make_odd_entry(folder / "de-DE.jsonl", kind)
+    refuses(folder, rf"de-DE\.jsonl:? {words}", tokenizer=tokenizer, cache=tmp_path / "c")
+    assert load_corpus(folder, tokenizer=tokenizer, cache=tmp_path, locales=["en-US"]).locales == ("en-US",)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD_ENTRIES if kind != "folder"])
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.txt"])
+def test_sources_that_are_no_files(tokenizer, tmp_path, kind, name):
+    words = make_odd_entry(tmp_path / name, kind)
+    refuses(tmp_path / name, words, tokenizer=tokenizer, cache=tmp_path / "c")
+
+
+def test_folders_without_permission(tokenizer, tmp_path):
+    folder = write(tmp_path / "d", records())
+    write(folder / "data", records(locale="de-DE"), "de-DE.jsonl")
+    for part in (folder / "data" / "de-DE.jsonl", folder / "data", folder):
+        mode = part.stat().st_mode
+        part.chmod(0)
+        tmp_path.chmod(0o755)
+        with unprivileged(), pytest.raises(UserError, match=r"cannot (read|use) .*: Permission denied"):
+            massive.open_source(folder, None)
+        part.chmod(mode)
+
+
+def test_paths_that_are_none(tokenizer, tmp_path):
+    for path, words in (("a\0b", "null byte"), ("~nosuchuser/x", "no home folder"), ("a" * 5000, "too long"), ("", "is empty")):
+        refuses(path, words, tokenizer=tokenizer, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"a": ' * 100_000, "not a line of JSON: maximum recursion depth"),
+        ('{"a": ' + "1" * 5000 + "}", "not a line of JSON: .*4300 digits"),
+        ("\x00" * 5_000_000, "not a line of JSON"),
+        (GOOD | {"annot_utt": "[" * 5_000_000}, "unbalanced or nested"),
+        (GOOD | {"annot_utt": "a " * 5_000_000}, "without its brackets is not utt"),
+        (GOOD | {"locale": "a" * 5_000_000}, "unknown locale"),
+        (GOOD | {"partition": "\n" * 5_000_000}, "unknown partition"),
+        (GOOD | {"annot_utt": "\ud800", "utt": "\ud800"}, "surrogates not allowed"),
+        (GOOD | {"annot_utt": "[\ud800 : a] b"}, "surrogates not allowed"),
+    ],
+)
+def test_lines_of_hostile_data(tmp_path, text, words):
+    line = text if isinstance(text, str) else json.dumps(text)
+    folder = write(tmp_path / "d", [*records(), line])
+    with pytest.raises(UserError, match=rf"en-US\.jsonl:4: .*{words}") as caught:
+        load_corpus(folder, cache=tmp_path / "c")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+def test_a_line_without_end(tmp_path):
+    """1 GB of zeros packed into 1 MB: refused within 20 MB, where it took 2.2 GB."""
+    path, block = tmp_path / "a.tar.gz", gzip.compress(bytes(1 << 20))
+    header = tarfile.TarInfo("en-US.jsonl")
+    header.size = 1 << 30
+    path.write_bytes(gzip.compress(header.tobuf()) + block * 1024)
+    tracemalloc.start()
+    try:
+        refuses(path, "en-US.jsonl:1: the line has more than 16,777,216 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def numbered(size: int, name: str = "en-US.jsonl", kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header with a size and a type of one's own."""
+    header = tarfile.TarInfo(name)
+    header.type = kind
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 8 * 32 + sum(block[156:]))
+    return bytes(block)
+
+
+ROW = json.dumps(GOOD).encode() + b"\n"
+
+
+def test_headers_with_nonsense_numbers(tmp_path):
+    """Each stands in front of a good archive, or in the place of its second header."""
+    good = tar_of(tmp_path / "good.tar", ("en-US.jsonl", ROW), ("de-DE.jsonl", ROW.replace(b"en-US", b"de-DE"))).read_bytes()
+    assert len(list(massive.open_source(tmp_path / "good.tar", None).read())) == 2
+
+    def pax(**values):
+        header = tarfile.TarInfo("en-US.jsonl")
+        header.pax_headers = {name.replace("_", "."): value for name, value in values.items()}
+        return header.tobuf(tarfile.PAX_FORMAT) + good
+
+    for number, (content, words) in enumerate((
+        (numbered(1 << 80, "README") + good, "it ends within a member"),
+        (numbered(-1000) + good, "en-US.jsonl has a size of -1,000 bytes"),
+        (numbered(1 << 30, kind=tarfile.GNUTYPE_LONGNAME) + good, "has a size of 1,073,741,824 bytes"),
+        (numbered(1 << 30, kind=tarfile.XHDTYPE) + good, "has a size of 1,073,741,824 bytes"),
+        (numbered(10, kind=tarfile.GNUTYPE_SPARSE) + good, "en-US.jsonl is a sparse file"),
+        (pax(size="-5"), "en-US.jsonl has a size of -5 bytes"),
+        (pax(size="9" * 30), "not a line of JSON"),
+        (pax(GNU_sparse_map="0,x", GNU_sparse_size="1"), "ValueError: invalid literal"),
+        (pax(GNU_sparse_size="x"), "ValueError: invalid literal"),
+        (good[:1024] + bytes([good[1024] ^ 1]) + good[1025:], "bad checksum"),  # of the second header
+        (good[:600], "unexpected end of data"),
+        (good[:1024], "it ends without its end mark"),  # behind the first member
+        (good[:1100], "it ends without its end mark"),
+    )):  # fmt: skip
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(content)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=words) as caught:
+            list(massive.open_source(path, None).read())
+        assert str(caught.value).startswith(str(path)) and str(caught.value).isprintable()
+        assert time.monotonic() - started < 10
+
+
+def test_a_long_name_in_an_archive(tmp_path):
+    """A header of honest length is read."""
+    name = f"{'a' * 50}/" * 20 + "en-US.jsonl"
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+            header = tarfile.TarInfo(name)
+            header.size = len(ROW)
+            tar.addfile(header, io.BytesIO(ROW))
+        assert [record for _, record in massive.open_source(tmp_path / "a.tar", None).read()] == [GOOD]
 
 
 def test_wrong_tokenizers(data, tmp_path):

@@ -256,6 +256,16 @@ def test_the_operator_refuses_what_does_not_fit():
         ((x, a, b, *how[:2], torch.tensor([3, 2, 4]), *how[3:], 1, 0, y, s), "not decrease"),
         ((x, a, b, *how[:3], torch.tensor([8, 0]), *how[4:], 1, 0, y, s), "ranks has a value outside 1..8"),
         ((x, a, b, *how[:3], torch.tensor([9, 1]), *how[4:], 1, 0, y, s), "ranks has a value outside 1..8"),
+        ((x, a, b, *how, 2**62, 0, y, s), "do not fit"),
+        ((x, a, b[:, :0], *how, 1, 0, y[:, :0].contiguous(), s), "do not fit"),
+        # A dimension of 0 at the end: sizes that fit, and no memory behind them.
+        ((x.new_zeros(4, 32, 0), a, b, *how, 1, 0, y, s), "x has another"),
+        ((x, a, b, *how, 1, 0, y.new_zeros(4, 64, 0), s), "y has another"),
+        ((x, a, b, *how, 1, 0, y, s.new_zeros(4, 8, 0)), "s has another"),
+        ((x, a, b, x.new_zeros(2, 0), *how[1:], 1, 0, y, s), "scaling_kept has another"),
+        ((x, a, b, how[0], how[1].new_zeros(4, 0), *how[2:], 1, 0, y, s), "order has another"),
+        ((x, a, b, *how[:2], how[2].new_zeros(3, 0), *how[3:], 1, 0, y, s), "ends has another"),
+        ((x, a, b, *how[:3], how[2].new_zeros(2, 0), *how[4:], 1, 0, y, s), "ranks has another"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*change)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import resource
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from test_files import ODD_ENTRIES, make_odd_entry
 
 from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.train import _Team
@@ -204,6 +206,112 @@ def test_numbers_out_of_range_are_refused_before_any_work(small, tmp_path, capsy
         for more in ([], ["--dry-run"]):
             assert f"{flag} must lie between" in one_line_error([*arguments, flag, value, *more], capsys)
     assert not small[1].exists() and not (tmp_path / "cache").exists()
+
+
+PATHS = ("data", "tokenizer", "backbone", "groups", "out", "cache")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_name_nothing_are_refused_before_any_work(small, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    for given, words in (
+        ("a\0b", r"a\x00b is no path: embedded null byte"),
+        ("~nosuchuser/a", "~nosuchuser/a: no home folder is known for it"),
+        ("a" * 256, "File name too long"),
+        ("none/" + "a" * 256, "a name has at most 255 bytes"),
+        ("a/" * 2100, "File name too long"),
+        ("circle/a", "Too many levels of symbolic links"),
+        *([] if name in ("out", "cache") else [("", f"--{name} is empty")]),
+    ):
+        for more in ([], ["--dry-run"]):
+            line = one_line_error([*small[0], "--strategies", "partial", f"--{name}={given}", *more], capsys)
+            assert f"--{name}" in line and words in line and len(line) < 2000
+    assert [entry.name for entry in tmp_path.iterdir()] == ["circle"]
+
+
+def test_a_tilde_is_a_home_folder_in_every_path(small, tmp_path, monkeypatch, capsys):
+    """A shell leaves --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = Path(jsonl(tmp_path / "data"))
+    (tmp_path / "groups.json").write_text('{"en-US": "a"}')
+    flags = ["--data=~/data", "--cache=~/cache", "--out=~/out", "--groups=~/groups.json"]
+    flags += ["--strategies", "partial", "--languages", "en-US"]
+    monkeypatch.chdir(data)
+    assert main([*small[0], *flags, "--pretrain-steps", "0", "--epochs", "1"]) == 0
+    assert (tmp_path / "out" / "scores.json").exists() and list((tmp_path / "cache").glob("corpus-*"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["data"] == "~/data"
+    tokenizer = next((tmp_path / "cache").glob("tokenizer-*")).rename(tmp_path / "tokenizer")
+    (tmp_path / "model").mkdir()
+    line = one_line_error([*small[0], *flags, "--tokenizer=~/tokenizer", "--backbone=~/model", "--out=~/other"], capsys)
+    assert f"{tmp_path}/model" in line and tokenizer.is_dir()
+    assert [entry.name for entry in data.iterdir()] == ["en-US.jsonl"]
+
+
+def test_a_user_without_a_home(small, monkeypatch, capsys):
+    arguments = [x for x in small[0] if x != "--cache"]
+    arguments.remove(small[0][small[0].index("--cache") + 1])
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    line = one_line_error(arguments, capsys)
+    assert "--cache ~/.cache: no home folder is known for it" in line
+    assert main([*small[0], "--dry-run"]) == 0  # with a cache of its own
+
+
+@pytest.mark.parametrize("kind", ODD_ENTRIES)
+def test_groups_that_are_no_file(small, tmp_path, capsys, kind):
+    make_odd_entry(tmp_path / "groups", kind)
+    arguments = [*small[0], "--strategies", "partial", "--groups", str(tmp_path / "groups")]
+    assert "groups" in one_line_error(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"a": ' * 100_000, "not readable JSON"),
+        ("[" * 500 + "]" * 500, "an object is needed"),
+        ('{"en-US": ' + "[" * 500 + "]" * 500 + ', "de-DE": "a", "ja-JP": "b"}', "the group of en-US must be a name"),
+        (json.dumps({"a" * 10**6: "a"}), "unknown locale"),
+        (json.dumps({"en-US": "a" * 10**6 + "\n", "de-DE": "a", "ja-JP": "b"}), "the group of en-US must be a name"),
+        ('{"en-US": "\\ud800", "de-DE": "a", "ja-JP": "b"}', "the group of en-US must be a name"),
+    ],
+)
+def test_groups_of_hostile_json(small, tmp_path, capsys, text, words):
+    (tmp_path / "groups").write_text(text)
+    line = one_line_error([*small[0], "--strategies", "partial", "--groups", str(tmp_path / "groups")], capsys)
+    assert words in line and len(line) < 2000
+
+
+def test_studies_that_are_too_large(small, tmp_path, capsys):
+    arguments = [*small[0], "--cache", str(tmp_path / "cache")]
+    for more, words in (
+        (["--orders", "10000"], "20,000 score matrices"),
+        (["--seeds", "5001"], "10,002 score matrices"),
+        (["--seeds", "100", "--orders", "100", "--rank", "2", "3"], "40,000 score matrices"),
+        (["--limit", "1000000"], "synthetic train must be a whole number, at least 1 and at most 100,000"),
+    ):
+        assert words in one_line_error([*arguments, *more, "--dry-run"], capsys)
+    assert not list((tmp_path / "cache").glob("corpus-*"))
+
+
+def test_memory_is_counted_before_any_work(small, tmp_path, monkeypatch, capsys):
+    arguments, folder = small
+    assert main([*arguments, "--dry-run"]) == 0
+    capsys.readouterr()
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 16}  # 256 MiB
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    for more, words in (
+        (
+            ["--rank", "10000"],
+            "a cohort of 4 adapters of rank 10,000 (see --max-learners) needs 0.3 GiB for training; cpu has 0.2",
+        ),
+        (["--tiny-layers", "10000", "--tiny-hidden", "1024"], "the tiny backbone of width 1,024 needs 1,875."),
+        (["--tiny-hidden", "4096"], "the tiny backbone of width 4,096 needs "),
+    ):
+        assert words in one_line_error([*arguments, *more], capsys)
+    assert main([*arguments, "--rank", "10000", "--dry-run"]) == 0  # a plan for another machine
+    assert main([*arguments, "--rank", "10000", "--max-learners", "1", "--epochs", "1"]) == 0
 
 
 def test_every_number_has_its_limits():

@@ -326,7 +326,7 @@ FAULTS = {
     "missing tensor": (lambda f: as_bin(f, without_norm), "layer.1.output.LayerNorm.bias"),
     "fewer layers than configured": (lambda f: edit_config(f, num_hidden_layers=3), "layer.2"),
     "another width than configured": (lambda f: edit_config(f, intermediate_size=44), "has shape"),
-    "another model": (lambda f: edit_config(f, model_type="bert"), "'bert' model"),
+    "another model": (lambda f: edit_config(f, model_type="gpt2"), "'gpt2' model"),
     "heads do not divide": (lambda f: edit_config(f, num_attention_heads=5), "5 heads"),
     "relative positions": (lambda f: edit_config(f, position_embedding_type="relative_key"), "relative_key"),
     "another activation": (lambda f: edit_config(f, hidden_act="relu"), "relu"),

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
-from ..files import written
 from ..models import BASE, TINY, XLMRConfig, XLMRForTokenClassification
-from .cache import cache_folder, key
+from .cache import cache_folder, key, open_entry
 from .corpus import Corpus, OnProgress, Sentences
 from .packing import Part, pack
 
@@ -47,6 +47,7 @@ def _check_positions(sizes: XLMRConfig, corpus: Corpus, name: str) -> None:
 def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:
     """Return the tiny backbone's sizes for a corpus: heads of width 32, feed-forward layers 4 times as wide as the rest.
 
+    Positions count from the corpus's padding token, as in XLM-R, and are as many whatever its id.
     Init std is scaled by sqrt(768 / width): unscaled, attention is too weak at width 128.
     Raises UserError for utterances longer than its positions.
     """
@@ -62,6 +63,7 @@ def tiny_config(config: Config, corpus: Corpus) -> XLMRConfig:
         intermediate_size=4 * width,
         num_attention_heads=max(1, width // 32),
         pad_token_id=corpus.pad_id,
+        max_position_embeddings=TINY.max_length + corpus.pad_id + 1,
     )
 
 
@@ -71,11 +73,32 @@ def tiny_backbone(config: Config, corpus: Corpus, progress: OnProgress) -> Path:
     30 % of the tokens are predicted: 80 % of these masked, 10 % replaced, 10 % left alone. Devlin et al. 2019
     (arXiv 1810.04805) predict 15 %. Embeddings of tokens that the text never uses keep their initial values.
     """
-    sizes, steps, seed = tiny_config(config, corpus), config.pretrain_steps, config.seed
-    name = key(FORMAT, corpus.fingerprint, sizes, steps, config.pretrain_batch, seed)
+    return _tiny(config, corpus, progress)[0]
+
+
+def warm_up_threads(config: Config, corpus: Corpus, progress: OnProgress) -> int | None:
+    """Return how many threads the tiny backbone was warmed up on, which changes its weights; None without a warm-up.
+
+    The count is kept with the backbone, but is no part of its cache key: a run continued on another count finds its backbone.
+    """
+    return _tiny(config, corpus, progress)[1]["threads"] if config.backbone == "tiny" else None
+
+
+def _tiny(config: Config, corpus: Corpus, progress: OnProgress) -> tuple[Path, dict[str, Any]]:
+    """Return the tiny backbone's folder and what is kept with it; both are made if not cached."""
+    sizes, threads = tiny_config(config, corpus), torch.get_num_threads() if config.pretrain_steps else None
+    name = key(FORMAT, corpus.fingerprint, sizes, config.pretrain_steps, config.pretrain_batch, config.seed)
     folder = cache_folder(config.cache) / f"backbone-{name}"
-    if folder.is_dir():
-        return folder
+
+    def make(temporary: Path) -> None:
+        _warmed_up(config, corpus, sizes, progress).save_pretrained(temporary)
+
+    return folder, open_entry(folder, make, progress, threads=threads)
+
+
+def _warmed_up(config: Config, corpus: Corpus, sizes: XLMRConfig, progress: OnProgress) -> XLMRForTokenClassification:
+    """Return the tiny backbone, of the sizes `tiny_config` gives."""
+    steps, seed = config.pretrain_steps, config.seed
     if corpus.mask_id is None and steps:
         raise UserError(f"the tokenizer in {corpus.tokenizer_folder} has no mask token, which the tiny backbone learns with")
     model = XLMRForTokenClassification.random(sizes, seed)
@@ -90,9 +113,7 @@ def tiny_backbone(config: Config, corpus: Corpus, progress: OnProgress) -> Path:
     trained, rows = small.state_dict(), torch.from_numpy(used).long()
     embeddings = model.word_embeddings.weight.detach().index_copy(0, rows, trained["word_embeddings.weight"])
     model.load_state_dict(trained | {"word_embeddings.weight": embeddings})
-    with written(folder, folder=True) as temporary:
-        model.save_pretrained(temporary)
-    return folder
+    return model
 
 
 def _masked_language_modelling(

@@ -4,9 +4,7 @@ Each distinct word is tokenised once, and sentences are assembled from the words
 wherever it stands. The arrays of all locales are memory-mapped from a cache folder, whose name hashes what decides them.
 """
 
-import contextlib
 import json
-import os
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +16,8 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UserError
-from ..files import temporary_folder, written
 from . import massive, synthetic
-from .cache import cache_folder, key
+from .cache import cache_folder, key, open_entry
 from .languages import LOCALES, check_locales
 from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_folder
 
@@ -155,15 +152,13 @@ def load_corpus(
     cache = cache_folder(cache)
     source = _open(data, order, seed, synthetic)
     canonical = None if order is None else tuple(locale for locale in LOCALES if locale in order)
-    folder = tokenizer_folder(tokenizer, cache, key(source.digest, canonical), lambda: _texts(source, canonical, progress))
+    digest = key(source.digest, canonical)
+    folder = tokenizer_folder(tokenizer, cache, digest, lambda: _texts(source, canonical, progress), progress)
     name = key("corpus", FORMAT, source.digest, hash_tokenizer(folder), max_length, canonical)
     built = cache / f"corpus-{name}"
-    opened = _open_cache(built)
-    if opened is None:
-        _build(built, source, folder, canonical, max_length, progress)
-        opened = _open_cache(built)
-        assert opened is not None, f"{built} vanished as soon as it was written"
-    meta, arrays = opened
+    open_entry(built, lambda temporary: _build(temporary, source, folder, canonical, max_length, progress), progress)
+    meta = json.loads((built / "meta.json").read_text(encoding="utf-8"))
+    arrays = {name: np.load(built / f"{name}.npy", mmap_mode="r") for name in Sentences._fields}
     order = order or tuple(meta["index"])
     return Corpus(
         name=source.name,
@@ -201,28 +196,8 @@ def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, A
 def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> list[str]:
     """Return the training utterances, words separated by spaces, to train a tokenizer on."""
     progress(0, 1, "training a tokenizer")
-    texts = []
-    for position, record in source.read():
-        locale, partition, words, _ = massive.utterance(position, record)
-        if partition == "train" and (locales is None or locale in locales):
-            texts.append(" ".join(words))
-    return texts
-
-
-def _open_cache(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """Return (meta, arrays) of a finished cache folder, None without one. Moves a damaged folder away."""
-    if not folder.is_dir():
-        return None
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Sentences._fields}
-        if {name: len(values) for name, values in arrays.items()} == meta["sizes"]:
-            return meta, arrays
-    except (OSError, ValueError, EOFError):  # a file is missing, cut short, or no array
-        pass
-    with contextlib.suppress(FileNotFoundError):  # another process may have moved it
-        os.rename(folder, temporary_folder(folder.parent) / "damaged")
-    return None
+    utterances = massive.utterances(source, locales)
+    return [" ".join(words) for _, partition, _, words, _ in utterances if partition == "train"]
 
 
 class _Utterances:
@@ -241,12 +216,9 @@ def _read(
     words: dict[str, int] = {}
     names = {"O": 0}
     progress(0, 1, f"reading {source.name}")
-    for count, (position, record) in enumerate(source.read(), 1):
-        locale, partition, texts, labels = massive.utterance(position, record)
-        if locales is not None and locale not in locales:
-            continue
+    for count, (locale, partition, name, texts, labels) in enumerate(massive.utterances(source, locales), 1):
         target = utterances[locale, partition]
-        target.ids.append(record["id"])
+        target.ids.append(name)
         target.lengths.append(len(texts))
         target.words.extend([words.setdefault(text, len(words)) for text in texts])
         target.labels.extend([names.setdefault(label, len(names)) for label in labels])
@@ -308,9 +280,9 @@ def _assemble(
 
 
 def _build(
-    cached: Path, source: massive.Source, tokenizer_folder: Path, locales: Locales, max_length: int, progress: OnProgress
+    into: Path, source: massive.Source, tokenizer_folder: Path, locales: Locales, max_length: int, progress: OnProgress
 ) -> None:
-    """Read and tokenise a source into the cache folder `cached`."""
+    """Read and tokenise a source into the folder `into`."""
     tokenizer = load_tokenizer(tokenizer_folder)
     special = special_ids(tokenizer, tokenizer_folder)
     utterances, words, names = _read(source, locales, progress)
@@ -339,8 +311,7 @@ def _build(
     special["vocab_size"] = max(len(tokenizer), int(pieces.max()) + 1)
     sizes = {name: len(values) for name, values in arrays.items()}
     meta = {"labels": labels, "tokenizer": special, "index": index, "sizes": sizes}
-    with written(cached, folder=True) as temporary:
-        for name, values in arrays.items():
-            np.save(temporary / f"{name}.npy", values)
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    for name, values in arrays.items():
+        np.save(into / f"{name}.npy", values)
+    (into / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     progress(len(present), len(present), "putting sentences together")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..files import shown
 
 
 class Language(NamedTuple):
@@ -92,7 +93,7 @@ def check_locales(names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
     for name in names:
         if name not in LANGUAGES:
-            raise UserError(f"unknown locale {name!r}; {_suggestion(name)}")
+            raise UserError(f"unknown locale '{shown(name)}'; {_suggestion(name)}")
     return names
 
 
@@ -110,10 +111,10 @@ def groups(locales: Iterable[str], by: str | Mapping[str, str]) -> dict[str, str
             raise UserError(f"the grouping has no group for {', '.join(missing)}")
         for locale, group in by.items():
             if not (isinstance(group, str) and group.isprintable()):
-                raise UserError(f"the group of {locale} must be a name, got {reprlib.repr(group)}")
+                raise UserError(f"the group of {locale} must be a name, got {shown(reprlib.repr(group))}")
         return {locale: by[locale] for locale in locales}
     if by not in ("script", "family"):
-        raise UserError(f"cannot group languages by {by!r}; allowed: 'script', 'family', or a mapping locale -> group")
+        raise UserError(f"cannot group languages by '{shown(by)}'; allowed: 'script', 'family', or a mapping locale -> group")
     return {locale: getattr(LANGUAGES[locale], by) for locale in locales}
 
 

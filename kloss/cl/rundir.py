@@ -1,6 +1,7 @@
 """A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.json (written last: it means done)."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +21,24 @@ from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
 from ..kernels import multi_lora_cpu
 
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    state: Any  # JSON
+    verified: bool  # it has a digest, and that of its contents; earlier versions wrote none
+
 
 class RunFolder:
-    """The files of a run, in a folder that `open_run` has opened."""
+    """The files of a run, in a folder that `open_run` has opened.
 
-    def __init__(self, path: Path):
-        self.path, self.started = path, time.time()
+    Every method that writes raises UserError where the file system refuses, and where the folder is gone: removed while the
+    run went on, it is not made anew, since nobody could continue it there.
+    """
+
+    def __init__(self, path: Path, lock: IO):
+        self.path, self.lock, self.started = path, lock, time.time()
 
     @property
     def done(self) -> bool:
@@ -34,8 +48,26 @@ class RunFolder:
         """Return the contents of scores.json."""
         return read_json(self.path / "scores.json")
 
+    def check(self) -> None:
+        """Raise UserError unless this is still the folder that was opened: its lock is ours, its configuration is there."""
+        try:
+            ours = os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self.lock.fileno()))
+            gone = not (ours and (self.path / "config.json").exists())
+        except FileNotFoundError:
+            gone = True
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        if gone:
+            raise UserError(f"the run folder {self.path} is gone (removed, or begun again); nothing is written in its place")
+
+    def save_scores(self, scores: dict) -> None:
+        """Write scores.json, after which the run is done."""
+        self.check()
+        write_json(self.path / "scores.json", scores)
+
     def log(self, **entry: object) -> None:
         """Append a line to log.jsonl."""
+        self.check()
         line = json.dumps({"time": round(time.time() - self.started, 3), **entry})
         try:
             with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
@@ -45,24 +77,43 @@ class RunFolder:
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Replace the checkpoint, in one rename. state: as JSON."""
-        write_tensors(self.path / "checkpoint.safetensors", dict(tensors), {"state": json.dumps(state)})
+        self.check()
+        on_host, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
+        write_tensors(self.path / CHECKPOINT, on_host, {"state": text, "digest": _digest(on_host, text)})
 
-    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Return tensors and state of the last checkpoint, None without one. Raises UserError for a damaged one."""
-        from safetensors import SafetensorError, safe_open
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Return the last checkpoint, None without one. Raises UserError for a damaged one."""
+        from safetensors import safe_open
 
-        file = self.path / "checkpoint.safetensors"
-        if not file.exists():
-            return None
+        file = self.path / CHECKPOINT
         try:
-            with safe_open(file, "pt") as opened:
-                state = json.loads(opened.metadata()["state"])
-                return {name: opened.get_tensor(name) for name in opened.keys()}, state  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+            if not file.exists():
+                return None
+            file.open("rb").close()  # safe_open says of a file without permission that it does not exist
+            with self.reading_checkpoint(), safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                text = metadata.get("state", "")
+                if "digest" in metadata and metadata["digest"] != _digest(tensors, text):
+                    raise UserError("its contents have not the digest written with them")
+                return Checkpoint(tensors, json.loads(text), "digest" in metadata)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+    @contextmanager
+    def reading_checkpoint(self) -> Iterator[None]:
+        """Turn what shows, in the block, that the checkpoint is damaged into a UserError that says what to do."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (ValueError, SafetensorError, RecursionError) as error:  # UserErrors and JSON's are ValueErrors
+            file = self.path / CHECKPOINT
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
-    def write_environment(self, device: torch.device) -> None:
-        """Write env.json: command, commit, versions, device."""
+    def write_environment(self, device: torch.device, backbone_threads: int | None = None) -> None:
+        """Write env.json: command, commit, versions, device, threads. backbone_threads: those of the tiny backbone's warm-up."""
+        self.check()
         if device.type == "cuda":
             name, lora = torch.cuda.get_device_name(device), "Triton"
         else:
@@ -77,6 +128,7 @@ class RunFolder:
                 **{package: _version(package) for package in packages},
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
+                "backbone_threads": backbone_threads,
                 "lora": lora,
             },
         )
@@ -91,11 +143,18 @@ def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
     """
     path, config = Path(folder), json.loads(json.dumps(config))
     file = path / "config.json"
-    if path.exists() and not file.exists() and not (path.is_dir() and all(map(_before_config, path.iterdir()))):
+    try:
+        foreign = path.exists() and not file.exists() and not (path.is_dir() and all(map(_before_config, path.iterdir())))
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}; choose another --out") from error
+    if foreign:
         raise UserError(f"{path} exists and is not a run folder; choose another --out")
-    with _locked(path) as locked:
+    with _locked(path) as (lock, locked):
         if file.exists():
-            before = read_json(file)
+            try:
+                before = read_json(file)
+            except UserError as error:
+                raise UserError(f"{error}; rename {path} to train from the start, or choose another --out") from error
             changed = [key for key in sorted(config.keys() | before.keys()) if config.get(key) != before.get(key)]
             changed.sort(key="corpus".__eq__)  # name a setting rather than the fingerprint that follows from it
             if changed:
@@ -106,7 +165,9 @@ def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
             write_json(file, config)
         if locked:
             _remove_leftovers(path)
-        yield RunFolder(path)
+        run = RunFolder(path, lock)
+        yield run
+        run.check()
 
 
 def _before_config(file: Path) -> bool:
@@ -115,10 +176,10 @@ def _before_config(file: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path) -> Iterator[tuple[IO, bool]]:
     """Lock a folder, made if absent, against other processes; the system unlocks it when this process dies.
 
-    Gives False on a file system without locks. Raises UserError if another process has the lock.
+    Gives the lock's file, and False on a file system without locks. Raises UserError if another process has the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -133,7 +194,7 @@ def _locked(path: Path) -> Iterator[bool]:
             raise UserError(f"{path} is open in another process; wait for its end or choose another --out") from None
         except OSError:
             locked = False
-        yield locked
+        yield lock, locked
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -144,12 +205,34 @@ def _remove_leftovers(path: Path) -> None:
     log = path / "log.jsonl"
     try:
         for file in (*path.glob(".*.partial"), *path.glob(".tmp??????")):
-            if not file.name.startswith(".report.html."):  # write_report takes no lock, so this file may be in use
+            if not _in_use(file.name):
                 file.unlink(missing_ok=True)
         if log.exists():
             os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror}") from error
+
+
+def _in_use(name: str) -> bool:
+    """Return whether another process may be writing this temporary file: a report, for which `write_report` takes no lock."""
+    if not name.startswith(".report.html."):
+        return False
+    try:
+        os.kill(int(name.split(".")[3]), 0)  # the process that `written` puts into the name
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError, OverflowError):  # another user's process; no number of a process
+        pass
+    return True
+
+
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    """Return 32 hex digits that depend on a checkpoint's tensors, on the host, and on its state."""
+    digest = hashlib.blake2b(state.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str | None:

@@ -5,15 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..config import Config
+from ..errors import UserError
 from ..models import XLMRForTokenClassification
 from .corpus import Corpus
 from .learner import Scores
 from .rundir import RunFolder
+from .shapes import check_shape
+from .stream import Stream
 from .study import Study
-from .train import Cohort
+from .train import Cohort, check_progress
 
 
 class Progress(Protocol):
@@ -52,15 +55,21 @@ def train_study(
 
     load: returns a fresh backbone.
     """
-    saved = folder.load_checkpoint()
-    finished = {} if saved is None else saved[1]["finished"]
+    saved, cohorts = folder.load_checkpoint(), cohorts_of(study, config.max_learners)
+    if saved is not None:
+        with folder.reading_checkpoint():
+            _check(saved.state, corpus, study, cohorts)
+        if not saved.verified:
+            progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
+    finished = {} if saved is None else saved.state["finished"]
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
-    for number, members in enumerate(cohorts_of(study, config.max_learners)):
+    for number, members in enumerate(cohorts):
         if str(number) not in finished:
             learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
             cohort = Cohort(load(), corpus, learners, to_score, pass_tokens=config.pass_tokens, exact=config.exact)
-            if saved is not None and saved[1]["cohort"] == number:
-                cohort.load_state(saved[0], saved[1]["state"])
+            if saved is not None and saved.state["cohort"] == number:
+                with folder.reading_checkpoint():
+                    cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
             watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
             with on_signals(watch.stop):
                 cohort.train(watch)
@@ -75,6 +84,25 @@ def train_study(
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
     return outcome
+
+
+STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict}
+
+
+def _check(state: Any, corpus: Corpus, study: Study, cohorts: list[list[int]]) -> None:
+    """Check that a checkpoint's JSON can be of this study. Raises UserError if it cannot."""
+    check_shape(state, STATE)
+    numbers = {str(number): members for number, members in enumerate(cohorts)}
+    for number, result in state["finished"].items():
+        if number not in numbers:
+            raise UserError(f"it has a cohort {number}, of {len(cohorts)}")
+        members = numbers[number]
+        check_progress(result, [Stream.of(corpus, study.learners[g]) for g in members], [study.to_score[g] for g in members])
+        for i, g in enumerate(members):
+            if result["counters"][i][0] < len(study.learners[g].experiences) and str(i) not in result["failed"]:
+                raise UserError(f"learner {i} of cohort {number} is not at its end")
+        if len(result["weights"]) != len(members):
+            raise UserError(f"it has {len(result['weights'])} numbers of weights for {len(members)} learners")
 
 
 @contextmanager

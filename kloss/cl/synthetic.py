@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..config import Config
 from ..errors import UserError
+from ..files import shown
 from .languages import CHARACTER_LOCALES, LANGUAGES, LOCALES, check_locales
 
 VERSION = 1  # part of a corpus's fingerprint; increment when the same options give other sentences
 
+MOST = 100_000  # utterances of a locale and partition; MASSIVE has 11,514 for training
 FALSE_FRIENDS = 0.6  # share of the pairs of shared words whose two meanings each language may swap
 SEGMENTED = 0.3  # share of th-TH, km-KH and my-MM utterances with spaces between all words
 
@@ -188,16 +190,18 @@ def check_options(**options: Any) -> Options:
     """Return all options, defaults included. Raises UserError for an unknown or wrong one."""
     if unknown := [name for name in options if name not in Options._fields]:
         allowed = ", ".join(Options._fields)
-        raise UserError(f"unknown option {', '.join(unknown)} of the synthetic corpus; allowed: {allowed}")
+        raise UserError(f"unknown option {shown(', '.join(unknown))} of the synthetic corpus; allowed: {allowed}")
     checked = Options(**options)
     for name, value, minimum in (("train", checked.train, 1), ("dev", checked.dev, 0), ("test", checked.test, 0)):
-        if not isinstance(value, int) or value < minimum:
-            raise UserError(f"synthetic {name} must be a whole number, at least {minimum}, not {value!r}")
+        if not isinstance(value, int) or not minimum <= value <= MOST:
+            raise UserError(
+                f"synthetic {name} must be a whole number, at least {minimum} and at most {MOST:,}, not {shown(value)}"
+            )
     for name, dial in (("overlap", checked.overlap), ("relatedness", checked.relatedness)):
         if not isinstance(dial, int | float) or not 0 <= dial <= 1:
-            raise UserError(f"synthetic {name} must lie in [0, 1], not {dial!r}")
+            raise UserError(f"synthetic {name} must lie in [0, 1], not {shown(dial)}")
     if not isinstance(checked.seed, int):
-        raise UserError(f"synthetic seed must be a whole number, not {checked.seed!r}")
+        raise UserError(f"synthetic seed must be a whole number, not {shown(checked.seed)}")
     return checked
 
 

@@ -6,6 +6,8 @@ the expectation over all; the loss of dropping a piece is its count times the co
 """
 
 import math
+import os
+import re
 import shutil
 import tempfile
 import unicodedata
@@ -15,53 +17,81 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import written
-from .cache import hash_files, key
+from ..models.hub import model_folder
+from .cache import SEAL, hash_files, key, open_entry
 
 FORMAT = 1  # part of a trained tokenizer's cache key; increment when the same texts give another one
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
 VOCABULARY = 6000
 LONGEST = 8  # characters of a piece
 MOST_WORDS = 20000  # distinct words to train on, the most frequent
+LONGEST_WORD = 1000  # characters of a word that are trained on
+PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")  # a tokenizer's files on the hub
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Load AutoTokenizer's tokenizer from a folder or the hub, and run no code of theirs. Raises UserError if there is none."""
+def load_tokenizer(folder: str | Path) -> Any:
+    """Load AutoTokenizer's tokenizer from a folder, for words, and run no code of it. Raises UserError if there is none.
+
+    A word is only text: one that reads like a special token (<pad>, </s>, <mask>, [SEP]) is split into pieces, as by transformers
+    with split_special_tokens, for the token itself would end a sentence or ask for a prediction. That option alone does not hold
+    where the token is also a piece of the vocabulary, as in XLM-R's; there it is cut behind its first character.
+    """
+    from tokenizers import Regex, models
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    tokenizer = _load(folder)
+    tokenizer.split_special_tokens = True
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a tokenizer in Python has none, and keeps to the option
+    special = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    cuts = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special if len(token) > 1]
+    if backend is not None and cuts and not isinstance(backend.model, models.BPE):  # which knows merges only
+        cut = Split(Regex("|".join(cuts)), "merged_with_previous")
+        backend.pre_tokenizer = Sequence([backend.pre_tokenizer, cut]) if backend.pre_tokenizer else cut
+    return tokenizer
+
+
+def _load(folder: str | Path) -> Any:
+    """AutoTokenizer's tokenizer as it is; byte-level BPE with add_prefix_space, as transformers demands for words."""
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import AutoTokenizer
 
+    def load(**options: bool) -> Any:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+
     try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer = load()
+        steps = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+        return load(add_prefix_space=True) if isinstance(steps, ByteLevel) and not steps.add_prefix_space else tokenizer
     except Exception as error:  # transformers raises many kinds
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load a tokenizer from {str(name)!r} ({line})") from error
+        raise UserError(f"cannot load a tokenizer from {str(folder)!r} ({line})") from error
 
 
 def hash_tokenizer(folder: Path) -> str:
-    """Return 32 hex digits that depend on a tokenizer's files, but not on model weights beside them."""
-    return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS))
+    """Return 32 hex digits that depend on a tokenizer's files, but not on model weights or an entry's digest beside them."""
+    return hash_files(sorted(f for f in folder.iterdir() if f.is_file() and f.suffix not in _WEIGHTS and f.name != SEAL))
 
 
-def tokenizer_folder(name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]]) -> Path:
+def tokenizer_folder(
+    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]], progress: Callable | None = None
+) -> Path:
     """Return a tokenizer's folder: `name` itself, a cached copy from the hub, or for None one trained on `texts`.
 
     digest: hash of what the texts come from; part of the trained tokenizer's cache key.
     """
     if name is None:
         folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
-        if not folder.is_dir():
-            with written(folder, folder=True) as temporary:
-                train_tokenizer(texts(), temporary)
+        open_entry(folder, lambda temporary: train_tokenizer(texts(), temporary), progress)
         return folder
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser().resolve()
-    tokenizer = load_tokenizer(name)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".tmp-") as saved:
+    source = model_folder(str(name), "tokenizer", PATTERNS)
+    if os.path.isdir(os.path.expanduser(name)):
+        return source.resolve()
+    tokenizer = _load(source)
+    with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         folder = cache / f"tokenizer-{hash_tokenizer(Path(saved))}"
-        if not folder.is_dir():
-            with written(folder, folder=True) as temporary:
-                shutil.copytree(saved, temporary, dirs_exist_ok=True)
+        open_entry(folder, lambda temporary: shutil.copytree(saved, temporary, dirs_exist_ok=True), progress)
     return folder
 
 
@@ -83,13 +113,14 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     """Train a Unigram tokenizer (NFKC, Metaspace) and save it to a folder that AutoTokenizer loads.
 
     Entries: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces by falling score, <mask> last. Characters take at most half of them.
+    texts: of a word longer than LONGEST_WORD only the beginning counts, since the time grows with the characters.
     vocab_size: limit on the entries; texts with few pieces give fewer.
     Raises UserError for no texts or a vocab_size below 7.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    counted = Counter("▁" + word for text in texts for word in unicodedata.normalize("NFKC", text).split())
+    counted = Counter("▁" + word for text in texts for raw in text.split() for word in _normalized(raw[:LONGEST_WORD]))
     if not counted or vocab_size < len(SPECIAL) + 3:
         raise UserError(f"cannot train a tokenizer of {vocab_size} entries on {len(counted)} distinct words")
     words = dict(sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS])
@@ -112,6 +143,11 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
         if "os error" in str(error):
             raise OSError(str(error)) from error
         raise
+
+
+def _normalized(word: str) -> list[str]:
+    """The words that NFKC makes of one: none, one, or several if it has spaces in disguise."""
+    return [part[:LONGEST_WORD] for part in unicodedata.normalize("NFKC", word).split()]
 
 
 def train_unigram(words: dict[str, int], size: int) -> dict[str, float]:

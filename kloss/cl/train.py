@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
 from .corpus import Corpus
 from .evaluate import evaluate
 from .learner import Learner, Scores
 from .packing import PackedBatch, Part, pack
+from .shapes import check_shape
 from .step import StepSettings, train_step
 from .stream import Stream
 
@@ -81,9 +83,19 @@ class Cohort:
         failed = {str(g): reason for g, reason in self.failed.items()}
         return self.bank.state(), {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
 
-    def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """The inverse of `state`."""
+    def load_state(self, tensors: dict[str, Tensor], state: dict, *, finite: bool = False) -> None:
+        """The inverse of `state`. Raises UserError if tensors and JSON cannot be these learners'.
+
+        finite: refuse weights and moments that are not finite, but for learners that have diverged.
+        """
+        check_progress(state, self.streams, self.to_score)
         self.bank.load_state(tensors)
+        for g, stream in enumerate(self.streams):
+            if not 0 <= self.steps[g] <= stream.steps():
+                raise UserError(f"steps of learner {g} are {int(self.steps[g])}, not 0 to {stream.steps()}")
+            for name in ("param", "exp_avg", "exp_avg_sq") if finite and str(g) not in state["failed"] else ():
+                if not tensors[name][g].isfinite().all():
+                    raise UserError(f"{name} of learner {g} is not finite")
         for stream, counters in zip(self.streams, state["counters"], strict=True):
             stream.seek(counters)
         self.scores = [{int(experience): row for experience, row in table.items()} for table in state["scores"]]
@@ -118,6 +130,42 @@ class Cohort:
         counts = evaluate(self.model, bank, self.corpus, pairs, pass_tokens=self.pass_tokens)
         for (table, locale), count in zip(cells, counts.tolist(), strict=True):
             table[locale] = count
+
+
+def _reached(stream: Stream, counters: list[int]) -> bool:
+    """Return whether a stream comes by this position."""
+    if len(counters) != 3 or not 0 <= counters[0] <= len(stream.experiences):
+        return False
+    if counters[0] == len(stream.experiences):
+        return counters[1:] == [0, 0]
+    batches = -(-stream.sentences(counters[0]) // stream.batch_size)
+    return 0 <= counters[1] < stream.epochs and 0 <= counters[2] < batches
+
+
+PROGRESS = {"counters": [[int]], "scores": [{str: {str: [int]}}], "failed": {str: str}, "tokens": int}
+
+
+def check_progress(state: object, streams: Sequence[Stream], to_score: Sequence[Mapping[int, Sequence[str]]]) -> None:
+    """Check that the JSON of `Cohort.state` can be that of learners with these streams. Raises UserError if it cannot."""
+    check_shape(state, PROGRESS)
+    assert isinstance(state, dict)
+    learners = {str(g) for g in range(len(streams))}
+    if not len(state["counters"]) == len(state["scores"]) == len(streams) or not state["failed"].keys() <= learners:
+        raise UserError(f"it is not of {len(streams)} learners")
+    if state["tokens"] < 0:
+        raise UserError(f"tokens are {state['tokens']}")
+    for g, (stream, counters, table) in enumerate(zip(streams, state["counters"], state["scores"], strict=True)):
+        if not _reached(stream, counters):
+            raise UserError(f"counters of learner {g} are {counters}")
+        scored = {str(experience): set(to_score[g].get(experience, ())) for experience in range(counters[0] + 1)}
+        there = {experience: row.keys() for experience, row in table.items()}
+        if str(g) in state["failed"]:  # it is scored up to where it diverged
+            scored = {experience: scored[experience] for experience in scored.keys() & there}
+        if there != scored:
+            raise UserError(f"learner {g} has not the scores of its experiences")
+        for count in (count for row in table.values() for count in row.values()):
+            if len(count) != 3 or not 0 <= count[0] <= min(count):
+                raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
 
 
 class _Team:

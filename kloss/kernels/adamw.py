@@ -19,7 +19,7 @@ def _check_rows(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
         check(name, tensor, (G, P), (torch.float32,), param.device)
         if (P > 1 and tensor.stride(1) != 1) or (G > 1 and tensor.stride(0) < P):
             raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")
-    check("grad", grad, (G, P), FLOATS, param.device)
+    check("grad", grad, (G, P), FLOATS[:3], param.device)
     if G and len({tensor.data_ptr() for tensor in (grad, *memory.values())}) < 4:
         raise ValueError("param, grad, exp_avg and exp_avg_sq must not be one tensor")
 
@@ -42,7 +42,7 @@ def adapter_adamw_(
     """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
 
     param, exp_avg, exp_avg_sq: fp32 [G, P], each row contiguous.
-    grad: float [G, P].
+    grad: fp32, bf16 or fp16 [G, P].
     step: int64 [G], steps taken so far.
     lr, weight_decay: float [G], finite, at least 0.
     max_norm: float [G], above 0; gradients of a larger norm are clipped to it; inf: never.
@@ -63,6 +63,8 @@ def adapter_adamw_(
     check("active", active, (G,), (torch.bool,), None)
     for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
         check(name, tensor, (G,), FLOATS, None)
+    if any(tensor.is_meta for tensor in (param, step, lr, weight_decay, max_norm, active)):
+        raise ValueError("a tensor on meta has no values")
     steps, rates, decays, tops = step.tolist(), lr.tolist(), weight_decay.tolist(), max_norm.tolist()
     check_values("step", steps, lambda value: value >= 0, "a count")
     for name, values in (("lr", rates), ("weight_decay", decays)):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import INTS, check, check_dim, check_ids, check_offsets, readable
+from .checks import INTS, check, check_dim, check_ids, check_offsets, check_values, readable
 
 GOLDEN = 0x9E3779B97F4A7C15
 ODD = 0xD1B54A32D192ED03
@@ -95,9 +95,8 @@ class StepDropout:
     ):
         self.p = {"hidden": hidden, "attention": attention, "lora": lora}
         self.seed, self.row_key, self.adapter, self.num_sites = seed, row_key, adapter, num_sites
-        for p in self.p.values():
-            if p is not None:
-                check_dropout(Dropout(p, seed, row_key, 0, adapter), 0, row_key.device)
+        for p in {id(p): p for p in self.p.values() if p is not None}.values():  # hidden and attention may be one
+            check_dropout(Dropout(p, seed, row_key, 0, adapter), 0, row_key.device)
         self._keys: Tensor | None = None
         self._limits = {kind: _row_limits(p, adapter, row_key.numel()) for kind, p in self.p.items() if p is not None}
 
@@ -126,6 +125,7 @@ def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | 
     for name, numbers, end in (("step", step, 1 << 31), ("sequence", sequence, 1 << 16)):
         check(name, numbers, (cu_seqlens.numel() - 1,), (torch.int64,), cu_seqlens.device)
         check_ids(name, numbers, 0, end)
+    cu_seqlens = cu_seqlens.contiguous()
     rows = int(cu_seqlens[-1]) if rows is None else rows
     row = torch.arange(rows, device=cu_seqlens.device)
     s = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
@@ -197,10 +197,8 @@ def check_dropout(dropout: Dropout, rows: int, device: torch.device) -> None:
     check("dropout.seed", dropout.seed, (p.numel(),), (torch.int64,), device)
     if adapter is not None:
         check("dropout.adapter", adapter, (keys.numel(),), INTS, device)
-    if p.numel() and readable(p):  # a GPU's are clamped
-        low, high = (float(bound) for bound in p.aminmax())
-        if not (low >= 0 and high < 1):
-            raise ValueError(f"dropout.p must lie in [0, 1), got {low}..{high}")
+    if readable(p):  # a GPU's are clamped
+        check_values("dropout.p", p.tolist(), lambda value: 0 <= value < 1, "a number in [0, 1)")
         if adapter is not None:
             check_ids("dropout.adapter", adapter, -1, p.numel())
 

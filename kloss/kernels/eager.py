@@ -34,9 +34,14 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def lower(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The base layer's tensors, in autocast's dtype if autocast is on."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -91,7 +96,7 @@ def _check_covered(name: str, tensor: Tensor, segments: Segments) -> None:
 
 def _partners(x: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes that may meet x: its own, under autocast all."""
-    return FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    return FLOATS if _autocasts(x) else (x.dtype,)
 
 
 def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
@@ -175,7 +180,9 @@ def packed_attention(
         raise ValueError(f"qkv has {qkv.shape[1]} columns, not three times a multiple of {num_heads} heads")
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     check("qkv", qkv, (rows, 3 * width), FLOATS, cu_seqlens.device)
-    lists = attention_lists(cu_seqlens, qkv) if lists is None else lists
+    if lists is None:
+        check_offsets(cu_seqlens, rows)  # before memory is allocated for them
+        lists = attention_lists(cu_seqlens, qkv)
     if lists.cu_seqlens is not cu_seqlens:
         check("lists.cu_seqlens", lists.cu_seqlens, tuple(cu_seqlens.shape), INTS, cu_seqlens.device)
         require((lists.cu_seqlens == cu_seqlens).all(), "the lists must be those of cu_seqlens")
@@ -254,8 +261,8 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
 
     logits: [T, C].
     labels: int64 [T], -100 for rows without a label.
-    Returns loss fp32 [G], 0 for an adapter without labelled rows, and the number of labelled rows int64 [G]. The sum of the
-    losses gives every adapter the gradient of its own mean.
+    Returns loss [G] in fp32, of fp64 logits in fp64, 0 for an adapter without labelled rows, and the number of labelled rows
+    int64 [G]. The sum of the losses gives every adapter the gradient of its own mean.
     Raises ValueError for tensors that do not fit each other, on a CPU also for labels out of range.
     """
     check_dim("logits", logits, "T, C")
@@ -268,7 +275,9 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
         return triton_ops.token_loss(logits, labels, segments)
     bins = torch.where(segments.row_adapter < 0, G, segments.row_adapter).long()
     labels = labels[:total]
-    row_loss = F.cross_entropy(logits[:total].float(), labels, reduction="none", ignore_index=IGNORED)
+    row_loss = F.cross_entropy(
+        logits[:total].to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none", ignore_index=IGNORED
+    )
     count = bins.new_zeros(G + 1).index_add(0, bins, (labels >= 0).long())
     loss = row_loss.new_zeros(G + 1).index_add(0, bins, row_loss) / count.clamp(min=1)
     return loss[:G], count[:G]

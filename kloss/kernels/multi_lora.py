@@ -70,14 +70,15 @@ def multi_lora_linear(
     _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
     backend = _fastest(x, weight, slices) if backend is None else _checked(backend, x, weight, slices)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
+    scaling = scaling.contiguous()  # the kernels take vectors by their address
     if ranks is not None:
-        ranks = ranks.long()
+        ranks = ranks.long().contiguous()
     if backend == "triton":
         segments = with_work(segments)
         assert segments.work is not None
         lists = [segments.order, *segments.work]
         if dropout is not None:
-            lists += dropout.p, dropout.seed, dropout.row_key
+            lists += dropout.p.contiguous(), dropout.seed.contiguous(), dropout.row_key.contiguous()
     else:
         if not lora_a.dtype == lora_b.dtype == dtype:
             lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)

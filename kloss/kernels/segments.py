@@ -82,7 +82,7 @@ def make_segments(cu_seqlens: Tensor, adapter: Tensor, num_adapters: int, *, row
     check_offsets(cu_seqlens, rows)
     check("adapter", adapter, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
     check_ids("adapter ids", adapter, -1, num_adapters)
-    cu_seqlens, adapter = cu_seqlens.to(torch.int32), adapter.to(torch.int32)
+    cu_seqlens, adapter = cu_seqlens.to(torch.int32).contiguous(), adapter.to(torch.int32).contiguous()
     rows = int(cu_seqlens[-1]) if rows is None else rows
     on_cpu = cu_seqlens.device.type == "cpu"
     row_adapter = _spread(torch.cat([adapter, adapter.new_full((1,), -1)]), cu_seqlens, rows)

@@ -1,9 +1,10 @@
-"""A hand-written XLM-R and the bank of adapters that learn on it."""
+"""A hand-written XLM-R, which BERT and RoBERTa fit too, and the bank of adapters that learn on it."""
 
+from .architecture import BASE, TINY, XLMRConfig
 from .bank import AdapterBank
 from .flat import FlatModel
 from .rows import Rows
-from .xlmr import BASE, TINY, XLMRConfig, XLMRForTokenClassification
+from .xlmr import XLMRForTokenClassification
 
 __all__ = [
     "BASE",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
 from ..kernels.dropout import draws, stream_keys
-from .peft_files import read_adapter, write_adapter
+from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
+from .targets import find_targets, named, plain_modules, routed, time_first
 
 
 class _Running(threading.local):
@@ -41,8 +42,9 @@ class _Running(threading.local):
 class _Shared:
     """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the current batch."""
 
-    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int):
-        self.ranks, self.rank, self.chances = ranks, max(ranks), chances
+    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int, ends: list[str] | None):
+        self.ranks, self.rank, self.alphas, self.chances = ranks, max(ranks), alphas, chances
+        self.ends = ends  # of the layers' names, as they were given; None: all-linear
         self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
         self.seeds = stream_keys(torch.tensor([seed]), torch.arange(len(ranks)), 0)  # int64 [G]
         self.step, self.running = 0, _Running()
@@ -56,31 +58,36 @@ class _Batch:
 
     def __init__(self, shared: _Shared, ids: list[int], step: int):
         self.shared, self.ids, self.step = shared, ids, step
-        self.cache: dict[tuple[int, torch.device, bool], _Arguments] = {}
+        self.alike = all(g == ids[0] for g in ids)
+        self.cache: dict[tuple[int, int, torch.device, bool], _Arguments] = {}
 
-    def arguments(self, length: int, device: torch.device, training: bool) -> _Arguments:
-        """Arguments of `multi_lora_linear` that all layers share, computed once. length: rows of the input per batch row.
+    def arguments(self, size: int, length: int, device: torch.device, training: bool) -> _Arguments:
+        """Arguments of `multi_lora_linear` that all layers share, computed once.
 
+        size: of the input's first dimension, that of the batch unless all ids are alike.
+        length: rows of the input to each of the first dimension.
         Returns segments, scaling fp32 [G], ranks int64 [G] (None if all are R), and dropout at site 0 or None.
         """
-        key = length, device, training and any(self.shared.chances)
+        key = size, length, device, training and any(self.shared.chances)
         if key not in self.cache:
             with torch.inference_mode(False):  # a training step may use what an evaluation computed
                 self.cache[key] = self._compute(*key)
         return self.cache[key]
 
-    def _compute(self, length: int, device: torch.device, drops: bool) -> _Arguments:
-        shared, size = self.shared, len(self.ids)
-        ids = torch.tensor(self.ids, dtype=torch.int32)
+    def _compute(self, size: int, length: int, device: torch.device, drops: bool) -> _Arguments:
+        shared = self.shared
+        ids = torch.tensor(self.ids[:1] * size if self.alike else self.ids, dtype=torch.int32)
         offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
         segments = make_segments(offsets, ids.to(device), len(shared.ranks), rows=size * length)
         scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
         ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
         if not drops:
             return segments, scaling, ranks, None
-        number = (ids[:, None] == ids).tril(-1).sum(1)  # earlier batch rows of the same adapter
-        if int(number.max()) >= 1 << 16 or length > 1 << 16:
-            raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {int(number.max()) + 1}")
+        # Earlier batch rows of the same adapter.
+        number = torch.arange(size) if self.alike else (ids[:, None] == ids).tril(-1).sum(1)
+        most = int(number.max()) + 1 if size else 0
+        if most > 1 << 16 or length > 1 << 16:
+            raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
         keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
         chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
         return segments, scaling, ranks, Dropout(chances, shared.seeds.to(device), keys, 0)
@@ -98,6 +105,9 @@ class MultiAdapterLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+
+    batch_first: bool | None = None  # whether inputs are [B, length, ...]: what the model or earlier inputs say, if anything
+    routed = False  # within an expert, whose inputs [n, K] are tokens that a router chose
 
     def __init__(self, linear: nn.Linear, shared: _Shared, name: str, site: int):
         super().__init__()
@@ -120,22 +130,43 @@ class MultiAdapterLinear(nn.Module):
 
         x: [B, ..., K], B the batch rows of `use_adapters`, in the weight's dtype; under autocast in any.
         Returns [B, ..., N].
-        Raises ValueError, with the layer's name, for another first dimension or dtype.
+        Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
+        any shape [..., K].
         """
         batch, weight, bias = self.shared.running.batch, self.weight, self.bias
         if batch is None:
             return F.linear(x, weight, bias)
-        if x.dim() < 2 or x.shape[0] != len(batch.ids):
-            needed = f"[{len(batch.ids)}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
-            raise ValueError(f"{self.name}: the input has shape {list(x.shape)}, needed is {needed}")
+        self._check_layout(x.shape, batch)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-        segments, scaling, ranks, dropout = batch.arguments(x.shape[1:-1].numel(), x.device, self.training)
+        size, length = (1, 1) if x.dim() < 2 else (x.shape[0], x.shape[1:-1].numel())
+        segments, scaling, ranks, dropout = batch.arguments(size, length, x.device, self.training)
         packed = x.reshape(-1, x.shape[-1])  # [T, K], a batch row's rows are neighbours
         dropout = dropout and dropout._replace(site=self.site)
         adapters = self.lora_a, self.lora_b, scaling, segments
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _check_layout(self, shape: torch.Size, batch: _Batch) -> None:
+        """Raises ValueError where a batch of several adapters meets an input whose first dimension may not be the batch.
+
+        Where the second dimension is as long as the batch too, `batch_first` decides. Unknown passes.
+        """
+        size = len(batch.ids)
+        first, second = len(shape) > 1 and shape[0] == size, len(shape) > 2 and shape[1] == size
+        if first is not second and size > 1 and len(shape) > 2 and not torch.compiler.is_compiling():
+            if first:
+                self.batch_first = True
+            elif self.batch_first is None and shape[0] % size:  # a multiple may be a batch of beams
+                self.batch_first = False
+        if batch.alike:
+            return
+        if not first:
+            needed = f"[{size}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
+            raise ValueError(f"{self.name}: the input has shape {list(shape)}, needed is {needed}; or one id for all rows")
+        if second and self.batch_first is False or len(shape) == 2 and self.routed:
+            why = "which may have time before batch, as another length would show" if second else "the tokens that a router chose"
+            raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
 
 
 def attach(
@@ -159,18 +190,27 @@ def attach(
     dropout: of the adapters' inputs in training, in [0, 1), one for all or one per adapter.
     seed: of A and of dropout. Adapter g does not depend on the number of adapters or on the other ranks.
     Returns the model. Its other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
-    Raises UserError for a model that has adapters, for targets that match no nn.Linear or another module, for layers that are not
-    called as nn.Linear is, and for numbers out of range. Then nothing has changed.
+    Raises UserError for a model that has adapters, kloss's or another library's, or is wrapped for several processes. Also for
+    targets that match no nn.Linear or another module, for layers that are not called as nn.Linear is, and for numbers out of
+    range. Then nothing has changed.
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
-    if not isinstance(adapters, Integral) or adapters < 1:
+    if not isinstance(adapters, Integral) or isinstance(adapters, bool) or adapters < 1:
         raise UserError(f"adapters must be a whole number of at least 1, got {adapters!r}")
+    if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
+        raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
     ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
-    alphas = ranks if alpha is None else _each("alpha", alpha, adapters, "a finite number", math.isfinite)
+    alphas = (
+        list(ranks) if alpha is None else _each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
+    )
     chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
-    linears, shared = _targeted(model, targets), _Shared(ranks, alphas, chances, seed)
+    ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
+    linears, shared = find_targets(model, ends), _Shared(ranks, alphas, chances, seed, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
+    seldom_first, in_experts = time_first(model), routed(model)
+    for linear, layer in layers.items():
+        layer.batch_first, layer.routed = False if seldom_first else None, linear in in_experts
     model.requires_grad_(False)
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
         if module in layers:
@@ -182,51 +222,25 @@ def attach(
 def _each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
     """One value per adapter, from one for all or from a sequence."""
     values = [given] * adapters if isinstance(given, Real) else list(given)
-    if len(values) != adapters or not all(isinstance(v, Real) and is_allowed(v) for v in values):
+    if len(values) != adapters or not all(isinstance(v, Real) and not isinstance(v, bool) and is_allowed(v) for v in values):
         raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
     return values
-
-
-def _targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers to adapt, by name."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    # Not subclasses: a quantised linear computes otherwise, nn.MultiheadAttention's is never called.
-    linears = {name: module for name, module in modules.items() if type(module) is nn.Linear}
-    allowed = f"all-linear, or ends of names such as {', '.join(sorted({name.rpartition('.')[2] for name in linears})) or '-'}"
-    if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        body = set(getattr(model, "base_model", model).modules()) - {head}
-        names = [name for name, module in linears.items() if module in body]
-    else:
-        ends = [targets] if isinstance(targets, str) else list(targets)
-        hits = [{name for name in modules if f".{name}".endswith(f".{end}")} for end in ends]
-        if not all(hits):
-            raise UserError(f"targets {targets!r}: no layer's name is or ends in {ends[hits.index(set())]!r}; allowed: {allowed}")
-        names = [name for name in modules if any(name in hit for hit in hits)]
-    if not names:
-        raise UserError(f"targets {targets!r} choose no nn.Linear of this model; allowed: {allowed}")
-    for name in names:
-        module, parent = modules[name], model.get_submodule(name.rpartition(".")[0])
-        if name not in linears:
-            raise UserError(f"{name} is a {type(module).__name__}, only nn.Linear can carry adapters; allowed: {allowed}")
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            raise UserError(f"{name}: torch's nn.TransformerEncoderLayer takes the weights of its linears and does not call them")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-            raise UserError(f"{name} has hooks or another forward, which would be lost: attach first, then add them")
-    return {name: linears[name] for name in names}
 
 
 @contextmanager
 def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None) -> Iterator[None]:
     """Within the block each batch row is computed with its own adapter.
 
-    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone. Every adapted layer must get
-        an input [B, ..., K].
+    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone. If they differ, every adapted
+        layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
     Blocks may be nested, and each thread has its own. With gradient checkpointing call backward inside the block: it computes the
     layers again, in the calling thread. The mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that
     adapter, position, layer, feature), never on neighbours.
+    A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model or an earlier
+    input told of it. Not seen: length B from the first input on, in modules of your own, and B tokens that a router of your own
+    chose.
     Raises UserError for a model without adapters, and for ids that are not adapters of it.
     """
     shared = _layers(model)[0].shared
@@ -261,42 +275,56 @@ def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Ten
     ranks = layers[0].shared.ranks
     if not 0 <= g < len(ranks):
         raise UserError(f"there is no adapter {g}, the model has 0 to {len(ranks) - 1}")
+    rank = ranks[g] if rank is None else rank
     for layer in layers:
-        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, : rank or ranks[g]]
-        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, : rank or ranks[g]]
+        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]
+        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, :rank]
     return tensors
 
 
 def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     """Write adapter g as peft does, for the model given to `attach`: adapter_config.json and adapter_model.safetensors."""
     layers = _layers(model)
-    shared = layers[0].shared
+    shared, names = layers[0].shared, [layer.name for layer in layers]
+    ends = sorted({name.rpartition(".")[2] for name in names}) if shared.ends is None else shared.ends
+    exact = named(plain_modules(model), ends) == set(names)
     write_adapter(
         folder,
         _tensors(model, g),
         rank=shared.ranks[g],
-        scaling=shared.scaling[g],
-        target_modules="|".join(re.escape(layer.name) for layer in layers),  # a pattern: a plain name also matches ends of names
+        alpha=shared.alphas[g],
+        # Else a pattern: ends of names would match more layers.
+        target_modules=ends if exact else "|".join(re.escape(name) for name in names),
         lora_dropout=float(shared.chances[g]),
     )
 
 
-def load_peft(model: nn.Module, folder: str | Path, g: int) -> None:
+def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["error", "ignore"] = "error") -> None:
     """Overwrite adapter g with one that peft or `save_peft` wrote.
 
+    head: what to do with modules that were saved whole (modules_to_save), for which attached adapters have no place. peft saves
+        the head with every adapter of the tasks TOKEN_CLS and SEQ_CLS. "ignore" leaves the model's own as they are.
     Its dropout stays. Layers missing in the files get a zero update.
-    Raises UserError inside `use_adapters`, for files that are missing or damaged, a rank above R, or a tensor that no adapted
-    layer has. Then nothing has changed.
+    Raises UserError inside `use_adapters`, for files that are missing, damaged or of another method, a rank above R, numbers that
+    are not finite, or a tensor that no adapted layer has. Then nothing has changed.
     """
+    if head not in ("error", "ignore"):
+        raise UserError(f"head must be 'error' or 'ignore', got {head!r}")
     shared = _layers(model)[0].shared
     if shared.running.batch is not None:
         raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
-    rank, scaling, tensors = read_adapter(folder, shared.rank)
-    views = _tensors(model, g, rank)
-    if bad := [name for name, tensor in tensors.items() if name not in views or views[name].shape != tensor.shape]:
-        raise UserError(f"{folder}: {bad[0]} {tuple(tensors[bad[0]].shape)} has no place in the adapted layers of this model")
+    adapter = read_adapter(folder, shared.rank)
+    whole = [name for name in adapter.tensors if adapter.in_saved_whole(name)]
+    if whole and head == "error":
+        shape = tuple(adapter.tensors[whole[0]].shape)
+        raise UserError(
+            f"{folder}: {whole[0]} {shape} has no place in the adapted layers of this model, being of modules_to_save "
+            f'({", ".join(adapter.saved_whole)}); head="ignore" loads the adapter without it'
+        )
+    views, tensors = _tensors(model, g, adapter.rank), {n: t for n, t in adapter.tensors.items() if n not in whole}
+    ready = fitted(folder, tensors, views, "the adapted layers of this model")
     for view in _tensors(model, g, shared.rank).values():
         view.zero_()
-    for name, tensor in tensors.items():
+    for name, tensor in ready.items():
         views[name].copy_(tensor)
-    shared.ranks[g], shared.scaling[g] = rank, scaling
+    shared.ranks[g], shared.alphas[g], shared.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling

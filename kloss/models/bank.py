@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .convert import LINEARS, QKV
-from .peft_files import read_adapter, write_adapter
+from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .rows import Rows
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
@@ -42,8 +42,8 @@ class AdapterBank(Rows):
     seeds: one per adapter; None: 0, 1, 2, ...
     dtype: of the working copy; the master copy is fp32.
     exact: the base products under the adapters have the same bits whichever adapters share the batch.
-    Attributes beside those of `Rows`: ranks int64 [G] on the host; scaling fp32 [G].
-    Raises UserError for a rank below 1 or an unknown target.
+    Attributes beside those of `Rows`: ranks int64 [G] and alphas fp64 [G] on the host; scaling fp32 [G].
+    Raises UserError for a rank below 1, an alpha that is not finite, or an unknown target.
     """
 
     def __init__(
@@ -69,9 +69,11 @@ class AdapterBank(Rows):
         if len(ranks) != adapters or any(r < 1 for r in ranks):
             raise UserError(f"rank must be a positive number, or one for each of the {adapters} adapters; got {rank}")
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
+        if len(alphas) != adapters or not all(abs(a) <= LARGEST_ALPHA for a in alphas):
+            raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
         self.rank, self.has_head, self.exact = max(ranks), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
-        self.ranks = torch.tensor(ranks)
+        self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
         param = torch.zeros(adapters, _width(self.slots), dtype=torch.float32, device=device)
         super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
@@ -139,7 +141,7 @@ class AdapterBank(Rows):
     def _like(self, rows: slice | Tensor, param: Tensor, *arguments: Tensor | None) -> "AdapterBank":
         """A bank of the same layout over other rows. param, arguments: of `Rows`."""
         other = copy(self)
-        other.ranks, other.scaling = self.ranks[rows], self.scaling[rows]
+        other.ranks, other.alphas, other.scaling = self.ranks[rows], self.alphas[rows], self.scaling[rows]
         Rows.__init__(other, param, *arguments)
         other._make_leaves()
         return other
@@ -168,18 +170,21 @@ class AdapterBank(Rows):
         if not isinstance(source, AdapterBank) or source.slots != self.slots:
             raise ValueError("the banks differ in model, targets, rank or head")
         index = torch.as_tensor(rows, dtype=torch.long)
-        self.ranks[index], self.scaling[index.to(self.scaling.device)] = source.ranks, source.scaling
+        self.ranks[index], self.alphas[index] = source.ranks, source.alphas
+        self.scaling[index.to(self.scaling.device)] = source.scaling
         super().copy_rows_(rows, source)
         self._ranks_changed()
 
-    def _peft_tensors(self, g: int) -> dict[str, Tensor]:
-        """Views into row g under peft's names, at the adapter's own rank."""
-        rank, tensors = int(self.ranks[g]), {}
+    def _peft_tensors(self, g: int, rank: int | None = None) -> dict[str, Tensor]:
+        """Views into row g under peft's names. rank: None for the adapter's own."""
+        if not 0 <= g < self.adapters:
+            raise UserError(f"there is no adapter {g}, the bank has 0 to {self.adapters - 1}")
+        rank, tensors = int(self.ranks[g]) if rank is None else rank, {}
         for layer in range(self.config.num_hidden_layers):
             for target in self.targets:
                 a, b = (self.view(self.param, f"{layer}.{target}.{kind}")[g] for kind in "ab")
                 names = [f"attention.self.{part}" for part in QKV] if target == "qkv" else [LINEARS[target]]
-                prefix = f"base_model.model.roberta.encoder.layer.{layer}"
+                prefix = f"base_model.model.{self.config.prefix}encoder.layer.{layer}"
                 for name, a_part, b_part in zip(names, a.chunk(len(names)), b.chunk(len(names)), strict=True):
                     tensors[f"{prefix}.{name}.lora_A.weight"] = a_part[:rank]
                     tensors[f"{prefix}.{name}.lora_B.weight"] = b_part[:, :rank]
@@ -188,18 +193,22 @@ class AdapterBank(Rows):
                 tensors[f"base_model.model.classifier.{kind}"] = self.view(self.param, f"head.{kind}")[g]
         return tensors
 
+    def _target_modules(self) -> list[str] | str:
+        """The adapted linears as peft is told of them: ends of names, or a pattern where these would match more."""
+        if "down" in self.targets and "out" not in self.targets:  # output.dense is also the end of attention.output.dense
+            names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
+            return rf".*encoder\.layer\.\d+\.({'|'.join(names[target] for target in self.targets)})"
+        return [name for target in self.targets for name in (QKV if target == "qkv" else (LINEARS[target],))]
+
     def save_peft(self, folder: str | Path, g: int) -> None:
         """Write adapter g as peft does: adapter_config.json and adapter_model.safetensors."""
-        names = {"qkv": r"attention\.self\.(query|key|value)"} | {k: v.replace(".", r"\.") for k, v in LINEARS.items()}
-        # A pattern, since the plain name output.dense would also match attention.output.dense.
-        pattern = "|".join(names[target] for target in self.targets)
         write_adapter(
             folder,
             self._peft_tensors(g),
             rank=int(self.ranks[g]),
-            scaling=float(self.scaling[g]),
+            alpha=float(self.alphas[g]),
             task_type="TOKEN_CLS",
-            target_modules=rf".*encoder\.layer\.\d+\.({pattern})",
+            target_modules=self._target_modules(),
             modules_to_save=["classifier"] if self.has_head else None,
         )
 
@@ -208,22 +217,17 @@ class AdapterBank(Rows):
         """Overwrite adapter g with one that peft saved; its optimiser's state starts anew.
 
         Linears that the file does not adapt get a zero update. A head that the file lacks stays as it was.
-        Raises UserError for files that are missing or damaged, a rank above the bank's, or tensors that fit no slot.
+        Raises UserError for files that are missing, damaged or of another method, a rank above the bank's, numbers that are not
+        finite, or tensors that fit no slot. Then nothing has changed.
         """
-        rank, scaling, tensors = read_adapter(folder, self.rank)
-        before = self.param[g].clone(), self.ranks[g].clone()
-        head = {name: tensor.clone() for name, tensor in self._peft_tensors(g).items() if ".classifier." in name}
-        self.ranks[g] = rank
+        head = {name: view.clone() for name, view in self._peft_tensors(g).items() if ".classifier." in name}
+        adapter = read_adapter(folder, self.rank)
+        views = self._peft_tensors(g, adapter.rank)
+        ready = fitted(folder, adapter.tensors, views, f"this bank ({', '.join(self.targets)})")
         self.param[g].zero_()
-        views = self._peft_tensors(g)
-        bad = [n for n, t in tensors.items() if n not in views or views[n].shape != t.shape]
-        if bad:
-            self.param[g], self.ranks[g] = before
-            shape = tuple(tensors[bad[0]].shape)
-            raise UserError(f"{folder}: {bad[0]} {shape} has no place in this bank ({', '.join(self.targets)})")
-        for name, tensor in (head | tensors).items():
+        for name, tensor in (head | ready).items():
             views[name].copy_(tensor)
-        self.scaling[g] = scaling
+        self.ranks[g], self.alphas[g], self.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling
         self.reset_state_(g)
         self._ranks_changed()
         self.refresh(g)

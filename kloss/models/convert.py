@@ -1,95 +1,114 @@
-"""Convert XLM-R from and to transformers' names and files. Nothing here unpickles code."""
+"""Convert an encoder from and to transformers' names."""
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_tensors
+from .architecture import XLMRConfig
 
 LINEARS = {"out": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
 NORMS = {"norm_1": "attention.output.LayerNorm", "norm_2": "output.LayerNorm"}
 QKV = ("query", "key", "value")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def find_checkpoint(name: str, files: tuple[str, ...]) -> dict[str, Path]:
-    """Paths of a model's files by name, from a local folder or else from the hub. Files that do not exist are left out."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"backbone {name} is not a folder")
-        folder = _download(name, files)
-    return {file: folder / file for file in files if (folder / file).is_file()}
-
-
-def _download(name: str, files: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # the hub's errors derive from these two
-        reason = str(error).splitlines()[0]
-        raise UserError(f"backbone {name} is no local folder, and the hub did not give it: {reason}") from error
-
-
-def read_weights(paths: dict[str, Path], name: str) -> dict[str, Tensor]:
-    """The state dict of a checkpoint in transformers' format: model.safetensors, else pytorch_model.bin (tensors only)."""
-    if "model.safetensors" in paths:
-        return read_tensors(paths["model.safetensors"])
-    if "pytorch_model.bin" not in paths:
-        raise UserError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
-    import pickle
-
-    try:
-        return torch.load(paths["pytorch_model.bin"], map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # foreign bytes fail in many ways
-        raise UserError(f"{paths['pytorch_model.bin']} is damaged, cut short or holds code: {reason}") from error
-
-
-def _names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the transformers names whose tensors it holds, concatenated."""
-    table: dict[str, tuple[str, ...]] = {}
+def _names(num_layers: int, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our parameter names, each with the transformers names whose tensors it holds, concatenated."""
     for x in ("word", "position", "token_type"):
-        table[f"{x}_embeddings.weight"] = (f"roberta.embeddings.{x}_embeddings.weight",)
+        yield f"{x}_embeddings.weight", (f"{prefix}embeddings.{x}_embeddings.weight",)
     for kind in ("weight", "bias"):
-        table[f"embedding_norm.{kind}"] = (f"roberta.embeddings.LayerNorm.{kind}",)
-        table[f"classifier.{kind}"] = (f"classifier.{kind}",)
-        for i in range(num_layers):
-            layer = f"roberta.encoder.layer.{i}"
-            table[f"layers.{i}.qkv.{kind}"] = tuple(f"{layer}.attention.self.{x}.{kind}" for x in QKV)
+        yield f"embedding_norm.{kind}", (f"{prefix}embeddings.LayerNorm.{kind}",)
+        yield f"classifier.{kind}", (f"classifier.{kind}",)
+    for i in range(num_layers):
+        layer = f"{prefix}encoder.layer.{i}"
+        for kind in ("weight", "bias"):
+            yield f"layers.{i}.qkv.{kind}", tuple(f"{layer}.attention.self.{x}.{kind}" for x in QKV)
             for ours, theirs in (LINEARS | NORMS).items():
-                table[f"layers.{i}.{ours}.{kind}"] = (f"{layer}.{theirs}.{kind}",)
-    return table
+                yield f"layers.{i}.{ours}.{kind}", (f"{layer}.{theirs}.{kind}",)
 
 
-def from_transformers(state: dict[str, Tensor], num_layers: int, source: str) -> dict[str, Tensor]:
-    """Our state dict from transformers'.
+def _shape(config: XLMRConfig, name: str) -> tuple[int, ...]:
+    """The shape of each of transformers' tensors within our parameter `name`, by the configuration; a head has any number."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (config.vocab_size, width),
+        "position_embeddings.weight": (config.max_position_embeddings, width),
+        "token_type_embeddings.weight": (config.type_vocab_size, width),
+        "qkv.weight": (width, width),
+        "out.weight": (width, width),
+        "up.weight": (inner, width),
+        "up.bias": (inner,),
+        "down.weight": (width, inner),
+    }
+    return shapes.get(name.split(".", 2)[-1] if name.startswith("layers.") else name, (width,))
 
-    state: with or without the prefix `roberta.`, with or without a head.
+
+def _check(tensor: object, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor. Raises UserError, with its name, for one that is not `shape` numbers, finite in `dtype`."""
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{name} is a {type(tensor).__name__}, a tensor is needed")
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        raise UserError(f"{name} has {kind}; weights must be float32, float16, bfloat16 or float64, and dense")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise UserError(f"{name} has fewer numbers than its shape {shape} says")
+    if not torch.stack(tensor.aminmax()).to(torch.float32).to(dtype).isfinite().all():
+        raise UserError(f"{name} has NaN or infinite values in {str(dtype).removeprefix('torch.')}")
+    return tensor
+
+
+def from_transformers(state: Mapping[str, object], config: XLMRConfig, dtype: torch.dtype, source: str) -> dict[str, Tensor]:
+    """Our state dict from transformers', without a head if the checkpoint has none for tokens.
+
+    state: with or without the prefix of `config`, with or without a head; what else it holds (pooler, output layer of a language
+    model, buffers) is left aside.
+    dtype: in which the weights must be finite.
     source: the checkpoint's name, for messages.
-    Raises UserError naming the first tensor that is missing.
+    Raises UserError naming the first tensor that is missing, has another shape than `config` says, or is no finite floats; and
+    for a layer beyond those that `config` counts. No size of `config` is allocated.
     """
-    if not any(name.startswith("roberta.") for name in state):
-        state = {name if name.startswith("classifier.") else f"roberta.{name}": t for name, t in state.items()}
+    prefix = config.prefix
+    if not any(name.startswith(prefix) for name in state):
+        state = {name if name.startswith("classifier.") else prefix + name: t for name, t in state.items()}
     # Checkpoints of the first years of BERT call a LayerNorm's weight and bias gamma and beta.
     state = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in state.items()}
     ours = {}
-    for name, theirs in _names(num_layers).items():
-        missing = [x for x in theirs if x not in state]
-        if missing and name.startswith("classifier."):
+    for name, theirs in _names(config.num_hidden_layers, prefix):
+        if name.startswith("classifier."):
             continue
-        if missing:
-            raise UserError(f"{source} has no tensor {missing[0]}; is it an XLM-R checkpoint?")
-        ours[name] = torch.cat([state[x] for x in theirs]) if len(theirs) > 1 else state[theirs[0]]
-    return ours
+        parts = []
+        for their_name in theirs:
+            if their_name not in state:
+                raise UserError(f"{source} has no tensor {their_name}; is it a {config.model_type} checkpoint?")
+            parts.append(_check(state[their_name], _shape(config, name), dtype, f"{source}: {their_name}"))
+        ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    further = f"{prefix}encoder.layer.{config.num_hidden_layers}."
+    if any(name.startswith(further) for name in state):
+        raise UserError(f"{source} holds more than the {config.num_hidden_layers} layers that config.json says")
+    return ours | _head(state, config, dtype, source)
 
 
-def to_transformers(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Our state dict under the names of transformers' XLMRobertaForTokenClassification."""
+def _head(state: Mapping[str, object], config: XLMRConfig, dtype: torch.dtype, source: str) -> dict[str, Tensor]:
+    """Weight [labels, H] and bias [labels] of a tagging head; nothing if there is no weight of that name."""
+    weight = state.get("classifier.weight")
+    if weight is None:
+        return {}
+    labels = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 1
+    head = {}
+    for kind, shape in (("weight", (labels, config.hidden_size)), ("bias", (labels,))):
+        name = f"classifier.{kind}"
+        head[name] = _check(state.get(name), shape, dtype, f"{source}: {name}")
+    return head
+
+
+def to_transformers(state: Mapping[str, Tensor], num_layers: int, prefix: str = "roberta.") -> dict[str, Tensor]:
+    """Our state dict under the names of transformers' class with a tagging head. prefix: `XLMRConfig.prefix`."""
     converted = {}
-    for name, theirs in _names(num_layers).items():
+    for name, theirs in _names(num_layers, prefix):
         for their_name, tensor in zip(theirs, state[name].chunk(len(theirs)), strict=True):
             converted[their_name] = tensor.detach().cpu().clone()
     return converted

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..kernels import adapter_adamw_
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -133,7 +134,14 @@ class Rows:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        for name in STATE:
-            getattr(self, name).copy_(tensors[name])
+        """The inverse of `state`. Raises UserError, with nothing changed, for tensors of another name, shape or dtype."""
+        own = self.state()
+        if tensors.keys() != own.keys():
+            raise UserError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}, not {', '.join(STATE)}")
+        for name, tensor in own.items():
+            given, needed = ((x.dtype, list(x.shape)) for x in (tensors[name], tensor))
+            if given != needed:  # copy_ would broadcast and convert
+                raise UserError(f"{name} is {given[0]} of shape {given[1]}, not {needed[0]} of shape {needed[1]}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
         self.refresh()

@@ -1,10 +1,11 @@
 """XLM-R by hand, for packed sequences: no padding, no mask; every linear layer can carry one adapter per learner.
 
-Source of the architecture: Conneau et al. 2020, arXiv 1911.02116; the arithmetic follows transformers' XLMRobertaModel.
+Source of the architecture: Conneau et al. 2020, arXiv 1911.02116; the arithmetic follows transformers' XLMRobertaModel. RoBERTa
+and BERT are the same but for what `XLMRConfig` says of them.
 """
 
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,43 +29,10 @@ from ..kernels import (
     multi_lora_linear,
     packed_attention,
 )
-from .convert import find_checkpoint, from_transformers, read_weights, to_transformers
-
-FIRST_POSITION = 2  # XLM-R counts positions from padding_idx + 1
-
-
-@dataclass(frozen=True)
-class XLMRConfig:
-    """Sizes of an XLM-R; the defaults are the base model's. Names are those of transformers' config.json."""
-
-    vocab_size: int = 250_002
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 514
-    type_vocab_size: int = 1
-    num_labels: int = 2
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    pad_token_id: int = 1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not type(field.default) and not (type(value) is int and type(field.default) is float):
-                raise UserError(f"{field.name} must be a number like {field.default}, got {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that a sequence may have."""
-        return self.max_position_embeddings - FIRST_POSITION
-
-
-BASE = XLMRConfig()
-TINY = XLMRConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+from .architecture import MODELS, XLMRConfig, from_config
+from .checkpoint import PATTERNS, read_weights
+from .convert import from_transformers, to_transformers
+from .hub import model_folder
 
 
 class Bank(Protocol):
@@ -197,7 +165,7 @@ class XLMRForTokenClassification(nn.Module):
         max_length = self.config.max_length
         _check_lengths(cu_seqlens, max_length)
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + FIRST_POSITION)
+        embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + self.config.first_position)
         x = F.layer_norm(
             embedded,
             (embedded.shape[-1],),
@@ -273,51 +241,46 @@ class XLMRForTokenClassification(nn.Module):
     def from_pretrained(
         cls, name: str | Path, num_labels: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "XLMRForTokenClassification":
-        """A checkpoint in transformers' format, from a local folder or by its hub name.
+        """A checkpoint of transformers, of an XLM-R, RoBERTa or BERT, from a local folder or by its hub name.
 
-        num_labels: width of the head; None takes the checkpoint's. A head of another width is replaced by a new one.
-        Raises UserError for a missing, damaged or foreign checkpoint.
+        num_labels: width of the head; None takes the checkpoint's, 2 if it has none. A head of another width is replaced by a
+            new one.
+        dtype: of the parameters; the weights must be finite in it.
+        Raises UserError for a checkpoint that is missing or damaged, whose config.json says what kloss does not compute
+        (`from_config`), or whose tensors are not those that it says. Which files count: `read_weights`.
         """
         name = str(name)
-        paths = find_checkpoint(name, ("config.json", "model.safetensors", "pytorch_model.bin"))
-        if "config.json" not in paths:
+        folder = model_folder(name, "backbone", PATTERNS)
+        if not (folder / "config.json").is_file():
             raise UserError(f"{name} has no config.json; a backbone is a folder in transformers' format or a hub name")
-        stored = read_json(paths["config.json"])
-        if stored.get("model_type") not in ("xlm-roberta", "roberta"):
-            raise UserError(f"{name} holds a {stored.get('model_type')!r} model, not xlm-roberta")
-        for key, supported in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if stored.get(key, supported) != supported:
-                raise UserError(f"{name}: {key} is {stored[key]!r}, only {supported!r} is supported")
-        known = {field.name for field in fields(XLMRConfig)}
-        config = XLMRConfig(**{key: value for key, value in stored.items() if key in known})
-        state = from_transformers(read_weights(paths, name), config.num_hidden_layers, name)
+        config = from_config(read_json(folder / "config.json"), name)
+        if num_labels is not None:
+            config = replace(config, num_labels=num_labels)
+        state = from_transformers(read_weights(folder), config, dtype, name)
         head = state.get("classifier.weight")
-        width = num_labels or (2 if head is None else head.shape[0])
-        if head is not None and head.shape[0] != width:
-            warnings.warn(f"{name} has a head of {head.shape[0]} labels, not {width}: a new head is drawn", stacklevel=2)
+        if head is not None and num_labels in (None, len(head)):
+            config = replace(config, num_labels=len(head))
+        elif head is not None:
+            warnings.warn(f"{name} has a head of {len(head)} labels, not {num_labels}: a new head is drawn", stacklevel=2)
             head = None
-        model = cls.random(replace(config, num_labels=width))
+        model = cls.random(config)
         if head is None:
             state |= {f"classifier.{kind}": getattr(model.classifier, kind) for kind in ("weight", "bias")}
-        for key, parameter in model.state_dict().items():
-            if state[key].shape != parameter.shape:
-                raise UserError(f"{name}: {key} has shape {tuple(state[key].shape)}, config.json says {tuple(parameter.shape)}")
         model.load_state_dict(state)
         return model.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which transformers' XLMRobertaForTokenClassification loads."""
+        """Write config.json and model.safetensors, which transformers' class for token classification loads."""
         config = {key.name: getattr(self.config, key.name) for key in fields(XLMRConfig)}
         labels = {str(i): f"LABEL_{i}" for i in range(config.pop("num_labels"))}
         config |= {
-            "model_type": "xlm-roberta",
-            "architectures": ["XLMRobertaForTokenClassification"],
+            "architectures": [MODELS[self.config.model_type][1]],
             "hidden_act": "gelu",
-            "bos_token_id": 0,
-            "eos_token_id": 2,
             "id2label": labels,
             "label2id": {v: int(k) for k, v in labels.items()},
         }
-        tensors = to_transformers(self.state_dict(), self.config.num_hidden_layers)
+        if self.config.model_type != "bert":
+            config |= {"bos_token_id": 0, "eos_token_id": 2}
+        tensors = to_transformers(self.state_dict(), self.config.num_hidden_layers, self.config.prefix)
         write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
         write_json(Path(folder) / "config.json", config)

@@ -1,13 +1,14 @@
 """report.html of a run folder: one file that opens offline."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..cl.metrics import is_sequential
+from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, summary_rows
 from ..errors import UserError
 from ..files import read_json, write_text
@@ -22,11 +23,14 @@ def write_report(run_folder: Path | str) -> Path:
     Raises UserError for a folder without scores.json, an unreadable file or another format.
     """
     folder = Path(run_folder)
-    scores = read_json(folder / "scores.json")
-    if scores.get("format") != 1:
-        raise UserError(f"{folder / 'scores.json'} has format {scores.get('format')!r}; only format 1 is known")
-    config, env = (read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / "env.json"))
-    page = render(scores, config, env, _read_log(folder / "log.jsonl"))
+    scores = _read(folder / "scores.json", check_scores)
+    config, env = folder / "config.json", folder / "env.json"
+    page = render(
+        scores,
+        read_json(config) if config.exists() else {},
+        _read(env, lambda value: check_shape(value, ENVIRONMENT)) if env.exists() else {},
+        _read_log(folder / "log.jsonl"),
+    )
     write_text(folder / "report.html", page.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
     return folder / "report.html"
 
@@ -58,20 +62,36 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
     )
 
 
+def _read(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError, which says what to do, for one that is unreadable or not as `check` needs it."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    try:
+        value = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; rename or delete it to go on") from error
+    try:
+        check(value)
+    except UserError as error:
+        raise UserError(f"{path} is not what kloss wrote ({error}); rename or delete it to go on") from error
+    return value
+
+
 def _read_log(path: Path) -> Log:
     """Phase -> its entries in log.jsonl, if it exists. A last line without its end, left by a killed run, is skipped."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}; rename or delete it to go on") from error
     phases: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line, parse_int=_number, parse_float=_number, parse_constant=_number)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from error
+            raise UserError(f"{path}:{number} is not JSON: {error}; delete the line to go on") from error
         if not isinstance(entry, dict):
-            raise UserError(f"{path}:{number} holds JSON of type {type(entry).__name__}, an object is needed")
+            kind = type(entry).__name__
+            raise UserError(f"{path}:{number} holds JSON of type {kind}, an object is needed; delete the line to go on")
         phases.setdefault(str(entry.get("phase", "")), []).append(entry)
     return phases
 
