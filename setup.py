@@ -1,4 +1,4 @@
-"""Builds kloss. Everything static is in pyproject.toml; here is csrc/: C++ where torch and a compiler are at hand, CUDA where nvcc is."""
+"""Builds kloss. Everything static is in pyproject.toml; here is csrc/: C++ where torch and a compiler are, CUDA where nvcc is."""
 
 import shutil
 from glob import glob
@@ -8,22 +8,10 @@ from setuptools import Extension, setup
 LORA = [f"csrc/cpu/lora_{name}.cpp" for name in ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16")]
 SOURCES = ["csrc/ops.cpp", "csrc/shared_ops.cpp", "csrc/cpu/adamw.cpp", *LORA]
 HEADERS = [path for pattern in ("*.h", "*/*.h", "*/*.inl") for path in glob(f"csrc/{pattern}")]
-CUDA = sorted(glob("csrc/cuda/*.cu"))
-# Code for these, and PTX that later ones compile for themselves. Products and sums stay apart, as on the CPU: both have the same bits.
-CHIPS = [
-    f"-gencode=arch=compute_{chip},code={code}"
-    for chip, code in (("80", "sm_80"), ("90a", "sm_90a"), ("100", "[sm_100,compute_100]"))
-]
-NVCC = [
-    "-O3",
-    "-std=c++17",
-    "-fmad=false",
-    "-shared",
-    "-cudart=static",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "--threads=2",
-    *CHIPS,
-]
+# Code for three chips, and PTX that later ones compile. Products and sums are not fused, so that a CPU has the same bits.
+CHIPS = (("80", "sm_80"), ("90a", "sm_90a"), ("100", "[sm_100,compute_100]"))
+CUDA = ["-O3", "-std=c++17", "-fmad=false", *(f"-gencode=arch=compute_{chip},code={code}" for chip, code in CHIPS)]
+LIBRARY = ["-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
 
 try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
@@ -37,7 +25,7 @@ else:
                 return super().build_extension(ext)
             target = self.get_ext_fullpath(ext.name)
             self.mkpath(target.rpartition("/")[0])
-            self.spawn([nvcc, *NVCC, *CUDA, "-o", target])
+            self.spawn([nvcc, *CUDA, *LIBRARY, *sorted(glob("csrc/cuda/*.cu")), "-o", target])
 
     # Against torch's stable ABI as of 2.11, the oldest that kloss runs with: what is built with a later torch loads there.
     # A square root is an instruction only where it need not set errno, nor keep the order of traps.

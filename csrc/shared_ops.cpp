@@ -53,13 +53,14 @@ void adamw(
   a.exp_avg_stride = row_stride(exp_avg, param, "exp_avg"), a.exp_avg_sq_stride = row_stride(exp_avg_sq, param, "exp_avg_sq");
   for (const Tensor* tensor : {&param, &exp_avg, &exp_avg_sq})
     STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "param, exp_avg and exp_avg_sq must be fp32");
-  int64_t grads = element(grad, "grad"), works = 0;
+  int64_t grads = element(grad, "grad"), works = grads;
   if (work) {
     a.work_stride = row_stride(*work, param, "work"), works = element(*work, "work"), a.work = work->mutable_data_ptr();
     STD_TORCH_CHECK(!param.numel() || a.work != param.const_data_ptr(), "work must not be param itself");
   }
   const cpu::AdamWParts* parts = cpu::adamw_parts(variant);
   STD_TORCH_CHECK(parts != nullptr, "no such variant on this processor");
+  STD_TORCH_CHECK(parts[grads].update[works] != nullptr, "work must have grad's type where that is not fp32");
   int64_t G = a.rows = param.size(0);
   a.width = param.size(1);
   a.param = (float*)param.mutable_data_ptr(), a.grad = grad.const_data_ptr();

@@ -1,5 +1,7 @@
 """The bodies of csrc/shared on a CPU: AdamW of the bank, span counts and work lists, which a GPU runs too."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers import assert_no_worse
@@ -28,12 +30,14 @@ def variant(request, monkeypatch):
         pytest.skip("this processor has fewer instruction sets")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
+@contextmanager
+def threads_set_to(threads: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bank(G: int, P: int, *, seed: int = 0, size: float = 1.0) -> dict[str, Tensor]:
@@ -83,7 +87,7 @@ def by_the_formula(state: dict[str, Tensor], norms: Tensor, g: int) -> tuple[Ten
 
 @pytest.mark.parametrize("width", [0, 1, 37, 4096, 9000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_adamw_is_the_formula_to_the_bit(width, dtype, variant, threads):
+def test_adamw_is_the_formula_to_the_bit(width, dtype, variant):
     state = bank(4, width) | {"step": torch.tensor([0, 1, 99, 12345])}
     state["grad"] = state["grad"].to(dtype)
     before, work = copies(state), state["param"].to(dtype, copy=True)
@@ -148,7 +152,7 @@ def test_adamw_has_the_bits_of_torchs_fused_one():
 
 
 @pytest.mark.parametrize("poison", [None, torch.nan, torch.inf, -torch.inf])
-def test_rows_that_do_not_move_are_untouched_to_the_bit_and_others_do_not_notice(poison, variant, threads):
+def test_rows_that_do_not_move_are_untouched_to_the_bit_and_others_do_not_notice(poison, variant):
     """Row 1 idle, or with a gradient that is not finite, at either end of its chunks."""
     for at in (0, 8999):
         state, alone = bank(4, 9000), bank(4, 9000)
@@ -166,6 +170,28 @@ def test_rows_that_do_not_move_are_untouched_to_the_bit_and_others_do_not_notice
             assert update(own) == norms[g]
             assert all(torch.equal(state[name][g], own[name][0]) for name in STATE), g
             assert not torch.equal(state["param"][g], before["param"][g])
+
+
+def test_rows_have_the_same_bits_on_any_threads_and_in_any_company():
+    """So many weights that the rows are not all computed at once."""
+    state = bank(3, 2**20 + 5)
+    after = []
+    for threads in (1, 2):
+        with threads_set_to(threads):
+            after.append(copies(state))
+            after[-1]["norms"] = update(after[-1])
+    alone = {name: tensor[2:].clone() for name, tensor in state.items()}
+    assert torch.equal(update(alone), after[0]["norms"][2:])
+    assert all(torch.equal(after[0][name], after[1][name]) for name in (*STATE, "norms"))
+    assert all(torch.equal(after[0][name][2:], alone[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_fp32_refresh_a_copy_of_any_type(dtype, variant):
+    state, wanted = bank(2, 300), bank(2, 300)
+    work = state["param"].to(dtype)
+    update(state, work=work), update(wanted)
+    assert torch.equal(state["param"], wanted["param"]) and torch.equal(work, state["param"].to(dtype))
 
 
 def test_rows_may_lie_apart(variant):
@@ -213,6 +239,7 @@ def test_adamw_refuses_what_does_not_fit():
         (dict(lr=torch.zeros(2)), "lr has another shape"),
         (dict(active=torch.ones(3)), "active has another type"),
         (dict(work=torch.zeros(3, 9)), "work must be"),
+        (dict(work=torch.zeros(3, 8), grad=torch.zeros(3, 8).half()), "work must have grad's type"),
     ):
         with pytest.raises(RuntimeError, match=message):
             update(bank(3, 8) | change)
@@ -243,14 +270,15 @@ def test_span_counts_are_the_references(sequences, named, dtype):
     assert torch.equal(shared_ops.span_counts(*arguments, **keywords), reference.span_counts(*arguments, **keywords))
 
 
-def test_span_counts_of_many_sequences(threads):
+def test_span_counts_of_many_sequences_on_two_threads():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 90, (700,), generator=generator)
     borders = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     gold, pred = torch.randint(-3, 7, (2, int(borders[-1])), generator=generator)
     arguments = torch.where(pred < 0, gold.clamp(min=0), pred), gold, borders, torch.randint(0, 3, (700,), generator=generator), 4
     for keywords in ({}, dict(zip(("tags", "types"), LABELS, strict=True))):
-        counts = shared_ops.span_counts(*arguments, **keywords)
+        with threads_set_to(2):
+            counts = shared_ops.span_counts(*arguments, **keywords)
         assert torch.equal(counts, reference.span_counts(*arguments, **keywords)) and counts[:3].min() > 100
 
 
@@ -326,13 +354,14 @@ def test_lists_have_the_bits_of_torchs(batch):
 
 
 @pytest.mark.parametrize(("adapters", "count"), [(52, 1664), (700, 300), (3, 130)])
-def test_lists_of_a_large_batch_in_any_order(adapters, count, threads):
+def test_lists_of_a_large_batch_in_any_order_on_two_threads(adapters, count):
     generator = torch.Generator().manual_seed(adapters)
     lengths = torch.randint(0, 24, (count,), generator=generator)
     lengths[:3] = torch.tensor([3000, 64, 65])
     owners = torch.randint(-1, adapters, (count,), generator=generator)
-    same_lists(lengths.tolist(), owners.tolist(), adapters, 77)
-    same_lists(lengths.tolist(), owners.sort().values.tolist(), adapters, 0)
+    with threads_set_to(2):
+        same_lists(lengths.tolist(), owners.tolist(), adapters, 77)
+        same_lists(lengths.tolist(), owners.sort().values.tolist(), adapters, 0)
 
 
 def test_lists_refuse_what_is_out_of_range():
@@ -352,6 +381,57 @@ def test_lists_refuse_what_is_out_of_range():
     ):
         with pytest.raises(RuntimeError, match=message):
             shared_ops.work_lists(*arguments, **keywords)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [37, 9000, 2**20 + 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adamw_has_the_same_bits_on_a_gpu(width, dtype):
+    state = bank(4, width)
+    state["grad"], state["active"][1], state["grad"][2, 5] = state["grad"].to(dtype), False, torch.nan
+    there = {name: tensor.cuda() for name, tensor in state.items()}
+    work = state["param"].to(dtype, copy=True)
+    work_there = work.cuda()
+    assert shared_ops.runs_on(torch.device("cuda"))
+    for _ in range(3):
+        assert torch.equal(update(there, work=work_there).nan_to_num().cpu(), update(state, work=work).nan_to_num())
+        assert all(torch.equal(there[name].cpu(), state[name]) for name in STATE) and torch.equal(work_there.cpu(), work)
+
+
+@pytest.mark.gpu
+def test_lists_and_counts_are_the_same_on_a_gpu_and_a_graph_replays_them():
+    assert shared_ops.runs_on(torch.device("cuda"))
+    generator = torch.Generator().manual_seed(0)
+    step, rows, batches = torch.arange(52), 20_000, []
+    for _ in range(2):
+        cu = torch.cat([torch.zeros(1), torch.randint(0, 24, (1664,), generator=generator).cumsum(0).clamp(max=rows)]).int()
+        owner = torch.randint(-1, 52, (1664,), generator=generator).int()
+        batches.append([cu, owner, torch.randint(0, 99, (1664,), generator=generator)])
+    static = [tensor.cuda() for tensor in batches[0]]
+
+    def lists(cu, owner, sequence, step):
+        return shared_ops.work_lists(cu, owner, 52, rows, step=step, sequence=sequence, classes=3)
+
+    def leaves(made):
+        return [made.segments.row_adapter, made.segments.order, *made.segments.work, made.row_key, made.position, *made.short]
+
+    lists(*static, step.cuda())  # loads the library
+    on_gpu, graph = step.cuda(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = lists(*static, on_gpu)
+    for batch in batches:
+        for into, tensor in zip(static, batch, strict=True):
+            into.copy_(tensor)
+        graph.replay()
+        wanted = lists(*batch, step)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(leaves(made), leaves(wanted), strict=True))
+        assert torch.equal(made.longer.cpu(), wanted.longer) and torch.equal(made.segments.ends.cpu(), wanted.segments.ends)
+    gold, pred = torch.randint(-3, 7, (2, rows), generator=generator)
+    arguments = pred.clamp(min=0), gold, batches[0][0], batches[0][2] % 5, 5
+    for keywords in ({}, dict(zip(("tags", "types"), LABELS, strict=True))):
+        there = [t.cuda() if isinstance(t, Tensor) else t for t in arguments], {n: t.cuda() for n, t in keywords.items()}
+        counts = shared_ops.span_counts(*there[0], **there[1])
+        assert torch.equal(counts.cpu(), shared_ops.span_counts(*arguments, **keywords))
 
 
 def test_the_operators_say_what_they_write():

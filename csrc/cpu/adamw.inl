@@ -28,10 +28,11 @@ void update(const AdamW& a, int64_t g, int64_t chunk) {
   for (int64_t i = 0; i < count; ++i) narrow(p[i], work[i]);
 }
 
-template <class Grad>
-constexpr AdamWParts PARTS_OF = {squares<Grad>, {update<Grad, float>, update<Grad, BF16>, update<Grad, FP16>}};
-
-constexpr AdamWParts PARTS[] = {PARTS_OF<float>, PARTS_OF<BF16>, PARTS_OF<FP16>};
+constexpr AdamWParts PARTS[] = {
+    {squares<float>, {update<float, float>, update<float, BF16>, update<float, FP16>}},
+    {squares<BF16>, {nullptr, update<BF16, BF16>, nullptr}},
+    {squares<FP16>, {nullptr, nullptr, update<FP16, FP16>}},
+};
 
 }  // namespace KLOSS_NAME
 }  // namespace

@@ -3,6 +3,8 @@
 #include "../shared/adamw.h"
 #include "entry.cuh"
 
+#include <type_traits>
+
 namespace {
 
 using kloss::AdamW;
@@ -91,17 +93,16 @@ void launch(const AdamW& a, int work_type, bool packed, cudaStream_t stream) {
   dim3 chunks((unsigned)a.chunks(), (unsigned)a.rows);
   squares_kernel<Grad><<<chunks, AdamW::LANES, 0, stream>>>(a);
   finish_kernel<<<(unsigned)a.rows, AdamW::TOTALS, 0, stream>>>(a);
-  if (work_type == 1)
-    update<Grad, BF16>(a, chunks, packed, stream);
-  else if (work_type == 2)
-    update<Grad, FP16>(a, chunks, packed, stream);
-  else
-    update<Grad, float>(a, chunks, packed, stream);
+  if constexpr (std::is_same_v<Grad, float>) {
+    if (work_type == 1) return update<Grad, BF16>(a, chunks, packed, stream);
+    if (work_type == 2) return update<Grad, FP16>(a, chunks, packed, stream);
+  }
+  update<Grad, Grad>(a, chunks, packed, stream);
 }
 
 }  // namespace
 
-// Types: 0 fp32, 1 bf16, 2 fp16. strides: of param, grad, exp_avg, exp_avg_sq, work. Scratch: partial fp32 [G, cdiv(P, 4096)],
+// Types: 0 fp32, 1 bf16, 2 fp16; the working copy has the gradients' where they are not fp32. strides: of param, grad, exp_avg, exp_avg_sq, work. Scratch: partial fp32 [G, cdiv(P, 4096)],
 // constants fp32 [G, 4]. At most 65535 rows. packed: all matrices lie at multiples of 16 bytes, strides and P are multiples of 4.
 KLOSS_ENTRY kloss_adamw(
     int64_t rows, int64_t width, void* param, const void* grad, void* exp_avg, void* exp_avg_sq, void* work,

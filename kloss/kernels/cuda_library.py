@@ -30,7 +30,7 @@ _library = torch.library.Library("kloss", "FRAGMENT")
 
 @cache
 def load() -> bool:
-    """Whether this kloss was built with the GPU's library; loads it and registers its operators. Raises OSError if it is broken."""
+    """Whether this kloss has the GPU's library; loads it and registers its operators. Raises OSError if it is broken."""
     if not _files():
         return False
     _entries()
@@ -77,16 +77,17 @@ def _adamw(
     max_norm: Tensor, active: Tensor, beta_1: float, beta_2: float, eps: float, work: Tensor | None, variant: int, norms: Tensor,
 ) -> None:  # fmt: skip
     (G, P), device = param.shape, param.device
-    matrices = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | (
-        {} if work is None else {"work": work}
-    )
+    matrices = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if work is not None:
+        matrices["work"] = work
     for name, matrix in matrices.items():
         allowed = TYPES if name in ("grad", "work") else (torch.float32,)
         rows = (P < 2 or matrix.stride(1) == 1) and (G < 2 or matrix.stride(0) >= P)
         if matrix.shape != param.shape or matrix.device != device or matrix.dtype not in allowed or not rows:
-            raise ValueError(
-                f"{name} must be [{G}, {P}] on {device}, each row contiguous, not {list(matrix.shape)} {matrix.dtype}"
-            )
+            given = f"{matrix.dtype} {list(matrix.shape)} on {matrix.device}"
+            raise ValueError(f"{name} must be [{G}, {P}] on {device}, each row contiguous, not {given}")
+    if work is not None and grad.dtype not in (torch.float32, work.dtype):
+        raise ValueError(f"work must have grad's type where that is not fp32, not {work.dtype} beside {grad.dtype}")
     if G > MOST_ROWS:
         raise ValueError(f"at most {MOST_ROWS} rows, not {G}")
     if work is not None and P and work.data_ptr() == param.data_ptr():
@@ -100,8 +101,9 @@ def _adamw(
     _launch(
         "kloss_adamw", device, G, P, param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
         None if work is None else work.data_ptr(), strides, packed, TYPES[grad.dtype], 0 if work is None else TYPES[work.dtype],
-        _pointer(step, torch.int64, (G,), device, "step"), rate, decay, most, _pointer(active, torch.bool, (G,), device, "active"),
-        beta_1, beta_2, eps, out, scratch[4 * G :].data_ptr(), scratch.data_ptr(),
+        _pointer(step, torch.int64, (G,), device, "step"), rate, decay, most,
+        _pointer(active, torch.bool, (G,), device, "active"), beta_1, beta_2, eps, out,
+        scratch[4 * G :].data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
 
 

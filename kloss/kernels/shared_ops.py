@@ -63,7 +63,8 @@ def adamw_(
     grad: [G, P] in fp32, bf16 or fp16.
     step: int64 [G], steps so far; counted up for rows that move.
     lr, weight_decay, max_norm: fp32 [G]. active: bool [G].
-    work: [G, P] in fp32, bf16 or fp16, or None; gets the new weights of rows that move. Not param itself.
+    work: [G, P] in grad's dtype, or any of the three where that is fp32, or None; gets the new weights of rows that move. Not
+        param itself.
     Returns the norms before clipping, fp32 [G], 0 for inactive rows.
     Raises RuntimeError for what does not fit.
     """
