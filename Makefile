@@ -32,7 +32,7 @@ sanitize: $(ENV)/ready-to-test
 	  $(PY) setup.py -q build --build-lib build/sanitized --build-temp build/sanitized-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitized $(PY) -P -m pytest -q -o pythonpath=tests -o addopts= tests/test_multi_lora_cpu.py \
-	  tests/test_multi_lora_faults.py tests/test_op_faults.py
+	  tests/test_multi_lora_faults.py tests/test_op_faults.py tests/test_shared_bodies.py
 
 size:
 	@git ls-files 'kloss/*.py' 'kloss/*.j2' 'kloss/*.css' 'bench/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n
@@ -42,7 +42,7 @@ clean:
 
 # torch goes in first and by its exact version: a CPU wheel at hand is then taken, and nothing after it pulls another one.
 # csrc/ is built against that torch, so nothing is built apart from it; without a C++ compiler plain torch serves the CPU.
-$(ENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+$(ENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 	test -x $(PY) || $(PYTHON) -m venv $(ENV)
 	$(PY) -m pip install -q $$(grep '^torch==' constraints.txt)
 	$(PY) -m pip install -q -c constraints.txt setuptools

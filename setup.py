@@ -1,18 +1,41 @@
-"""Builds kloss. Everything static is in pyproject.toml; here is csrc/, built where torch and a C++ compiler are at hand."""
+"""Builds kloss. Everything static is in pyproject.toml; here is csrc/: C++ where torch and a compiler are, CUDA where nvcc is."""
 
-from setuptools import setup
+import shutil
+from glob import glob
 
-SOURCES = ["csrc/ops.cpp", *(f"csrc/cpu/lora_{name}.cpp" for name in ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16"))]
+from setuptools import Extension, setup
+
+LORA = [f"csrc/cpu/lora_{name}.cpp" for name in ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16")]
+SOURCES = ["csrc/ops.cpp", "csrc/shared_ops.cpp", "csrc/cpu/adamw.cpp", *LORA]
+HEADERS = [path for pattern in ("*.h", "*/*.h", "*/*.inl") for path in glob(f"csrc/{pattern}")]
+# Code for three chips, and PTX that later ones compile. Products and sums are not fused, so that a CPU has the same bits.
+CHIPS = (("80", "sm_80"), ("90a", "sm_90a"), ("100", "[sm_100,compute_100]"))
+CUDA = ["-O3", "-std=c++17", "-fmad=false", *(f"-gencode=arch=compute_{chip},code={code}" for chip, code in CHIPS)]
+LIBRARY = ["-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError:  # an isolated build: no C++, so that torch is not fetched a second time
     extension = {}
 else:
+
+    class Build(BuildExtension):
+        def build_extension(self, ext):
+            if ext.name != "kloss._cuda":
+                return super().build_extension(ext)
+            target = self.get_ext_fullpath(ext.name)
+            self.mkpath(target.rpartition("/")[0])
+            self.spawn([nvcc, *CUDA, *LIBRARY, *sorted(glob("csrc/cuda/*.cu")), "-o", target])
+
     # Against torch's stable ABI as of 2.11, the oldest that kloss runs with: what is built with a later torch loads there.
-    flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    module = CppExtension("kloss._C", SOURCES, extra_compile_args={"cxx": flags}, py_limited_api=True)
-    module.optional = True  # without a compiler kloss runs in plain torch
-    extension = {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    # A square root is an instruction only where it need not set errno, nor keep the order of traps.
+    flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    modules = [CppExtension("kloss._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True)]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
+    if nvcc:  # its sources are not named here: torch would ask for the CUDA that it was built with
+        modules.append(Extension("kloss._cuda", [], py_limited_api=True))
+    for module in modules:
+        module.optional = True  # without a compiler kloss runs in plain torch
+    extension = {"ext_modules": modules, "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
 
 setup(**extension)

@@ -1,19 +1,11 @@
-// Schemas, checks and dispatch of csrc's operators. The only file that includes torch, by its stable ABI.
+// Schemas, checks and dispatch of the LoRA operators on a CPU.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
-#include <optional>
-
+#include "checks.h"
 #include "cpu/lora.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace kloss;
 
 // The code for one instruction set and type. supported: by this processor.
 struct Kind {
@@ -54,40 +46,11 @@ const Kind* kind_for(ScalarType type, int64_t variant) {
   return type == ScalarType::Float ? pick(F32, variant) : nullptr;
 }
 
-// Runs jobs on all threads. A free thread takes the next job: adapters may have very different numbers of rows.
-void parallel(int64_t jobs, void (*job)(int64_t, const void*), const void* context) {
-  std::atomic<int64_t> next{0};
-  int64_t threads = std::min<int64_t>(jobs, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < jobs; i = next++) job(i, context);
-  });
-}
-
-// Checks a contiguous tensor of `dims` dimensions.
-void check(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
-  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.dim() == dims;
-  STD_TORCH_CHECK(fits, name, " has another type, device or layout");
-}
-
 // Checks a tensor [G, rows, columns] whose matrices are each contiguous.
 void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
   bool fits = tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == 3;
   STD_TORCH_CHECK(
       fits && tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2), name, " has another type, device or layout");
-}
-
-const void* pointer(const std::optional<Tensor>& tensor, ScalarType type, int64_t dims, const char* name) {
-  if (!tensor) return nullptr;
-  check(*tensor, type, dims, name);
-  return tensor->const_data_ptr();
-}
-
-// Checks that every value lies in low..high. Values index memory, so they are not trusted; a sign bit of `outside` shows a fault.
-void check_range(const int64_t* values, int64_t count, int64_t low, int64_t high, const char* name) {
-  uint64_t outside = 0;
-  for (int64_t i = 0; i < count; ++i)
-    outside |= ((uint64_t)values[i] - (uint64_t)low) | ((uint64_t)high - (uint64_t)values[i]);
-  STD_TORCH_CHECK(!(outside >> 63), name, " has a value outside ", low, "..", high);
 }
 
 struct Call {

@@ -1,0 +1,155 @@
+"""The ops whose bodies in `csrc/shared` run on a CPU and on a GPU: AdamW of the bank, span counts, work lists.
+
+The operators `kloss::adamw_`, `kloss::span_counts_` and `kloss::work_lists_` write into their outputs and check every argument.
+The functions here allocate the outputs. They never wait for a GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .multi_lora_cpu import built
+from .segments import CHUNK, LONG_TILE, SHORT_TILE, Segments, Work, tile_capacity
+
+VARIANT = 0  # of AdamW's instruction sets on a CPU: 0 has the widest; for tests
+SHORT_CLASSES = (16, 32, 64)  # of attention; a batch has the first one, two or three
+
+
+class Lists(NamedTuple):
+    """What the kernels of a step walk.
+
+    segments: with `work`; `runs` and `sorted` are None, as on a GPU.
+    row_key: int64 [T] of `row_keys`, 0 for rows without an adapter's step; None without steps.
+    position: int32 [T], each row's within its sequence; those behind the last sequence count from its end.
+    short, longer: of `attention_triton.AttentionTiles`, int32 [tiles, 3]; () and None without classes.
+    """
+
+    segments: Segments
+    row_key: Tensor | None
+    position: Tensor
+    short: tuple[Tensor, ...]
+    longer: Tensor | None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the ops are built for a device; loads them. A CPU without a compiler and a GPU without nvcc lack them."""
+    if device.type == "cuda":
+        from .cuda_library import load  # only here: it needs a GPU's driver
+
+        return built() and load()
+    return device.type == "cpu" and built()
+
+
+@torch.no_grad()
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: Tensor,
+    max_norm: Tensor,
+    active: Tensor,
+    work: Tensor | None = None,
+) -> Tensor:
+    """One AdamW step for each active row whose gradient norm is finite, as `adapter_adamw_`; all tensors on param's device.
+
+    param, exp_avg, exp_avg_sq: fp32 [G, P]; rows may lie apart, each must be contiguous.
+    grad: [G, P] in fp32, bf16 or fp16.
+    step: int64 [G], steps so far; counted up for rows that move.
+    lr, weight_decay, max_norm: fp32 [G]. active: bool [G].
+    work: [G, P] in grad's dtype, or any of the three where that is fp32, or None; gets the new weights of rows that move. Not
+        param itself.
+    Returns the norms before clipping, fp32 [G], 0 for inactive rows.
+    Raises RuntimeError for what does not fit.
+    """
+    norms = torch.empty(param.shape[0], dtype=torch.float32, device=param.device)
+    torch.ops.kloss.adamw_(
+        param, grad, exp_avg, exp_avg_sq, step, lr, weight_decay, max_norm, active, *betas, eps, work, VARIANT, norms
+    )
+    return norms
+
+
+def span_counts(
+    pred: Tensor,
+    gold: Tensor,
+    cu_seqlens: Tensor,
+    group: Tensor,
+    num_groups: int,
+    *,
+    tags: Tensor | None = None,
+    types: Tensor | None = None,
+) -> Tensor:
+    """Counts for micro span F1 of every group, int64 [num_groups, 3]; arguments as in `eager.span_counts`, of any int dtype.
+
+    Raises RuntimeError for labels, groups or offsets out of range; on a GPU the device stops.
+    """
+    counts = torch.zeros(num_groups, 3, dtype=torch.int64, device=pred.device)
+    longs = (None if t is None else t.long().contiguous() for t in (pred, gold, group, tags, types))
+    pred_, gold_, group_, tags_, types_ = longs
+    torch.ops.kloss.span_counts_(pred_, gold_, cu_seqlens.int().contiguous(), group_, tags_, types_, counts)
+    return counts
+
+
+def work_lists(
+    cu_seqlens: Tensor,
+    adapter: Tensor,
+    num_adapters: int,
+    rows: int,
+    *,
+    step: Tensor | None = None,
+    sequence: Tensor | None = None,
+    classes: int = 0,
+    backwards: bool = False,
+) -> Lists:
+    """All that a batch's kernels walk, in one call.
+
+    cu_seqlens: int32 [S+1]. adapter: int32 [S], -1 for the base model only.
+    rows: T, at least cu_seqlens[-1].
+    step: int64 [G], each adapter's, below 2^31; with `sequence`, int64 [S], each one's number within its learner's batch, below
+        2^16. Or both None.
+    classes: how many of SHORT_CLASSES attention has; 0: no tiles for attention.
+    backwards: whether a CPU runs the threads of a phase from last to first; the result is the same. For tests.
+    Raises RuntimeError for offsets, adapters, steps or sequences out of range; on a GPU the device stops.
+    """
+    G, S, device = num_adapters, adapter.numel(), cu_seqlens.device
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    def longs(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=device)
+
+    work = Work(
+        ints(tile_capacity(rows, G, SHORT_TILE), 3), ints(tile_capacity(rows, G, LONG_TILE), 3), ints(G + rows // CHUNK, 4),
+        ints(G + 1),
+    )  # fmt: skip
+    row_adapter, order, ends, position = ints(rows), longs(rows), longs(G + 1), ints(rows)
+    row_key = None if step is None else longs(rows)
+    heights = SHORT_CLASSES[:classes]
+    short = tuple(ints(min(S, rows // (below + 1)), 3) for below in (0, *heights)[:classes])
+    longer = ints(2 * rows // heights[-1] if rows > heights[-1] else 0, 3) if heights else None
+    absent = (None,) * (len(SHORT_CLASSES) - classes)
+    torch.ops.kloss.work_lists_(
+        cu_seqlens,
+        adapter,
+        step,
+        sequence,
+        backwards,
+        row_adapter,
+        order,
+        ends,
+        *work,
+        *short,
+        *absent,
+        longer,
+        row_key,
+        position,
+    )
+    segments = Segments(cu_seqlens, adapter, G, row_adapter, order, None, None, ends, work)
+    return Lists(segments, row_key, position, short, longer)

@@ -1,0 +1,142 @@
+"""csrc/cuda compiles for every chip where nvcc is, without spills; and Python and C agree on the entry points."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from kloss.kernels import cuda_library
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+CHIPS = ("sm_80", "sm_90a", "sm_100")
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+KERNELS = {"adamw": {"squares", "finish", "update"}, "lists": {"phases", "entries"}, "spans": {"spans"}}
+MOST_REGISTERS = 64
+
+
+def tool(*arguments: str) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def kernels_of(listing: str, pattern: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """(kernel, its template arguments) -> what `pattern` finds behind its mangled name."""
+    found = re.findall(rf"_ZN\w*?\d([a-z]+)_kernel(\w*){pattern}", listing, re.DOTALL)
+    return {(name, arguments): tuple(rest) for name, arguments, *rest in found}
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """(source, chip) -> its cubin."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compiled(job):
+        source, chip = job
+        target = folder / f"{source.stem}.{chip}.cubin"
+        command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-cubin", f"-arch={chip}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (source.stem, chip), str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(compiled, [(source, chip) for source in SOURCES for chip in CHIPS]))
+
+
+def test_every_chip_keeps_everything_in_registers(cubins):
+    for (source, chip), cubin in cubins.items():
+        used = kernels_of(tool("-res-usage", cubin), r":\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+        assert {name for name, _ in used} == KERNELS[source]
+        assert len(used) == {"adamw": 14, "lists": 2, "spans": 1}[source]  # types of gradients and copies, packed or not
+        for kernel, (registers, stack, local) in used.items():
+            assert int(registers) <= MOST_REGISTERS and stack == local == "0", (source, chip, kernel, registers, stack, local)
+
+
+def test_packed_rows_move_16_bytes_at_once(cubins):
+    for chip in CHIPS:
+        code = kernels_of(tool("-sass", cubins["adamw", chip]), r"\n(.*?)(?=Function :|\Z)")
+        updates = {arguments: body for (name, arguments), (body,) in code.items() if name == "update"}
+        assert len(updates) == 10
+        for arguments, body in updates.items():
+            wide = [len(re.findall(rf"{kind}\S*\.128", body)) for kind in ("LDG", "STG")]
+            assert min(wide) >= 3 if "Li4E" in arguments else max(wide) == 0, (chip, arguments, wide)
+
+
+def test_a_barrier_stands_before_each_phase(cubins):
+    for chip in CHIPS:
+        code = kernels_of(tool("-sass", cubins["lists", chip]), r"\n(.*?)(?=Function :|\Z)")
+        (body,) = next(rest for (name, _), rest in code.items() if name == "phases")
+        assert len(re.findall(r"\bBAR\.SYNC", body)) >= 6, chip  # the first one guards nothing
+
+
+def test_python_gives_each_entry_point_its_arguments():
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
+    kinds = {"int64_t": "c_long", "int": "c_int", "double": "c_double"}
+    for name, arguments in cuda_library.ARGUMENTS.items():
+        declared = re.search(rf"{name}\((.*?)\)", text, re.DOTALL)[1].split(",")
+        for argument, given in zip(declared, arguments, strict=True):
+            kind, _, _ = argument.strip().removeprefix("const ").rpartition(" ")
+            wanted = (
+                "LP_c_long" if kind == "int64_t*" else "LP_c_void_p" if kind == "void* const*" else kinds.get(kind, "c_void_p")
+            )
+            assert given.__name__ == wanted, (name, argument)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """The library with tensors on the CPU in place of a GPU's: each launch fails before anything reads a pointer."""
+    if not cuda_library._files() or torch.cuda.is_available():
+        pytest.skip("built without nvcc, or there is a GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+
+def test_a_failed_launch_raises(no_gpu):
+    floats, longs, ints = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+    row, on = torch.zeros(2), torch.ones(2, dtype=torch.bool)
+    adamw = floats, floats, floats, floats, longs, row, row, row, on, 0.9, 0.999, 1e-8
+    for work in (None, floats.bfloat16()):
+        with pytest.raises(RuntimeError, match=r"kloss_adamw: CUDA error \d+"):
+            cuda_library._adamw(*adamw, work, 0, row)
+    with pytest.raises(RuntimeError, match=r"kloss_span_counts: CUDA error \d+"):
+        cuda_library._span_counts(longs, longs, ints, longs, None, None, torch.zeros(4, 3, dtype=torch.int64))
+    tiles = torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int32)
+    rows = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
+    head = ints, ints[:2], longs, longs, False, *rows, torch.zeros(3, dtype=torch.int64), *tiles, ints
+    with pytest.raises(RuntimeError, match=r"kloss_work_lists: CUDA error \d+"):
+        cuda_library._work_lists(*head, tiles[0], None, None, tiles[1], rows[1], rows[0])
+
+
+def test_what_the_library_would_trust_is_checked(no_gpu):
+    floats, longs, row = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    good = dict(
+        param=floats, grad=floats, exp_avg=floats, exp_avg_sq=floats, step=longs, lr=row, weight_decay=row, max_norm=row,
+        active=torch.ones(2, dtype=torch.bool), beta_1=0.9, beta_2=0.999, eps=1e-8, work=None, variant=0, norms=row,
+    )  # fmt: skip
+    for change, message in (
+        (dict(grad=floats[:1]), "grad must be"),
+        (dict(grad=floats.double()), "grad must be"),
+        (dict(exp_avg=torch.zeros(8, 2).t()), "exp_avg must be"),
+        (dict(exp_avg_sq=floats.half()), "exp_avg_sq must be"),
+        (dict(step=row), "step must be"),
+        (dict(lr=row[:1]), "lr must be"),
+        (dict(work=floats), "work must not be param"),
+        (dict(work=floats.half(), grad=floats.bfloat16()), "work must have grad's type"),
+        (dict(active=row), "active must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda_library._adamw(**good | change)
+    counts, ints = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="gold must be"):
+        cuda_library._span_counts(longs, longs[:1], ints, longs, None, None, counts)
+    with pytest.raises(ValueError, match="belong together"):
+        cuda_library._span_counts(longs, longs, ints, longs, longs, None, counts)
