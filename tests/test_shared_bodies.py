@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kloss.kernels import make_segments, multi_lora_cpu, reference, row_keys, shared_ops
-from kloss.kernels.attention_triton import CLASSES, attention_tiles
+from kloss.kernels.buckets import CLASSES, attention_tiles
 from kloss.kernels.segments import with_work
 
 pytestmark = pytest.mark.skipif(not multi_lora_cpu.built(), reason="csrc is not built")
