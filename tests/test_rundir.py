@@ -207,3 +207,10 @@ def test_a_damaged_configuration_says_what_to_do(tmp_path, text):
         pass
     assert "another --out" in str(error.value)
     assert (folder / "config.json").read_text() == text
+
+
+def test_a_fifo_for_a_checkpoint_is_refused_without_waiting(tmp_path):
+    with open_run(tmp_path / "run", CONFIG) as run:
+        os.mkfifo(run.path / "checkpoint.safetensors")
+        with pytest.raises(UserError, match="checkpoint.safetensors is a FIFO"):
+            run.load_checkpoint()
