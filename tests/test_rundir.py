@@ -166,7 +166,7 @@ def test_a_run_folder_that_becomes_read_only_loses_nothing(tmp_path, write):
         (".lock", 0o444, "cannot write .*lock: Permission denied"),
         (".", 0o555, "cannot write .*: Permission denied"),
         (".", 0o000, "cannot open .*: Permission denied; choose another --out"),
-        ("config.json", 0o000, "config.json is not readable JSON: .*Permission denied.*another --out"),
+        ("config.json", 0o000, "cannot read .*config.json: Permission denied.*another --out"),
         ("log.jsonl", 0o000, "cannot write in .*: Permission denied"),
     ],
 )
