@@ -310,6 +310,16 @@ def test_a_hub_name_without_a_network_says_so_at_once(no_network, tmp_path, ask)
     assert time.monotonic() - began < 2  # transformers asks 12 times, for 48 seconds
 
 
+def test_a_hub_data_set_without_a_network_says_so_at_once(no_network, tmp_path):
+    from kloss.cl.corpus import load_corpus
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"the hub did not give some/name \(.*HF_HUB_OFFLINE=1") as error:
+        load_corpus("some/name", cache=tmp_path)
+    assert "\n" not in str(error.value) and len(no_network) <= 2
+    assert time.monotonic() - began < 5  # `datasets` asks for 47 seconds; importing it takes one or two
+
+
 def in_the_hubs_cache(hub, name, source):
     """The files of a folder as a download of the hub leaves them."""
     folder = hub / f"models--{name.replace('/', '--')}"

@@ -166,7 +166,7 @@ def test_a_run_folder_that_becomes_read_only_loses_nothing(tmp_path, write):
         (".lock", 0o444, "cannot write .*lock: Permission denied"),
         (".", 0o555, "cannot write .*: Permission denied"),
         (".", 0o000, "cannot open .*: Permission denied; choose another --out"),
-        ("config.json", 0o000, "config.json is not readable JSON: .*Permission denied.*another --out"),
+        ("config.json", 0o000, "cannot read .*config.json: Permission denied.*another --out"),
         ("log.jsonl", 0o000, "cannot write in .*: Permission denied"),
     ],
 )
@@ -207,3 +207,10 @@ def test_a_damaged_configuration_says_what_to_do(tmp_path, text):
         pass
     assert "another --out" in str(error.value)
     assert (folder / "config.json").read_text() == text
+
+
+def test_a_fifo_for_a_checkpoint_is_refused_without_waiting(tmp_path):
+    with open_run(tmp_path / "run", CONFIG) as run:
+        os.mkfifo(run.path / "checkpoint.safetensors")
+        with pytest.raises(UserError, match="checkpoint.safetensors is a FIFO"):
+            run.load_checkpoint()

@@ -23,6 +23,7 @@ from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_fo
 
 IGNORED = -100
 FORMAT = 1  # part of every cache key; increment when the same input gives other arrays
+LONGEST_WORD = 10_000  # characters of a word that are tokenised
 
 Locales = tuple[str, ...] | None  # None: all
 OnProgress = Callable[[int, int, str], object]  # called with (done, total, text); a total of 0 means unknown
@@ -237,12 +238,13 @@ def _read(
 def _tokenise(words: list[str], tokenizer: Callable, unk_id: int, progress: OnProgress) -> tuple[np.ndarray, np.ndarray]:
     """Return the pieces of all words, int32 [pieces], and where each word starts, int64 [words+1].
 
-    A word without pieces becomes one <unk>, so that its label does not vanish.
+    A word without pieces becomes one <unk>, so that its label does not vanish. Of a very long one the beginning counts, for
+    tokenisers take seconds for a million characters, and a sentence is cut to the model's positions anyway.
     """
     pieces, counts, step = array("i"), array("i"), 20000
     for start in range(0, len(words), step):
         progress(start, len(words), "tokenising words")
-        batch = [[word] for word in words[start : start + step]]
+        batch = [[word[:LONGEST_WORD]] for word in words[start : start + step]]
         for ids in tokenizer(batch, is_split_into_words=True, add_special_tokens=False)["input_ids"]:
             ids = ids or [unk_id]
             pieces.extend(ids)

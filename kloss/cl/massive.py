@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from ..errors import UserError
 from ..files import lines_of, opened, parse_json, shown, user_path
+from ..models.hub import refusal
 from .cache import hash_files
 from .languages import CHARACTER_LOCALES, LANGUAGES
 
@@ -249,6 +250,9 @@ def _open_hub(name: str, selected: frozenset[str] | None) -> Source:
     """Open a data set with `datasets`: a configuration per locale, as the hub has MASSIVE, or one for all locales."""
     import datasets
 
+    if not (os.path.exists(name) or datasets.config.HF_HUB_OFFLINE) and (reason := refusal(name, "dataset")):
+        advice = "give a local folder or archive, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        raise UserError(f"no such file or folder, and the hub did not give {name} ({shown(reason)}); {advice}")
     revision = None
     try:
         try:

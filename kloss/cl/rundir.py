@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_json, write_json, write_tensors
+from ..files import opened, read_json, write_json, write_tensors
 from ..kernels import multi_lora_cpu
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -89,10 +89,11 @@ class RunFolder:
         try:
             if not file.exists():
                 return None
-            file.open("rb").close()  # safe_open says of a file without permission that it does not exist
-            with self.reading_checkpoint(), safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            with opened(file):  # safe_open hangs at a FIFO, and says of a file without permission that it does not exist
+                pass
+            with self.reading_checkpoint(), safe_open(file, "pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
                 text = metadata.get("state", "")
                 if "digest" in metadata and metadata["digest"] != _digest(tensors, text):
                     raise UserError("its contents have not the digest written with them")

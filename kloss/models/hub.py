@@ -1,4 +1,4 @@
-"""A folder of somebody's model files: a local one, or what the hub has under a name."""
+"""What the hub has under a name, asked once: a network that is not there must not take a minute to say so."""
 
 import os
 from collections.abc import Sequence
@@ -7,6 +7,20 @@ from pathlib import Path
 from ..errors import UserError
 
 REACHED_WITHIN = 5.0  # seconds
+
+
+def refusal(name: str, repo_type: str = "model") -> str:
+    """Ask the hub once for a repository. Return why it did not give it, "" if it did.
+
+    repo_type: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=REACHED_WITHIN)
+    except Exception as error:  # the hub's client has many kinds, some of them its HTTP library's
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
 
 
 def model_folder(name: str, kind: str, patterns: Sequence[str]) -> Path:
@@ -21,13 +35,9 @@ def model_folder(name: str, kind: str, patterns: Sequence[str]) -> Path:
         return Path(path)
     if os.path.lexists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{kind} {name} is not a folder")
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    reason = ""
-    try:
-        HfApi().repo_info(name, timeout=REACHED_WITHIN)
-    except Exception as error:  # the hub's client has many kinds, some of them its HTTP library's
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = refusal(name)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=bool(reason)))
     except Exception as error:

@@ -11,7 +11,7 @@ from ..cl.metrics import is_sequential
 from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, summary_rows
 from ..errors import UserError
-from ..files import read_json, write_text
+from ..files import opened, read_json, write_text
 from . import sections
 from .sections import Log
 
@@ -80,8 +80,11 @@ def _read(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]
 def _read_log(path: Path) -> Log:
     """Phase -> its entries in log.jsonl, if it exists. A last line without its end, left by a killed run, is skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
+        lines = []
+        if path.exists():
+            with opened(path) as stream:
+                lines = stream.read().decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read: {error}; rename or delete it to go on") from error
     phases: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
