@@ -78,13 +78,18 @@ void adamw(
   std::vector<float> partial(G * chunks);
   std::vector<AdamW::Row> constants(G);
   a.partial = partial.data(), a.row = constants.data();
-  // Some rows at a time, whose gradients may still be in a cache when the update reads them, the last ones first.
-  int64_t at_once = std::max<int64_t>(1, (1 << 21) / std::max<int64_t>(1, a.width));
+  // Some rows at a time, whose gradients may still be in a cache when the update reads them. A job has neighbouring chunks: in
+  // that order the processor fetches them ahead.
+  constexpr int64_t RUN = 16;
+  int64_t at_once = std::max<int64_t>(1, (1 << 21) / std::max<int64_t>(1, a.width)), runs = ceil_div(chunks, RUN);
   for (int64_t first = 0; first < G; first += at_once) {
-    int64_t last = std::min(G, first + at_once), jobs = (last - first) * chunks;
-    each(jobs, [&](int64_t i) {
-      int64_t g = first + i / chunks;
-      if (a.active[g]) parts[grads].squares(a, g, i % chunks);
+    int64_t last = std::min(G, first + at_once), jobs = (last - first) * runs;
+    auto run = [&](int64_t job, auto part) {
+      int64_t end = std::min(chunks, (job % runs + 1) * RUN);
+      for (int64_t chunk = job % runs * RUN; chunk < end; ++chunk) part(a, first + job / runs, chunk);
+    };
+    each(jobs, [&](int64_t job) {
+      if (a.active[first + job / runs]) run(job, parts[grads].squares);
     });
     for (int64_t g = first; g < last; ++g) {
       double totals[AdamW::TOTALS];
@@ -93,9 +98,8 @@ void adamw(
         for (int l = 0; l < half; ++l) AdamW::fold(totals, half, l);
       a.finish(g, totals[0]);
     }
-    each(jobs, [&](int64_t i) {
-      int64_t g = last - 1 - i / chunks;
-      if (a.row[g].shrink > 0) parts[grads].update[works](a, g, chunks - 1 - i % chunks);
+    each(jobs, [&](int64_t job) {
+      if (a.row[first + job / runs].moves()) run(job, parts[grads].update[works]);
     });
   }
 }

@@ -74,11 +74,11 @@ def by_the_formula(state: dict[str, Tensor], norms: Tensor, g: int) -> tuple[Ten
     count, (beta_1, beta_2) = int(step) + 1, BETAS
     lr, decay, most, norm = (float(x[g]) for x in (state["lr"], state["weight_decay"], state["max_norm"], norms))
     rate, root = -lr / (1 - beta_1**count), (1 - beta_2**count) ** 0.5
-    shrink, kept, w, keep, gain, rate, root, least = (
+    clip, kept, w, keep, gain, rate, root, least = (
         torch.tensor(x, dtype=torch.float64).float()
-        for x in (max(1.0, (norm + 1e-6) / most), 1 - lr * decay, 1 - beta_1, beta_2, 1 - beta_2, rate, root, EPS)
+        for x in (1 / max(1.0, (norm + 1e-6) / most), 1 - lr * decay, 1 - beta_1, beta_2, 1 - beta_2, rate, root, EPS)
     )
-    x = state["grad"][g].float() / shrink
+    x = state["grad"][g].float() * clip
     m = fused(w, x - m, m)
     v = fused(gain * x, x, keep * v)
     wide_root = v.double().sqrt().float()  # torch's own in fp32 is not always the nearest number
@@ -180,6 +180,7 @@ def test_rows_have_the_same_bits_on_any_threads_and_in_any_company():
         with threads_set_to(threads):
             after.append(copies(state))
             after[-1]["norms"] = update(after[-1])
+    assert_no_worse(after[0]["norms"], state["grad"].norm(dim=1), state["grad"].double().norm(dim=1))
     alone = {name: tensor[2:].clone() for name, tensor in state.items()}
     assert torch.equal(update(alone), after[0]["norms"][2:])
     assert all(torch.equal(after[0][name], after[1][name]) for name in (*STATE, "norms"))

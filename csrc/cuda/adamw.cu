@@ -60,7 +60,7 @@ template <class Grad, class Work, int N>
 __global__ void __launch_bounds__(THREADS) update_kernel(const __grid_constant__ AdamW a) {
   int64_t g = blockIdx.y, last = a.last_of(blockIdx.x);
   const AdamW::Row row = a.row[g];
-  if (!(row.shrink > 0)) return;
+  if (!row.moves()) return;
   const AdamW::Factors factors = a.factors();
 #pragma unroll 1
   for (int64_t i = blockIdx.x * AdamW::CHUNK + threadIdx.x * N; i < last; i += THREADS * N) {

@@ -4,7 +4,7 @@
 //   finish    a row: its norm, whether it moves, the constants of its update, step += 1   for each row
 //   update    elements of a row that moves                                              for each (row, chunk)
 //
-//   g = grad / max(1, (norm + 1e-6) / max_norm)        p = p (1 - lr weight_decay)
+//   g = grad min(1, max_norm / (norm + 1e-6))        p = p (1 - lr weight_decay)
 //   m = m + (1 - beta_1) (g - m)                       v = beta_2 v + (1 - beta_2) g g
 //   p = p - lr / (1 - beta_1^step) m / (sqrt(v) / sqrt(1 - beta_2^step) + eps)
 //
@@ -22,9 +22,10 @@ struct AdamW {
   constexpr static int LANES = 256;       // partial sums within a chunk
   constexpr static int TOTALS = 32;       // partial sums of a row's chunks
 
-  // What a row's update needs; shrink 0: the row does not move.
+  // What a row's update needs; clip -1: the row does not move.
   struct Row {
-    float shrink, decay, rate, root;
+    float clip, decay, rate, root;
+    KLOSS_HD bool moves() const { return clip >= 0; }
   };
 
   int64_t rows, width;                                   // G, P
@@ -76,11 +77,11 @@ struct AdamW {
   KLOSS_HD void finish(int64_t g, double squared) const {
     float norm = active[g] ? (float)sqrt(squared) : 0.0f;
     norms[g] = norm;
-    row[g].shrink = 0;
+    row[g].clip = -1;
     if (!active[g] || !(norm <= 3.402823466e38f)) return;
     double ratio = ((double)norm + 1e-6) / (double)max_norm[g];
     double count = (double)(step[g] += 1);
-    row[g].shrink = ratio > 1 ? (float)ratio : 1.0f;
+    row[g].clip = ratio > 1 ? (float)(1 / ratio) : 1.0f;
     row[g].decay = (float)(1 - (double)lr[g] * (double)weight_decay[g]);
     row[g].rate = (float)-((double)lr[g] / (1 - power(beta_1, count)));
     row[g].root = (float)sqrt(1 - power(beta_2, count));
@@ -106,7 +107,7 @@ struct AdamW {
 
   // One element: its gradient d, weight p and moments m and v.
   KLOSS_HD static void update(const Row& r, const Factors& f, float d, float& p, float& m, float& v) {
-    float x = d / r.shrink;
+    float x = d * r.clip;
     m = fmaf(f.toward, x - m, f.from_old ? m : x);
     v = fmaf(f.gain * x, x, f.keep * v);
     float change = r.rate * m / (sqrtf(v) / r.root + f.least);
