@@ -24,7 +24,6 @@ from kloss.kernels import (
     add_norm,
     apply_dropout,
     lora_linear,
-    make_buckets,
     make_segments,
     multi_lora_linear,
     packed_attention,
@@ -32,6 +31,7 @@ from kloss.kernels import (
     span_counts,
     token_loss,
 )
+from kloss.kernels.buckets import make_buckets
 
 INT = dict(dtype=torch.int32)
 CU = torch.tensor([0, 3, 3, 7], **INT)
@@ -65,7 +65,7 @@ def calls() -> dict[str, Call]:
     return {
         "adamw": adamw_call(),
         "attention": Call(packed_attention, dict(qkv=torch.ones(8, 24), cu_seqlens=CU, num_heads=2, dropout=dropout)),
-        "bucketed": Call(packed_attention, dict(qkv=torch.ones(8, 24), cu_seqlens=CU, num_heads=2, buckets=make_buckets(CU))),
+        "bucketed": Call(packed_attention, dict(qkv=torch.ones(8, 24), cu_seqlens=CU, num_heads=2, lists=make_buckets(CU))),
         "buckets": Call(make_buckets, dict(cu_seqlens=CU)),
         "segments": Call(make_segments, dict(cu_seqlens=CU, adapter=OWNERS, num_adapters=2, rows=8)),
         "loss": Call(token_loss, dict(logits=torch.ones(8, 3), labels=ids, segments=segments)),
@@ -174,9 +174,9 @@ HOSTILE = {  # (op, argument, what is wrong) -> change, message
     ("attention", "qkv", "of another device"): (lambda t: t.to("meta"), "qkv is on meta"),
     **{("attention", "num_heads", f"{heads}"): (lambda n, heads=heads: heads, f"multiple of {heads} heads")
        for heads in (0, -2, 3)},
-    ("bucketed", "buckets", "of other offsets"): (lambda b: make_buckets(at(1, 2)(CU)), "must be those of cu_seqlens"),
-    ("bucketed", "buckets", "of fewer sequences"): (lambda b: make_buckets(CU[:2]), "buckets.cu_seqlens has shape"),
-    ("bucketed", "buckets", "of more rows"): (lambda b: make_buckets(at(3, 9)(CU)), "ends at 9, more than the 8 rows"),
+    ("bucketed", "lists", "of other offsets"): (lambda b: make_buckets(at(1, 2)(CU)), "must be those of cu_seqlens"),
+    ("bucketed", "lists", "of fewer sequences"): (lambda b: make_buckets(CU[:2]), "lists.cu_seqlens has shape"),
+    ("bucketed", "lists", "of more rows"): (lambda b: make_buckets(at(3, 9)(CU)), "must be those of cu_seqlens"),
     **{(op, "dropout", text): fault for op in ("attention", "dropout") for text, fault in {
         "with keys for fewer rows": (field(row_key=lambda k: k[:6], adapter=lambda a: a[:6]), "row_key has 6 entries"),
         "with float keys": (field(row_key=T.float), "dropout.row_key is of"),

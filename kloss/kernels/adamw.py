@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .checks import FLOATS, check, check_dim, check_values
+from . import shared_ops
+from .checks import FLOATS, check, check_dim, check_values, readable
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -49,29 +50,55 @@ def adapter_adamw_(
     active: bool [G].
     betas: in [0, 1).
     eps: above 0.
+    All numbers are on the host, or all on param's device: then a GPU's values are not checked, for nobody waits for them.
     Returns the gradient norms fp32 [G] before clipping, 0 for inactive rows. A row that is inactive, or whose norm is not finite,
     is left untouched to the bit.
     Raises ValueError for arguments out of range or that do not fit each other; then no row has changed.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """
     _check_rows(param, grad, exp_avg, exp_avg_sq)
-    G, (beta_1, beta_2) = param.shape[0], betas
+    G = param.shape[0]
     check_values("betas", betas, lambda value: 0 <= value < 1, "a number in [0, 1)")
     if not 0 < eps <= LARGEST:
         raise ValueError(f"eps is {eps}, expected a finite number above 0")
-    check("step", step, (G,), (torch.int64,), None)
-    check("active", active, (G,), (torch.bool,), None)
-    for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
-        check(name, tensor, (G,), FLOATS, None)
     if any(tensor.is_meta for tensor in (param, step, lr, weight_decay, max_norm, active)):
         raise ValueError("a tensor on meta has no values")
+    check("step", step, (G,), (torch.int64,), None)
+    check("active", active, (G,), (torch.bool,), step.device)
+    for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
+        check(name, tensor, (G,), FLOATS, step.device)
+    if readable(step):
+        check_values("step", step.tolist(), lambda value: value >= 0, "a count")
+        for name, values in (("lr", lr), ("weight_decay", weight_decay)):
+            check_values(name, values.tolist(), lambda value: 0 <= value <= LARGEST, "a finite number, at least 0")
+        check_values("max_norm", max_norm.tolist(), lambda value: value > 0, "a number above 0, or inf for no clipping")
+    if step.device == param.device and shared_ops.runs_on(param.device):
+        grad = grad if grad.stride(1) == 1 else grad.contiguous()
+        rate, decay, top = (numbers.to(torch.float32).contiguous() for numbers in (lr, weight_decay, max_norm))
+        return shared_ops.adamw_(
+            param, grad, exp_avg, exp_avg_sq, step, rate, betas=betas, eps=eps, weight_decay=decay, max_norm=top,
+            active=active.contiguous(),
+        )  # fmt: skip
+    return _row_by_row(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, active)
+
+
+def _row_by_row(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: Tensor,
+    max_norm: Tensor,
+    active: Tensor,
+) -> Tensor:
+    """`adapter_adamw_` without C++: torch's fused AdamW for one row after the other. The host waits for a GPU's norms."""
+    (beta_1, beta_2), rows = betas, active.nonzero()[:, 0].tolist()
     steps, rates, decays, tops = step.tolist(), lr.tolist(), weight_decay.tolist(), max_norm.tolist()
-    check_values("step", steps, lambda value: value >= 0, "a count")
-    for name, values in (("lr", rates), ("weight_decay", decays)):
-        check_values(name, values, lambda value: 0 <= value <= LARGEST, "a finite number, at least 0")
-    check_values("max_norm", tops, lambda value: value > 0, "a number above 0, or inf for no clipping")
-    rows = active.nonzero()[:, 0].tolist()
-    norms = torch.zeros(G, dtype=torch.float32, device=param.device)
+    norms = torch.zeros(param.shape[0], dtype=torch.float32, device=param.device)
     for g in rows:
         norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
     host_norms = norms.tolist()  # read back together: on a GPU one wait
