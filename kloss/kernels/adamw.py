@@ -63,7 +63,7 @@ def adapter_adamw_(
     check("active", active, (G,), (torch.bool,), None)
     for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
         check(name, tensor, (G,), FLOATS, None)
-    if any(tensor.is_meta for tensor in (param, step, lr, weight_decay, max_norm, active)):
+    if any(tensor.device.type == "meta" for tensor in (param, step, lr, weight_decay, max_norm, active)):
         raise ValueError("a tensor on meta has no values")
     steps, rates, decays, tops = step.tolist(), lr.tolist(), weight_decay.tolist(), max_norm.tolist()
     check_values("step", steps, lambda value: value >= 0, "a count")
