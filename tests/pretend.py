@@ -7,6 +7,7 @@ makes the host wait is recorded. The multi-adapter linear runs in Triton, here i
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -115,6 +116,7 @@ def pretended_gpu(monkeypatch):
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(total_memory=1 << 36))
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) makes its tensor on the CPU and sends it over
         try:

@@ -371,6 +371,8 @@ def test_arguments_that_are_no_text(small, capsys):
 # Sends the signal itself after some steps, so that it arrives while a step runs.
 SIGNALLED = """
 import os, signal, sys
+for ignored in (signal.SIGINT, signal.SIGHUP):  # they are, where the tests run in the background, and stay so in a run
+    signal.signal(ignored, signal.SIG_DFL)
 from kloss.cl.train import _Team
 from kloss.run import main
 number, after, arguments = eval(sys.argv[1])

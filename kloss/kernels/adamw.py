@@ -61,7 +61,7 @@ def adapter_adamw_(
     check_values("betas", betas, lambda value: 0 <= value < 1, "a number in [0, 1)")
     if not 0 < eps <= LARGEST:
         raise ValueError(f"eps is {eps}, expected a finite number above 0")
-    if any(tensor.is_meta for tensor in (param, step, lr, weight_decay, max_norm, active)):
+    if any(tensor.device.type == "meta" for tensor in (param, step, lr, weight_decay, max_norm, active)):
         raise ValueError("a tensor on meta has no values")
     check("step", step, (G,), (torch.int64,), None)
     check("active", active, (G,), (torch.bool,), step.device)
