@@ -43,4 +43,24 @@ inline void check_range(const int64_t* values, int64_t count, int64_t low, int64
   STD_TORCH_CHECK(!(outside >> 63), name, " has a value outside ", low, "..", high);
 }
 
+// A contiguous tensor of a shape, to read or to write.
+template <class T>
+T* data(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape, const char* name) {
+  check(tensor, type, (int64_t)shape.size(), name);
+  bool fits = std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
+  STD_TORCH_CHECK(fits, name, " has another shape");
+  return (T*)tensor.const_data_ptr();
+}
+
+// Checks that offsets start at 0, do not decrease and end within `rows`.
+inline const int32_t* offsets(const Tensor& cu_seqlens, int64_t rows) {
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens must be [S+1]");
+  const int32_t* cu = data<int32_t>(cu_seqlens, ScalarType::Int, {cu_seqlens.size(0)}, "cu_seqlens");
+  int64_t sequences = cu_seqlens.size(0) - 1;
+  bool fits = cu[0] == 0 && cu[sequences] <= rows;
+  for (int64_t s = 0; s < sequences; ++s) fits &= cu[s] <= cu[s + 1];
+  STD_TORCH_CHECK(fits, "cu_seqlens must start at 0, not decrease, and end within the ", rows, " rows there are");
+  return cu;
+}
+
 }  // namespace kloss

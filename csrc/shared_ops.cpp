@@ -17,15 +17,6 @@ void each(int64_t jobs, const F& f) {
   parallel(jobs, [](int64_t i, const void* context) { (*(const F*)context)(i); }, &f);
 }
 
-// A contiguous tensor of a shape, to read or to write.
-template <class T>
-T* data(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape, const char* name) {
-  check(tensor, type, (int64_t)shape.size(), name);
-  bool fits = std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
-  STD_TORCH_CHECK(fits, name, " has another shape");
-  return (T*)tensor.const_data_ptr();
-}
-
 int64_t element(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return cpu::OF_F32;
@@ -102,17 +93,6 @@ void adamw(
       if (a.row[first + job / runs].moves()) run(job, parts[grads].update[works]);
     });
   }
-}
-
-// Checks that offsets start at 0, do not decrease and end within `rows`.
-const int32_t* offsets(const Tensor& cu_seqlens, int64_t rows) {
-  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0, "cu_seqlens must be [S+1]");
-  const int32_t* cu = data<int32_t>(cu_seqlens, ScalarType::Int, {cu_seqlens.size(0)}, "cu_seqlens");
-  int64_t sequences = cu_seqlens.size(0) - 1;
-  bool fits = cu[0] == 0 && cu[sequences] <= rows;
-  for (int64_t s = 0; s < sequences; ++s) fits &= cu[s] <= cu[s + 1];
-  STD_TORCH_CHECK(fits, "cu_seqlens must start at 0, not decrease, and end within the ", rows, " rows there are");
-  return cu;
 }
 
 void span_counts(

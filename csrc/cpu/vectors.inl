@@ -79,14 +79,19 @@ struct Keep {
   Ints first, second;
 };
 
-// The draws of kloss/kernels/dropout.py for W pairs of features from `column` on.
-inline Ints draws(int64_t key, int64_t column) {
-  Ints h;
-  for (int i = 0; i < W; ++i) h[i] = i;
-  h = (h + (uint32_t)(column / 2)) * 0x9E3779B1u ^ (uint32_t)key;
+// The draws of kloss/kernels/dropout.py. counter: feature / 2. low, high: the halves of the row's key.
+inline Ints draws(Ints counter, Ints low, Ints high) {
+  Ints h = counter * 0x9E3779B1u ^ low;
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
-  h = (h ^ (h >> 15) ^ (uint32_t)((uint64_t)key >> 32)) * 0x846CA68Bu;
+  h = (h ^ (h >> 15) ^ high) * 0x846CA68Bu;
   return h ^ (h >> 16);
+}
+
+// Those of one row for W pairs of features from `column` on.
+inline Ints draws(int64_t key, int64_t column) {
+  Ints counter;
+  for (int i = 0; i < W; ++i) counter[i] = i;
+  return draws(counter + (uint32_t)(column / 2), Ints{} + (uint32_t)key, Ints{} + (uint32_t)((uint64_t)key >> 32));
 }
 
 // column: the first feature, even.

@@ -2,7 +2,7 @@
 
 from . import reference
 from .adamw import adapter_adamw_
-from .buckets import AttentionTiles, Buckets
+from .buckets import AttentionTiles, Buckets, Offsets
 from .dropout import Dropout, StepDropout, row_keys
 from .eager import (
     adapter_linear,
@@ -21,6 +21,7 @@ __all__ = [
     "AttentionTiles",
     "Buckets",
     "Dropout",
+    "Offsets",
     "Segments",
     "StepDropout",
     "adapter_adamw_",

@@ -1,4 +1,5 @@
-"""How attention walks packed sequences: padded buckets in plain torch, tiles in Triton. Computed once a batch for all layers."""
+"""How attention walks packed sequences: padded buckets in plain torch, tiles in Triton,
+offsets in C++. Computed once a batch for all layers."""
 
 from typing import NamedTuple
 
@@ -56,6 +57,12 @@ def make_buckets(cu_seqlens: Tensor) -> Buckets:
     empty = torch.empty(0, dtype=torch.long, device=device)
     index, live = (torch.cat([x.reshape(-1) for x in column]) for column in zip(*blocks, (empty, empty.bool()), strict=True))
     return Buckets(tuple(blocks), index, live, slot_of_row, cu_seqlens)
+
+
+class Offsets(NamedTuple):
+    """The offsets themselves, int [S+1], where C++ walks the sequences."""
+
+    cu_seqlens: Tensor
 
 
 class AttentionTiles(NamedTuple):

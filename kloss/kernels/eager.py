@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import triton_ops
-from .buckets import AttentionTiles, Buckets, attention_tiles, make_buckets
+from . import attention_cpu, triton_ops
+from .buckets import AttentionTiles, Buckets, Offsets, attention_tiles, make_buckets
 from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, require
 from .dropout import Dropout, check_dropout, check_row_keys, keep_mask, row_dropout
 from .dropout import apply_dropout as plain_dropout
@@ -153,8 +153,10 @@ class _ContiguousGradient(Function):
         return dy.contiguous()
 
 
-def attention_lists(cu_seqlens: Tensor, qkv: Tensor) -> Buckets | AttentionTiles:
+def attention_lists(cu_seqlens: Tensor, qkv: Tensor) -> Buckets | AttentionTiles | Offsets:
     """The `lists` of `packed_attention`, the same for all layers. qkv: any tensor with its rows, dtype and device."""
+    if attention_cpu.dtype_for(qkv) is not None:
+        return Offsets(cu_seqlens)
     return attention_tiles(cu_seqlens, qkv.shape[0], qkv.dtype) if triton_ops.serves(qkv) else make_buckets(cu_seqlens)
 
 
@@ -164,7 +166,7 @@ def packed_attention(
     num_heads: int,
     *,
     dropout: Dropout | None = None,
-    lists: Buckets | AttentionTiles | None = None,
+    lists: Buckets | AttentionTiles | Offsets | None = None,
 ) -> Tensor:
     """Softmax attention within each packed sequence: softmax(q kᵀ / √D) v, D = H / num_heads.
 
@@ -190,6 +192,10 @@ def packed_attention(
         if dropout is not None:
             check_dropout(dropout, rows, qkv.device)
         return triton_ops.attention(qkv, num_heads, lists, dropout)
+    if isinstance(lists, Offsets):
+        if attention_cpu.fits(qkv, num_heads):
+            return attention_cpu.attention(qkv, cu_seqlens, num_heads, dropout)
+        lists = make_buckets(cu_seqlens)
     blocks, index, live, slot_of_row, _ = lists
     total = slot_of_row.numel()
     if total > rows:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .buckets import AttentionTiles, Buckets
+from .buckets import AttentionTiles, Buckets, Offsets
 from .dropout import Dropout, apply_dropout, keep_mask
 from .segments import Segments
 
@@ -91,7 +91,7 @@ def packed_attention(
     num_heads: int,
     *,
     dropout: Dropout | None = None,
-    lists: Buckets | AttentionTiles | None = None,
+    lists: Buckets | AttentionTiles | Offsets | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √D) v within each sequence, for every head; the probability of head h and key j is feature h << 16 | j.
 
