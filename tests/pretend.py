@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kloss
+from kloss.kernels import shared_ops
 
 GPU = torch.device("cuda:0")
 ATEN = torch.ops.aten
@@ -63,6 +64,7 @@ class PretendedGpu(TorchDispatchMode):
         super().__init__()
         self.waits: list[tuple[str, str]] = []
         self.calls: list[str] = []
+        self.pinned: set[int] = set()  # addresses of pinned memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, op = dict(kwargs or {}), func.overloadpacket
@@ -89,6 +91,8 @@ class PretendedGpu(TorchDispatchMode):
 
     def _waits(self, op, args, kwargs, here, away, to_gpu: bool) -> bool:
         """Whether the host would wait: for a number, for a size, or for a copy out, or in from memory that is not pinned."""
+        if op == ATEN._to_copy and kwargs.get("non_blocking") and all(x.data_ptr() in self.pinned for x in away):
+            return not to_gpu
         if not here:
             return to_gpu and bool(away)
         by_mask = op in INDEXING and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor))
@@ -121,6 +125,8 @@ def pretended_gpu(monkeypatch):
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device) makes its tensor on the CPU and sends it over
         try:
             with PretendedGpu() as mode:
+                patch.setattr(Tensor, "pin_memory", lambda tensor: mode.pinned.add(tensor.data_ptr()) or tensor)
+                patch.setattr(shared_ops, "runs_on", lambda device: shared_ops.built())
                 yield mode
         finally:
             torch._C._set_only_lift_cpu_tensors(before)

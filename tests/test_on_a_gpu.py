@@ -10,6 +10,8 @@ from pretend import GPU, pretended_gpu
 from test_train import SIX, cohort_of
 from toy import ToyCorpus
 
+from kloss.cl.evaluate import evaluate
+from kloss.cl.train import _Team
 from kloss.run import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -48,7 +50,7 @@ def test_a_study_takes_the_kernels_by_itself(monkeypatch, tmp_path):
     assert (tmp_path / "gpu/scores.json").read_bytes() == (tmp_path / "cpu/scores.json").read_bytes()
 
 
-def test_training_is_that_of_a_cpu_and_neither_work_lists_nor_layers_wait(monkeypatch):
+def test_training_is_that_of_a_cpu(monkeypatch):
     """Learners of different rank and dropout, one of which ends early and leaves the others a smaller bank."""
     corpus, sizes = ToyCorpus(("aa", "bb"), sentences=6), {"num_hidden_layers": 1}
     learners = [replace(learner, experiences=(("aa",),), epochs=1) for learner in SIX[:2]]
@@ -58,10 +60,35 @@ def test_training_is_that_of_a_cpu_and_neither_work_lists_nor_layers_wait(monkey
     with pretended_gpu(monkeypatch) as gpu:
         there = cohort_of(learners, corpus, sizes, device=GPU)
         there.train()
-        param = there.bank.param.cpu()
-    assert gpu.calls and there.steps.tolist() == plain.steps.tolist() and len(set(plain.steps.tolist())) == 2
+        param, steps = there.bank.param.cpu(), there.steps
+    assert gpu.calls and steps.tolist() == plain.steps.tolist() and len(set(plain.steps.tolist())) == 2
     assert (param - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()
     assert there.scores == plain.scores
-    places = {place for _, place in gpu.waits}
-    kept_off = ("segments.py", "multi_lora", "dropout", "xlmr.py", "reference.py:packed_attention", "reference.py:_")
-    assert {place for place in places if place.startswith(kept_off)} <= {"segments.py:host_runs"}
+
+
+def test_a_step_waits_once_and_runs_in_the_kernels(monkeypatch):
+    """The wait is for losses and norms; packing sends one pinned buffer."""
+    corpus, layers = ToyCorpus(("aa", "bb"), sentences=6), 2
+    learners = [replace(learner, experiences=(("aa",),), epochs=2) for learner in SIX[:2]]
+    with pretended_gpu(monkeypatch) as gpu:
+        team = _Team(cohort_of(learners, corpus, {"num_hidden_layers": layers}, device=GPU), [0, 1])
+        team.advance()
+        gpu.waits.clear(), gpu.calls.clear()
+        team.advance()
+    assert gpu.waits == [("aten._to_copy", "train.py:advance")]
+    each = {"multi_lora": 4, "add_norm": 2, "attention": 1}
+    expected = {f"kloss.{op}{way}": layers * count for op, count in each.items() for way in ("", "_backward")}
+    once = ("adapter_linear", "adapter_linear_backward", "token_loss", "token_loss_backward", "adamw_")
+    # Of the embeddings and of the last states; no gradient goes through the embeddings'.
+    assert Counter(gpu.calls) == expected | {f"kloss.{op}": 1 for op in once} | {"kloss.dropout": 3}
+
+
+def test_scoring_waits_once(monkeypatch):
+    corpus = ToyCorpus(("aa", "bb"), sentences=6)
+    with pretended_gpu(monkeypatch) as gpu:
+        cohort = cohort_of(SIX[:2], corpus, {"num_hidden_layers": 1}, device=GPU)
+        gpu.waits.clear()
+        counts = evaluate(cohort.model, cohort.bank, corpus, [(0, "aa"), (1, "bb")], pass_tokens=20)
+    assert counts.shape == (2, 3) and gpu.waits == [("aten._to_copy", "evaluate.py:evaluate")], (
+        "for the counts, behind all passes"
+    )

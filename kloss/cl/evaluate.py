@@ -9,7 +9,7 @@ from ..config import Config
 from ..kernels import span_counts
 from ..models import Rows, XLMRForTokenClassification
 from .corpus import Corpus
-from .packing import Part, pack
+from .packing import Part, pack, send
 from .spans import label_layout
 
 
@@ -29,16 +29,13 @@ def evaluate(
     Returns int64 [len(pairs), 3]: true positives, predicted and gold spans.
     """
     device = model.classifier.weight.device
-    tags, types = (torch.tensor(values, device=device) for values in label_layout(corpus.labels))
+    tags, types = send([np.array(values) for values in label_layout(corpus.labels)], device)
     counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=device)
     for chunk in _passes(corpus, pairs, partition, pass_tokens):
         parts = [Part(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
         batch = pack(parts, bank.adapters if bank else 1, device)
         logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank)
-        pair = torch.repeat_interleave(
-            torch.tensor([i for i, _ in chunk], device=device),
-            torch.tensor([len(index) for _, index in chunk], device=device),
-        )
+        (pair,) = send([np.repeat([i for i, _ in chunk], [len(index) for _, index in chunk])], device)
         counts += span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, pair, len(pairs), tags=tags, types=types)
     return counts.cpu().numpy()
 

@@ -22,10 +22,6 @@ class Learner:
     weight_decay: float = 0.01
     max_norm: float = 1.0  # gradient-norm clip
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of update `step`, counted from 0."""
-        return self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
-
     @property
     def name(self) -> str:
         locales = [locale for experience in self.experiences for locale in experience]

@@ -15,16 +15,17 @@ from .packing import PackedBatch
 class StepSettings(NamedTuple):
     """What a step needs to know of each learner of a bank.
 
-    learners: one per row of the bank.
-    dropout, lora_dropout: fp32 [G] on the model's device, or None where nobody drops.
-    seeds: int64 [G] on the model's device.
-    weight_decay, max_norm: fp32 [G] on the host.
+    All are [G], on the model's device, fp32 where not said otherwise.
+    dropout, lora_dropout: None where nobody drops.
+    seeds: int64.
+    peak_lr, warmup: fp64, the rate after the warm-up and the steps of that.
     """
 
-    learners: Sequence[Learner]
     dropout: Tensor | None
     lora_dropout: Tensor | None
     seeds: Tensor
+    peak_lr: Tensor
+    warmup: Tensor
     weight_decay: Tensor
     max_norm: Tensor
 
@@ -32,21 +33,23 @@ class StepSettings(NamedTuple):
     def of(cls, learners: Sequence[Learner], device: torch.device, *, exact: bool = False) -> "StepSettings":
         """The settings of some learners. exact: as in AdapterBank."""
 
-        def column(name: str) -> Tensor:
-            return torch.tensor([getattr(learner, name) for learner in learners], dtype=torch.float32)
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(learner, name) for learner in learners], dtype=dtype, device=device)
 
         def dropout(name: str) -> Tensor | None:
             # With `exact`, pass p = 0 rather than None: the two code paths sum in different orders.
-            p = column(name)
-            return p.to(device) if exact or bool(p.any()) else None
+            return column(name) if exact or any(getattr(learner, name) for learner in learners) else None
 
-        seeds = torch.tensor([learner.seed for learner in learners], device=device)
-        return cls(learners, dropout("dropout"), dropout("lora_dropout"), seeds, column("weight_decay"), column("max_norm"))
+        peak, warmup = column("lr", torch.float64), column("warmup", torch.float64)
+        decay, norm, seeds = column("weight_decay"), column("max_norm"), column("seed", torch.int64)
+        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, warmup, decay, norm)
 
     def lr(self, steps: Tensor) -> Tensor:
-        """Learning rate of each learner's next update, fp32 [G]. steps: int64 [G], the updates so far."""
-        rates = [learner.rate(step) for learner, step in zip(self.learners, steps.tolist(), strict=True)]
-        return torch.tensor(rates, dtype=torch.float32)
+        """Learning rate of each learner's next update, fp32 [G]: lr min(1, (step + 1) / warmup), lr without a warm-up.
+
+        steps: int64 [G], the updates so far.
+        """
+        return (self.peak_lr * ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)).float()
 
 
 def train_step(
@@ -74,7 +77,7 @@ def train_step(
 
 def _dropout(settings: StepSettings, steps: Tensor, first: int, last: int, batch: PackedBatch, num_sites: int) -> StepDropout:
     """Dropout's keys for a batch of rows first..last-1."""
-    step = steps[first:last].to(batch.input_ids.device)[batch.segments.adapter.long()]
+    step = steps[first:last][batch.segments.adapter.long()]
     keys = row_keys(step, batch.sequence, batch.cu_seqlens, rows=batch.input_ids.numel())
     hidden, lora = (None if p is None else p[first:last] for p in (settings.dropout, settings.lora_dropout))
     return StepDropout(hidden, hidden, lora, settings.seeds[first:last], keys, batch.segments.row_adapter, num_sites)

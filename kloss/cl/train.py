@@ -67,8 +67,11 @@ class Cohort:
 
     @property
     def steps(self) -> Tensor:
-        """Updates of each learner so far, int64 [G]."""
-        return self.bank.steps
+        """Updates of each learner so far, int64 [G] on the host."""
+        steps = self.bank.steps.cpu().clone()
+        if self._team is not None:
+            steps[self._team.learners] = self._team.bank.steps.cpu()
+        return steps
 
     def total_tokens(self) -> int:
         """Training tokens from start to end."""
@@ -212,9 +215,7 @@ class _Team:
         cohort = self.cohort
         ended: list[int] = []
         loss, norms = train_step(cohort.model, self.bank, self.settings, self._batches(ended))
-        if self.bank is not cohort.bank:
-            cohort.bank.steps[self.learners] = self.bank.steps
-        loss, norms = loss.cpu(), norms.cpu()
+        loss, norms = torch.stack([loss.float(), norms]).cpu()  # one wait for a GPU
         for row in (~(torch.isfinite(loss) & torch.isfinite(norms))).nonzero()[:, 0].tolist():
             reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
             cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"

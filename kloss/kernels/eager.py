@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import attention_cpu, triton_ops
+from . import attention_cpu, shared_ops, triton_ops
 from .buckets import AttentionTiles, Buckets, Offsets, attention_tiles, make_buckets
-from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, require
+from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, readable, require
 from .dropout import Dropout, check_dropout, check_row_keys, keep_mask, row_dropout
 from .dropout import apply_dropout as plain_dropout
 from .segments import Segments
@@ -329,15 +329,19 @@ def span_counts(
         raise ValueError(f"num_groups must be at least 0, got {num_groups}")
     check("group", group, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
     check_ids("group", group, 0, num_groups)
+    labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
+    if readable(gold):
+        end = int(cu_seqlens[-1])
+        check_ids("pred", pred[:end][gold[:end] != IGNORED], 0, labels)
+        check_ids("gold", gold[:end], 0, labels, ignored=IGNORED)
+    if shared_ops.runs_on(gold.device):
+        return shared_ops.span_counts(pred, gold, cu_seqlens, group, num_groups, tags=tags, types=types)
     index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
     sequence = torch.repeat_interleave(index, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
     total = sequence.numel()
     pred, gold = pred[:total].long(), gold[:total].long()
     counted = gold != IGNORED
     pred, gold, sequence = pred[counted], gold[counted], sequence[counted]
-    labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
-    check_ids("pred", pred, 0, labels)
-    check_ids("gold", gold, 0, labels, ignored=IGNORED)
     new_sequence = torch.ones_like(sequence, dtype=torch.bool)
     new_sequence[1:] = sequence[1:] != sequence[:-1]
 

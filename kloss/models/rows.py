@@ -19,7 +19,7 @@ class Rows:
     work: [G, P], the copy that the model computes with, in its dtype; `param` itself where that is fp32.
     grad: [G, P] in work's dtype.
     exp_avg, exp_avg_sq: fp32 [G, P], AdamW's moments; allocated when first used.
-    steps: int64 [G] on the host, the updates that each row had.
+    steps: int64 [G], the updates that each row had.
     """
 
     scaling: Tensor  # of banks with adapters
@@ -36,7 +36,7 @@ class Rows:
     ):
         self.param, self.work = param, param if work is None else work
         self.grad = torch.zeros_like(self.work) if grad is None else grad
-        self.steps = torch.zeros(param.shape[0], dtype=torch.long) if steps is None else steps
+        self.steps = param.new_zeros(param.shape[0], dtype=torch.long) if steps is None else steps
         self._moments = moments  # fp32 [2, G, P]
 
     @property
@@ -84,11 +84,11 @@ class Rows:
     def adamw_(self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None) -> Tensor:
         """Update all rows in place by `adapter_adamw_`, then refresh the working copy.
 
-        lr, weight_decay, max_norm: fp32 [G].
+        lr, weight_decay, max_norm: fp32 [G], on param's device.
         active: bool [G], the rows to update; None: all.
         Returns the gradient norms before clipping, fp32 [G].
         """
-        active = torch.ones(self.adapters, dtype=torch.bool) if active is None else active
+        active = torch.ones_like(self.steps, dtype=torch.bool) if active is None else active
         norms = adapter_adamw_(
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr,
             betas=BETAS, eps=EPS, weight_decay=weight_decay, max_norm=max_norm, active=active,
@@ -117,7 +117,7 @@ class Rows:
         """Overwrite some rows, their optimiser's state included, with all rows of `source`; the inverse of `select`."""
         index = torch.as_tensor(rows, dtype=torch.long)
         on_device = index.to(self.param.device)
-        self.param[on_device], self.steps[index] = source.param, source.steps
+        self.param[on_device], self.steps[on_device] = source.param, source.steps
         self.moments[:, on_device] = source.moments
         for row in rows:
             self.refresh(row)
