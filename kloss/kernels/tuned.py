@@ -28,6 +28,7 @@ class Launch(NamedTuple):
 FUSION = {"enable_fp_fusion": True}
 
 
+OPS = ("shrink", "fused", "expand", "reduce")
 # Buckets: "half" (fp16, bf16: tensor cores) and "single" (fp32, exact products, no tensor cores).
 DEFAULT = {
     ("shrink", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=3),
@@ -39,8 +40,10 @@ DEFAULT = {
     ("reduce", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=2),
     ("reduce", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
     # For rows of odd widths, which are loaded element by element: larger tiles would not fit the registers.
-    ("odd", "half"): Launch(BK=32, BC=64, BR=32, num_warps=8, num_stages=2),
-    ("odd", "single"): Launch(BK=16, BC=16, BR=16, num_warps=8, num_stages=2),
+    **{(f"odd {op}", "half"): Launch(BK=32, BC=64, BR=32, num_warps=8, num_stages=2) for op in OPS},
+    ("odd shrink", "single"): Launch(BK=32, BC=32, BR=32, num_warps=4, num_stages=2),
+    ("odd fused", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
+    ("odd expand", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
 }
 
 # "wide" entries serve more ranks (of all slices) than WIDE says: x is then read, and its mask drawn, once and not per block.
@@ -66,14 +69,15 @@ def launch(
     arch: 80, 90, 100, or 0 for unknown.
     columns: of the output; BC is no wider than they need.
     ranks: of all slices together; they choose "wide" entries, and BR is no wider than they need.
-    widths: of the matrices that the kernel moves; one that is no multiple of 8 chooses the entry for odd widths.
+    widths: of the matrices that the kernel moves; one that is no multiple of 8 chooses "odd" entries.
     """
-    kind = bucket(dtype)
+    kind, names = bucket(dtype), [op]
     if any(width % 8 for width in widths):
-        op = "odd"
-    elif ranks > WIDE.get(op, ranks) and (f"wide {op}", arch, kind) in TABLE:
-        op = f"wide {op}"
-    config = TABLE.get((op, arch, kind)) or DEFAULT[op, kind]
+        names.insert(0, f"odd {op}")
+    elif ranks > WIDE.get(op, ranks):
+        names.insert(0, f"wide {op}")
+    configs = (TABLE.get((name, arch, kind)) or DEFAULT.get((name, kind)) for name in names)
+    config = next(config for config in configs if config)
     config = config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
     return config._replace(BR=min(config.BR, power_of_two(ranks))) if ranks else config
 
