@@ -131,6 +131,7 @@ CASES = {
     "linear": (FULL, "linear", dict(k=41, n=23, rank=1, **FP32)),
     "linear, mixed ranks": (ODD, "linear", dict(k=24, n=72, rank=19, slices=3, mixed=True, **FP32)),
     "linear, exact": (ODD, "linear", dict(k=33, n=24, rank=8, slices=3, mixed=True, exact=True, **FP16)),
+    "linear, chunks": (ODD, "linear", dict(k=8, n=8, rank=65, **FP16)),
     "linear, nobody": (NONE, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "linear, no rows": (EMPTY, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "attention": (ODD, "attention", dict(heads=2, width=5, **FP32)),
@@ -159,7 +160,7 @@ def run(name: str) -> list[Tensor]:
     adapter = torch.tensor(batch["adapter"], dtype=torch.int32)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "CHUNK", 32)
+        patch.setattr(segments, "CHUNK", 16)
         patch.setattr(torch, "randn", gapped)
         lists = with_work(make_segments(cu_seqlens, adapter, batch["adapters"], rows=batch.get("rows")))
         return getattr(compiled, f"run_{op}")(lists, **sizes)

@@ -78,6 +78,16 @@ def test_the_base_product_lands_on_the_lora_term(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("span", [1, 2, 4, 16])
+def test_chunks_that_one_program_adds(span, device, monkeypatch):
+    """An adapter with 10 chunks, one with 3, one without rows; whoever has at most `span` needs no workspace."""
+    monkeypatch.setattr(segments, "CHUNK", 32)
+    monkeypatch.setattr(tuned, "span", lambda rank: span)
+    case = problem([200, 20, 70, 90], [1, 0, 1, 2], adapters=4, k=16, n=16, p=0.5, device=device)
+    assert_as_good(multi_lora_linear, case, exact=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_ds_is_scaled_before_it_is_rounded(device):
     """dy B is 96,000, more than fp16 holds; times scaling it is 960."""
     case = problem([5], [0], adapters=1, rank=8, dtype=torch.float16, device=device)

@@ -68,7 +68,7 @@ def test_chunks_give_every_adapter_its_rows_in_order(batch, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "CHUNK", size)
         got = with_work(build(batch))
-        limit = slot_capacity(got.order.numel(), size)
+        limit = slot_capacity(got.order.numel())
     starts, slots = [0, *got.ends.tolist()], got.work.slots.tolist()
     assert slots[0] == 0 and slots[-1] <= limit
     seen = {g: [] for g in range(adapters)}

@@ -173,24 +173,33 @@ def reduce_kernel(
     part_ptr,  # [slots, ...] fp32, laid out like out
     order_ptr,  # [T]
     chunks_ptr,  # [chunks, 4]
+    slots_ptr,  # [G+1]
     ranks_ptr,  # [G] or None
     scaling_ptr,  # [G] or None
     p_ptr,  # [G]
     keys_ptr,  # [T], rows in order
     C, SR, R, blocks,
     stride_xt, stride_xk, stride_og, stride_oc, stride_or,
-    DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    SPAN: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out[g, i_s*C + c, r] = scaling_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*SR + r] over the adapter's rows, in order."""
+    """out[g, i_s*C + c, r] = scaling_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*SR + r] over the adapter's rows, in order.
+
+    A program adds SPAN chunks, the first of which is its own; an adapter with more has several sums in part.
+    """
     blocks_c, blocks_r = tl.cdiv(C, BC), tl.cdiv(SR, BR)
     pid = tl.program_id(0)
     i_c, i_s = pid % blocks_c, pid // blocks_c % blocks
     i_r, i_t = pid // (blocks_c * blocks) % blocks_r, pid // (blocks_c * blocks * blocks_r)
     g = tl.load(chunks_ptr + i_t * 4).to(tl.int64)
-    first, last = tl.load(chunks_ptr + i_t * 4 + 1), tl.load(chunks_ptr + i_t * 4 + 2)
-    slot = tl.load(chunks_ptr + i_t * 4 + 3).to(tl.int64)
     if g < 0:
         return
+    slot, first_slot = tl.load(chunks_ptr + i_t * 4 + 3), tl.load(slots_ptr + g)
+    chunks = tl.load(slots_ptr + g + 1) - first_slot  # 0 where there is one
+    i_chunk = tl.where(slot < 0, 0, slot - first_slot)
+    if i_chunk % SPAN != 0:
+        return
+    i_last = i_t + tl.maximum(tl.minimum(chunks - i_chunk, SPAN) - 1, 0)
+    first, last = tl.load(chunks_ptr + i_t * 4 + 1), tl.load(chunks_ptr + i_last * 4 + 2)
     o_c, o_r = i_c * BC + tl.arange(0, BC), i_r * BR + tl.arange(0, BR)
     m_c, m_r = o_c < C, o_r < SR
     live = m_r
@@ -217,10 +226,10 @@ def reduce_kernel(
     acc = tl.where((first < last) & live[None, :], acc * scaling, 0.0)
     o_o = (i_s * C + o_c).to(tl.int64)[:, None] * stride_oc + o_r.to(tl.int64)[None, :] * stride_or
     m_o = m_c[:, None] & (o_r < SR)[None, :]
-    if slot < 0:
+    if chunks <= SPAN:
         tl.store(out_ptr + g * stride_og + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_o)
     else:
-        tl.store(part_ptr + slot * stride_og + o_o, acc, mask=m_o)
+        tl.store(part_ptr + slot.to(tl.int64) * stride_og + o_o, acc, mask=m_o)
 
 
 @triton.jit(do_not_specialize_on_alignment=SMALL)
@@ -229,9 +238,9 @@ def sum_kernel(
     out_ptr,  # [G, P]
     slots_ptr,  # [G+1]
     G, P, step,
-    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[g] = Σ part[slot] over the adapter's slots, in order; out[g] of an adapter without slots is complete already.
+    """out[g] = Σ part[slot] over every SPAN-th of the adapter's slots, in order; with no more than SPAN it is complete already.
 
     A program has one block of every `step`-th adapter. It ends at once where nobody has slots, which only the device knows.
     """
@@ -240,12 +249,12 @@ def sum_kernel(
     o_p = tl.program_id(0) // step * BLOCK + tl.arange(0, BLOCK)
     for g in range(tl.program_id(0) % step, G, step):
         first, last = tl.load(slots_ptr + g), tl.load(slots_ptr + g + 1)
-        if first < last:
+        if last - first > SPAN:
             acc = tl.zeros((BLOCK,), tl.float32)
             p_part = part_ptr + first.to(tl.int64) * P + o_p
-            for _ in range(first, last):
+            for _ in range(first, last, SPAN):
                 acc += tl.load(p_part, mask=o_p < P, other=0.0)
-                p_part += P
+                p_part += SPAN * P
             tl.store(out_ptr + tl.full((), g, tl.int64) * P + o_p, acc.to(out_ptr.dtype.element_ty), mask=o_p < P)
 
 
@@ -315,22 +324,21 @@ def reduce(
     """
     config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C, SR, (C,))
     out = like.new_empty(like.shape)
-    chunks, slots, chunk = work.chunks_for(R)
-    per_adapter = out[:1].numel()
-    grid = (chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
+    per_adapter, span = out[:1].numel(), tuned.span(R)
+    grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
     if not grid[0]:
         return out
-    part = torch.empty(slot_capacity(order.numel(), chunk), per_adapter, dtype=torch.float32, device=x.device)
+    part = torch.empty(slot_capacity(order.numel(), span), per_adapter, dtype=torch.float32, device=x.device)
     reduce_kernel[grid](
-        x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=chunks, ranks_ptr=ranks,
-        scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,
+        x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=work.chunks,
+        slots_ptr=work.slots, ranks_ptr=ranks, scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,
         stride_xt=x.stride(0), stride_xk=x.stride(1), stride_og=per_adapter, stride_oc=strides[0], stride_or=strides[1],
-        DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=config.BR, **config.options,
+        SPAN=span, DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=config.BR, **config.options,
     )  # fmt: skip
     if part.shape[0]:
         step = min(like.shape[0], SUM_STEP)
         sum_kernel[(step * triton.cdiv(per_adapter, SUM_BLOCK),)](
-            part_ptr=part, out_ptr=out, slots_ptr=slots, G=like.shape[0], P=per_adapter, step=step, BLOCK=SUM_BLOCK,
-            **tuned.FUSION,
+            part_ptr=part, out_ptr=out, slots_ptr=work.slots, G=like.shape[0], P=per_adapter, step=step, SPAN=span,
+            BLOCK=SUM_BLOCK, **tuned.FUSION,
         )  # fmt: skip
     return out

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 SHORT_TILE, LONG_TILE = 64, 128  # rows of a tile, fixed for each kernel: an adapter's bits must not depend on the batch
-CHUNK, LONG_CHUNK = 1024, 4096  # rows that one program of a reduction adds up
-LONG_CHUNK_RANK = 64  # above it chunks are long: a part-sum would move as many bytes as its rows
+CHUNK = 1024  # rows of a chunk; one program of a reduction adds up `tuned.span` of them
 
 
 class Work(NamedTuple):
@@ -24,19 +23,12 @@ class Work(NamedTuple):
     chunks: int32 [G + T // CHUNK, 4], (adapter or -1, first, last, slot). Every adapter has at least one, even without rows. An
         adapter with several has consecutive slots of a workspace; a single chunk has slot -1.
     slots: int32 [G+1], adapter g has slots slots[g]:slots[g+1], none if it has one chunk.
-    long_chunks, long_slots: the same with LONG_CHUNK.
     """
 
     tiles_64: Tensor
     tiles_128: Tensor
     chunks: Tensor
     slots: Tensor
-    long_chunks: Tensor
-    long_slots: Tensor
-
-    def chunks_for(self, rank: int) -> tuple[Tensor, Tensor, int]:
-        """chunks, slots and the rows of a chunk, for a bank of that rank."""
-        return (self.long_chunks, self.long_slots, LONG_CHUNK) if rank > LONG_CHUNK_RANK else (self.chunks, self.slots, CHUNK)
 
 
 class Segments(NamedTuple):
@@ -108,22 +100,18 @@ def with_work(segments: Segments) -> Segments:
         cut(starts, ends, (count + size - 1) // size, size, tile_capacity(rows, segments.num_adapters, size), base=True)
         for size in (SHORT_TILE, LONG_TILE)
     )
-    lists = (*_chunks(starts[:-1], ends[:-1], CHUNK, rows), *_chunks(starts[:-1], ends[:-1], LONG_CHUNK, rows))
-    return segments._replace(work=Work(tiles_64, tiles_128, *lists))
-
-
-def _chunks(starts: Tensor, ends: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor]:
-    """`chunks` and `slots` of `Work`, of `size` rows. starts, ends: int64 [G]."""
-    pieces = ((ends - starts + size - 1) // size).clamp(min=1)
+    starts, ends, count = starts[:-1], ends[:-1], count[:-1]
+    pieces = ((count + CHUNK - 1) // CHUNK).clamp(min=1)
     in_slots = torch.where(pieces > 1, pieces, 0)
     slots = torch.cat([pieces.new_zeros(1), in_slots.cumsum(0)])
-    chunks = cut(starts, ends, pieces, size, pieces.numel() + rows // size)
+    chunks = cut(starts, ends, pieces, CHUNK, segments.num_adapters + rows // CHUNK)
     g, first = chunks[:, 0].clamp(min=0).long(), chunks[:, 1]
-    if pieces.numel():
-        slot = torch.where((chunks[:, 0] >= 0) & (in_slots[g] > 0), slots[g] + (first - starts[g]) // size, -1)
+    if segments.num_adapters:
+        slot = torch.where((chunks[:, 0] >= 0) & (in_slots[g] > 0), slots[g] + (first - starts[g]) // CHUNK, -1)
     else:
         slot = first
-    return torch.cat([chunks, slot.to(torch.int32)[:, None]], 1), slots.to(torch.int32)
+    chunks = torch.cat([chunks, slot.to(torch.int32)[:, None]], 1)
+    return segments._replace(work=Work(tiles_64, tiles_128, chunks, slots.to(torch.int32)))
 
 
 def host_runs(ends: Tensor) -> tuple[tuple[int, int, int], ...]:
@@ -143,9 +131,12 @@ def tile_capacity(rows: int, num_adapters: int, size: int) -> int:
     return min(rows, (rows + (num_adapters + 1) * (size - 1)) // size)
 
 
-def slot_capacity(rows: int, size: int) -> int:
-    """The most workspace slots that `rows` rows in chunks of `size` can need: cdiv(n, size) <= 2n / size for n > size."""
-    return 2 * rows // size if rows > size else 0
+def slot_capacity(rows: int, span: int = 1) -> int:
+    """The most workspace slots that a batch of `rows` rows can need: cdiv(n, CHUNK) <= 2n / CHUNK for n > CHUNK.
+
+    span: chunks that one program adds up; adapters with no more need no workspace.
+    """
+    return 2 * rows // CHUNK if rows > span * CHUNK else 0
 
 
 def cut(starts: Tensor, ends: Tensor, pieces: Tensor, size: int, capacity: int, *, base: bool = False) -> Tensor:

@@ -93,6 +93,11 @@ def fuse(rows: int, num_adapters: int, contraction: int, outputs: int) -> bool:
     return full and contraction % 8 == outputs % 8 == 0
 
 
+def span(rank: int) -> int:
+    """Chunks of rows that one program of a reduction adds up: with many ranks a part-sum moves as many bytes as its rows."""
+    return 4 if rank > 64 else 1
+
+
 def arch_of(device: torch.device) -> int:
     """80, 90, 100, ... of a CUDA device; 0 for anything else."""
     if device.type != "cuda" or torch.version.hip:
