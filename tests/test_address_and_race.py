@@ -123,6 +123,7 @@ def watched(order: str = "forwards"):
 
 # Sequences and adapters without rows, rows without an adapter, rows behind the last offset, tiles that are not full.
 ODD = dict(lengths=[5, 0, 1, 70, 3, 2], adapter=[2, 1, 0, 2, -1, 3], adapters=5, rows=84)
+CLASSES = dict(lengths=[5, 0, 1, 40, 18], adapter=[2, 1, 0, 2, -1], adapters=3, rows=66)
 FULL = dict(lengths=[3, 40], adapter=[1, 0], adapters=2)
 NONE = dict(lengths=[3, 0], adapter=[-1, 1], adapters=2)
 EMPTY = dict(lengths=[0], adapter=[0], adapters=2)
@@ -134,7 +135,7 @@ CASES = {
     "linear, chunks": (ODD, "linear", dict(k=8, n=8, rank=65, **FP16)),
     "linear, nobody": (NONE, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "linear, no rows": (EMPTY, "linear", dict(k=20, n=24, rank=17, **FP32)),
-    "attention": (ODD, "attention", dict(heads=2, width=5, **FP32)),
+    "attention": (CLASSES, "attention", dict(heads=2, width=5, **FP32)),
     "attention, half": (ODD, "attention", dict(heads=1, width=24, dropout=False, **FP16)),
     "add_norm": (ODD, "add_norm", dict(width=23, weights=True, **FP32)),
     "add_norm, behind": (ODD, "add_norm", dict(width=130, residual=False, behind=True, **FP16)),
