@@ -21,7 +21,7 @@ class Work(NamedTuple):
     tiles_64: int32 [tiles, 3], (adapter or -1, first, last) into order, at most SHORT_TILE rows each.
     tiles_128: the same with at most LONG_TILE rows.
     chunks: int32 [G + T // CHUNK, 4], (adapter or -1, first, last, slot). Every adapter has at least one, even without rows. An
-        adapter with several has consecutive slots of a workspace; a single chunk has slot -1.
+        adapter with several has consecutive entries, and slots of a workspace; a single chunk has slot -1.
     slots: int32 [G+1], adapter g has slots slots[g]:slots[g+1], none if it has one chunk.
     """
 
