@@ -70,17 +70,40 @@ def base_work(linear: Linear, rows: int, size: int = 2) -> list[KernelWork]:
 
 
 def lora_work(linear: Linear, batch: Batch, rank: int, size: int = 2) -> list[KernelWork]:
-    """The kernels of a fused forward and backward with dropout. S and dS are fp32; size: bytes of all other elements."""
+    """The kernels of a fused forward and backward with dropout. size: bytes of an element."""
     t, (_, k, n, slices) = batch.total, linear
     sr = slices * rank
     a, b = size * batch.adapters * sr * k, size * batch.adapters * n * rank
-    s, x, y, w = 4 * t * sr, size * t * k, size * t * n, size * k * n
+    s, x, y, w = size * t * sr, size * t * k, size * t * n, size * k * n
     flops_a, flops_b, flops_w = 2.0 * t * k * sr, 2.0 * t * n * rank, 2.0 * t * k * n
     return [
         KernelWork("S", flops_a, x + a + s), KernelWork("y", flops_w + flops_b, x + w + s + b + y),
         KernelWork("dS", flops_b, y + b + s), KernelWork("dx", flops_w + flops_a, y + w + s + a + x),
         KernelWork("dA", flops_a, x + s + a), KernelWork("dB", flops_b, y + s + b),
     ]  # fmt: skip
+
+
+def roofline() -> list[dict]:
+    """Estimates for all linears of a layer of XLM-R base at the study's batch, for each rank.
+
+    Each kernel's FLOPs, bytes and time; then their sum as a ratio to the base products alone, in sequence and overlapped.
+    """
+    rows = []
+    for rank in STUDY_RANKS:
+        work = [item for linear in XLMR_BASE for item in lora_work(linear, STUDY, rank)]
+        floor = sum(item.seconds for linear in XLMR_BASE for item in base_work(linear, STUDY.total))
+        for name in dict.fromkeys(item.name for item in work):
+            same = [item for item in work if item.name == name]
+            rows.append({
+                "rank": rank, "kernel": name, "gflop": sum(item.flops for item in same) / 1e9,
+                "mbytes": sum(item.bytes for item in same) / 1e6, "us": sum(item.seconds for item in same) * 1e6,
+            })  # fmt: skip
+        total = sum(item.seconds for item in work)
+        # Where memory-bound kernels run beside compute-bound ones, the larger of both sums is left.
+        compute, memory = sum(item.flops for item in work) / PEAK_FLOPS, sum(item.bytes for item in work) / PEAK_BYTES
+        ratios = {"ratio_to_base_alone": total / floor, "ratio_overlapped": max(compute, memory) / floor}
+        rows.append({"rank": rank, "kernel": "all", "us": total * 1e6, **ratios})
+    return rows
 
 
 class Problem(NamedTuple):

@@ -1,15 +1,16 @@
-"""Compile every Triton kernel at every default configuration without a GPU, and print what each needs; then the roofline.
+"""Compile every Triton kernel of kloss at its default configurations without a GPU, and print what each needs; then the roofline.
 
     python -m bench.compiled [--arch 80 90 100] [--jobs N]
 
 The exit code is 1 if a kernel spills on sm_90, needs more shared memory than the chip has, or multiplies 16-bit operands without
 tensor cores. Roofline times are estimates: no kernel is faster, most are slower.
 
-The op's own launchers run on tensors without memory, their kernels replaced by recorders. So what is compiled is what would be
+The ops' own launchers run on tensors without memory, their kernels replaced by recorders. So what is compiled is what would be
 launched, specialised as Triton's JIT specialises: divisibility by 16, integers equal to 1, None.
 """
 
 import argparse
+import inspect
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -26,22 +27,40 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kloss.kernels import lora_tiles, lora_triton, tuned
+from kloss.kernels import (
+    adapter_linear_triton,
+    add_norm_triton,
+    attention_triton,
+    lora_tiles,
+    lora_triton,
+    token_loss_triton,
+    tuned,
+)
+from kloss.kernels.dropout import RowDropout
 from kloss.kernels.lora_torch import Backward, Forward
-from kloss.kernels.segments import CHUNK, LONG_TILE, SHORT_TILE, tile_capacity
+from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-ARCHITECTURES = (80, 90, 100)
+MODULES = (lora_tiles, attention_triton, add_norm_triton, adapter_linear_triton, token_loss_triton)
+KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
+ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
 BLOCK_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 CHIP_SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 RESERVED_SHARED, CHIP_REGISTERS, CHIP_WARPS, CHIP_BLOCKS = 1024, 65_536, 64, 32
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10,")
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
+LABELS = 111
+
+
+FLAGS = {"ranks_ptr": "ranks", "keys_ptr": "dropout", "dweight_ptr": "weights"}
 
 
 class Launch(NamedTuple):
@@ -58,6 +77,7 @@ class Resources(NamedTuple):
     spills: int  # bytes
     shared: int  # bytes of a block
     tensor_core: dict[str, int]  # instruction -> occurrences in PTX
+    copies: int  # of 16 bytes a thread into shared memory, in PTX: the fast way to load a tile
     warps: int  # of a block
     blocks_per_chip: int  # that fit on one multiprocessor
 
@@ -74,94 +94,180 @@ class _Recorder:
 def recorded(arch: int) -> Iterator[list[Launch]]:
     """Within it kernels are not launched but listed, as they would be on a GPU of that architecture."""
     launches: list[Launch] = []
-    kernels = {name: _Recorder(name, launches) for name in vars(lora_tiles) if name.endswith("_kernel")}
-    with mock.patch.multiple(lora_tiles, **kernels), mock.patch.object(tuned, "arch_of", lambda device: arch):
+    with ExitStack() as stack:
+        for module in (*MODULES, tuned):
+            patches = {name: _Recorder(name, launches) for name in vars(module).keys() & KERNELS.keys()}
+            if hasattr(module, "arch_of"):
+                patches["arch_of"] = lambda device: arch
+            stack.enter_context(mock.patch.multiple(module, **patches))
         yield launches
 
 
-def launches_of(
-    arch: int, *, k: int, n: int, rank: int, slices: int = 1, dropout: bool = True, exact: bool = False,
-    dtype: torch.dtype = torch.bfloat16, lora_dtype: torch.dtype | None = None, mixed: bool = False,
-) -> dict[str, Launch]:  # fmt: skip
-    """Different launches of forward and backward of the multi-adapter linear at the study's batch, by identity.
-
-    lora_dtype: of A and B; None: dtype.
-    mixed: whether adapters have ranks of their own.
-    """
+def launches_of(arch: int, *, op: str = "linear", **variant) -> dict[str, Launch]:
+    """Different launches of forward and backward of an op at the study's batch, by identity. variant: arguments of `run_<op>`."""
     adapters, rows = cases.STUDY.adapters, cases.STUDY.total
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, weight, bias, dy = empty(rows, k), empty(n, k), empty(n), empty(rows, n)
-    lora_a = empty(adapters, slices * rank, k, dtype=lora_dtype or dtype)
-    lora_b = empty(adapters, n, rank, dtype=lora_dtype or dtype)
-    scaling, p = (empty(adapters, dtype=torch.float32) for _ in range(2))
-    order, row_key, seed = (empty(size, dtype=torch.int64) for size in (rows, rows, adapters))
-    ranks = empty(adapters, dtype=torch.int64) if mixed else None
-    tiles = [empty(tile_capacity(rows, adapters, size), 3, dtype=torch.int32) for size in (SHORT_TILE, LONG_TILE)]
-    lists = [order, *tiles, empty(adapters + rows // CHUNK, 4, dtype=torch.int32), empty(adapters + 1, dtype=torch.int32)]
-    lists += [p, seed, row_key] if dropout else []
-    with recorded(arch) as launches:
-        _, s, keys = lora_triton.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
-        saved = x, weight, lora_a, lora_b, scaling, s, keys
-        lora_triton.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))
+    with recorded(arch) as launches, torch.device("meta"):
+        ends = torch.empty(adapters + 1, dtype=torch.int64)
+        lists = torch.empty(adapters + 1, dtype=torch.int32), torch.empty(adapters, dtype=torch.int32)
+        rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64), None, None, ends
+        globals()[f"run_{op}"](with_work(Segments(*lists, adapters, *rest)), **variant)
     return {repr((launch.kernel, *specialise(launch))): launch for launch in launches}
 
 
+# Each `run_<op>` calls the launchers of an op, forward and backward, on random tensors of the default device, and returns what
+# they wrote. Tests run them in the interpreter, small. segments: with work lists.
+
+
+def run_linear(
+    segments: Segments, *, k: int, n: int, rank: int, slices: int = 1, dropout: bool = True, exact: bool = False,
+    dtype: torch.dtype = torch.bfloat16, lora_dtype: torch.dtype | None = None, mixed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """lora_dtype: of A and B; None: dtype. mixed: whether adapters have ranks of their own."""
+    G, rows = segments.num_adapters, segments.order.numel()
+    x, weight, bias, dy = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    lora_a, lora_b = (torch.randn(G, *shape).to(lora_dtype or dtype) for shape in ((slices * rank, k), (n, rank)))
+    scaling, ranks = torch.rand(G), torch.randint(1, rank + 1, (G,)) if mixed else None
+    assert segments.work is not None
+    lists = [segments.order, *segments.work]
+    lists += [torch.full((G,), 0.5), torch.randint(99, (G,)), torch.randint(99, (rows,))] if dropout else []
+    y, s, keys = lora_triton.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
+    saved = x, weight, lora_a, lora_b, scaling, s, keys
+    return [y, *lora_triton.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))]
+
+
+def run_attention(
+    segments: Segments, *, heads: int, width: int, dtype: torch.dtype = torch.bfloat16, dropout: bool = True
+) -> list[Tensor]:
+    """width: of a head."""
+    rows, drops = segments.order.numel(), _drops(segments, dropout)
+    tiles = attention_triton.attention_tiles(segments.cu_seqlens, rows, dtype)
+    qkv = torch.randn(rows, 3 * heads * width).to(dtype)
+    out, lse = attention_triton.forward(qkv, heads, tiles, drops)
+    return [out, attention_triton.backward(torch.randn(rows, heads * width).to(dtype), qkv, out, lse, heads, tiles, drops)]
+
+
+def run_add_norm(
+    segments: Segments, *, width: int, dtype: torch.dtype = torch.bfloat16, residual: bool = True, dropout: bool = True,
+    behind: bool = False, weights: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """residual: whether one is added. behind: dropout after the norm. weights: whether they are trained."""
+    rows, drops = segments.order.numel(), _drops(segments, dropout)
+    x, dy, added = (torch.randn(rows, width).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    y, mean, rstd = add_norm_triton.forward(x, added if residual else None, weight, bias, 1e-5, drops, behind)
+    gradients = add_norm_triton.backward(dy, x, added if residual else None, weight, mean, rstd, drops, behind, weights)
+    return [y, mean, rstd, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def run_heads(segments: Segments, *, width: int, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """The tagging heads."""
+    G, rows = segments.num_adapters, segments.order.numel()
+    x, dy = torch.randn(rows, width).to(dtype), torch.randn(rows, labels).to(dtype)
+    weight, bias = torch.randn(G, labels, width).to(dtype), torch.randn(G, labels).to(dtype)
+    y = adapter_linear_triton.forward(x, weight, bias, segments)
+    gradients = adapter_linear_triton.backward(dy, x, weight, segments, True, True, True)
+    return [y, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def run_loss(segments: Segments, *, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """The mean loss of each adapter."""
+    rows = segments.order.numel()
+    logits, given = torch.randn(rows, labels).to(dtype), torch.randint(-1, labels, (rows,))
+    loss, count, lse = token_loss_triton.forward(logits, given, segments)
+    dlogits = token_loss_triton.backward(torch.randn_like(loss), logits, given, count, lse, segments)
+    return [loss, count, dlogits]
+
+
+def _drops(segments: Segments, dropout: bool) -> RowDropout | None:
+    rows = segments.order.numel()
+    state = torch.randint(1 << 60, (rows,)), torch.zeros(rows, dtype=torch.int16), torch.full((rows,), 2.0)
+    return RowDropout(*state) if dropout else None
+
+
 def variants() -> Iterator[dict]:
-    """Arguments of `launches_of` that between them reach every kernel of the default table."""
-    qkv, square = dict(k=768, n=2304, slices=3), dict(k=768, n=768)
+    """Arguments of `launches_of` that between them reach every kernel, and every entry of the table that an architecture has."""
+    qkv, down = dict(k=768, n=2304, slices=3), dict(k=3072, n=768)
+    for rank in (32, 256):
+        yield dict(qkv, rank=rank, exact=True)
+        yield dict(down, rank=rank, mixed=True)
+    yield dict(k=768, n=768, rank=32, dtype=torch.float32)
+    yield dict(op="attention", heads=12, width=64)
+    yield dict(op="add_norm", width=768)
+    yield dict(op="heads", width=768)
+    yield dict(op="loss")
+
+
+def more_variants() -> Iterator[dict]:
+    """Those of `variants`, and all that differ in how they are specialised: each rank, mixed ranks, odd widths, fp32 masters."""
+    yield from variants()
+    qkv, square, fp32 = dict(k=768, n=2304, slices=3), dict(k=768, n=768), dict(dtype=torch.float32)
     for rank in cases.RANKS:
         for k in cases.WIDTHS:
             for n in cases.WIDTHS:
                 yield dict(k=k, n=n, rank=rank, exact=True)
-        yield dict(qkv, rank=rank, exact=True)
-    for rank in (cases.RANKS[0], *cases.STUDY_RANKS):
-        for mixed in (False, True):
-            yield dict(square, rank=rank, mixed=mixed)
-            yield dict(qkv, rank=rank, mixed=mixed)
-    for rank in (32, 256):
-        yield dict(square, rank=rank, exact=True, mixed=True)
-        yield dict(qkv, rank=rank, exact=True, mixed=True)
-        for dropout in (False, True):
-            yield dict(qkv, rank=rank, exact=True, dropout=dropout, mixed=True, lora_dtype=torch.float32)
-        for exact in (True, False):
-            yield dict(square, rank=rank, exact=exact, dtype=torch.float32)
-    yield dict(square, rank=32, exact=True, dtype=torch.float16)
+    for rank in cases.STUDY_RANKS:
+        yield dict(qkv, rank=rank)
+        yield dict(qkv, rank=rank, mixed=True, exact=True)
+    yield dict(square, rank=8, mixed=True)
+    yield dict(square, rank=32, dropout=False, lora_dtype=torch.float32)
+    yield dict(square, rank=256, lora_dtype=torch.float32)
+    yield dict(square, rank=32, dtype=torch.float16)
+    yield dict(square, rank=256, exact=True, **fp32)
+    yield dict(k=41, n=23, rank=1)
+    for odd in (dict(rank=17), dict(rank=17, exact=True), dict(rank=256), dict(rank=17, exact=True, **fp32)):
+        yield dict(k=1001, n=1111, mixed=True, **odd)
+    yield dict(op="attention", heads=12, width=64, **fp32)
+    yield dict(op="attention", heads=12, width=64, dropout=False)
+    yield dict(op="attention", heads=4, width=32)
+    for width in (128, 384, 768):
+        yield dict(op="add_norm", width=width, weights=True)
+    yield dict(op="add_norm", width=768, behind=True, residual=False, **fp32)
+    yield dict(op="heads", width=128, labels=9, **fp32)
+    yield dict(op="loss", labels=9, **fp32)
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict, dict]:
     """Signature, constants, attributes and options of a launch, as the JIT derives them."""
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}
+    given, parameters = launch.arguments, KERNELS[launch.kernel].params
+    names = {parameter.name for parameter in parameters}
+    options = {name: value for name, value in given.items() if name not in names}
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(getattr(lora_tiles, launch.kernel).params):
-        name, value = parameter.name, launch.arguments[parameter.name]
+    for index, parameter in enumerate(parameters):
+        name, value = parameter.name, given[parameter.name]
+        aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
-            signature[name] = "constexpr"
+            signature[name], aligned = "constexpr", False
             constants[(index,)] = value
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
         else:
             signature[name] = "i64" if value >= 1 << 31 else "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            aligned &= value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes, options
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
     """Compile one launch for an architecture; Triton's own cache keeps the result."""
-    signature, constants, attributes, options = specialise(launch)
-    source = ASTSource(getattr(lora_tiles, launch.kernel), signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = binary_of(launch, arch)
     registers, spills = _usage(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = min(
         CHIP_REGISTERS // (-(-registers // 8) * 8 * warps * 32), CHIP_SHARED[arch] // (shared + RESERVED_SHARED),
         CHIP_WARPS // warps, CHIP_BLOCKS,
     )  # fmt: skip
-    return Resources(registers, spills, shared, dict(Counter(TENSOR_CORE.findall(compiled.asm["ptx"]))), warps, blocks)
+    ptx = compiled.asm["ptx"]
+    return Resources(registers, spills, shared, dict(Counter(TENSOR_CORE.findall(ptx))), len(COPY.findall(ptx)), warps, blocks)
+
+
+def binary_of(launch: Launch, arch: int) -> triton.compiler.CompiledKernel:
+    """What Triton compiles a launch to: `asm` has the PTX and the cubin."""
+    signature, constants, attributes, options = specialise(launch)
+    source = ASTSource(KERNELS[launch.kernel], signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -179,57 +285,40 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def faults(launch: Launch, arch: int, used: Resources) -> list[str]:
     """The reasons for which the report fails."""
-    x = launch.arguments.get("x_ptr")
-    half = x is not None and x.dtype in (torch.bfloat16, torch.float16)
+    multiplies = "tl.dot(" in inspect.getsource(KERNELS[launch.kernel].fn)
     reasons = []
     if used.spills and arch == 90:
         reasons.append(f"spills {used.spills} bytes")
     if used.shared > BLOCK_SHARED[arch]:
         reasons.append(f"needs {used.shared} bytes of shared memory, the chip has {BLOCK_SHARED[arch]}")
-    if half and not used.tensor_core:
+    if multiplies and dtype_of(launch) in ("bf16", "fp16") and not used.tensor_core:
         reasons.append("uses no tensor core")
     return reasons
 
 
+def dtype_of(launch: Launch) -> str:
+    """The dtype of the kernel's first argument, which is what it reads most of."""
+    return TYPES[next(value for value in launch.arguments.values() if isinstance(value, torch.Tensor)).dtype]
+
+
 def kernel_name(launch: Launch) -> str:
     """The kernel, its dtype, its tile, and the options that tell one configuration from another."""
-    sizes = [name for name in launch.arguments if name.isupper() and name[0] == "B" and len(name) == 2]
-    flags = [name.lower() for name in ("FUSED", "DROPOUT") if launch.arguments.get(name)]
-    ranks = ["ranks"] if launch.arguments.get("ranks_ptr") is not None else []
-    dtype = TYPES[launch.arguments.get("x_ptr", launch.arguments.get("out_ptr")).dtype]
-    tile = "x".join(str(launch.arguments[name]) for name in sizes)
-    return " ".join([f"{launch.kernel.removesuffix('_kernel'):7} {dtype:5} {'·'.join(sizes)} {tile}", *flags, *ranks])
+    given = launch.arguments
+    sizes = [name for name in given if name.isupper() and name[0] == "B" and len(name) == 2]
+    flags = [name.lower() for name in ("FUSED", "DROPOUT", "BEHIND") if given.get(name)]
+    flags += [
+        word for name, word in FLAGS.items() if given.get(name) is not None and not (name == "keys_ptr" and "p_ptr" in given)
+    ]
+    tile = "·".join(sizes) + " " + "x".join(str(given[name]) for name in sizes)
+    return " ".join([f"{launch.kernel.removesuffix('_kernel'):7} {dtype_of(launch):4} {tile}", *flags])
 
 
 def table_line(launch: Launch, used: Resources, faults: list[str]) -> str:
     """A line of the table. warps: the share of a multiprocessor's that its blocks occupy."""
     cores = ", ".join(f"{count} {instruction}" for instruction, count in used.tensor_core.items()) or "-"
     warps = used.blocks_per_chip * used.warps / CHIP_WARPS
-    numbers = f"{used.registers:4d} {used.spills:6d} {used.shared:6d} {used.blocks_per_chip:6d} {warps:6.0%}"
+    numbers = f"{used.registers:4d} {used.spills:6d} {used.shared:6d} {used.copies:6d} {used.blocks_per_chip:6d} {warps:6.0%}"
     return f"{kernel_name(launch):58} {numbers}  {cores}" + "".join(f"  FAULT: {fault}" for fault in faults)
-
-
-def roofline() -> list[dict]:
-    """Estimates for all linears of a layer of XLM-R base at the study's batch, for each rank.
-
-    Each kernel's FLOPs, bytes and time; then their sum as a ratio to the base products alone, in sequence and overlapped.
-    """
-    rows = []
-    for rank in cases.STUDY_RANKS:
-        work = [item for linear in cases.XLMR_BASE for item in cases.lora_work(linear, cases.STUDY, rank)]
-        floor = sum(item.seconds for linear in cases.XLMR_BASE for item in cases.base_work(linear, cases.STUDY.total))
-        for name in dict.fromkeys(item.name for item in work):
-            same = [item for item in work if item.name == name]
-            rows.append({
-                "rank": rank, "kernel": name, "gflop": sum(item.flops for item in same) / 1e9,
-                "mbytes": sum(item.bytes for item in same) / 1e6, "us": sum(item.seconds for item in same) * 1e6,
-            })  # fmt: skip
-        total = sum(item.seconds for item in work)
-        # Where memory-bound kernels run beside compute-bound ones, the larger of both sums is left.
-        compute, memory = sum(item.flops for item in work) / cases.PEAK_FLOPS, sum(item.bytes for item in work) / cases.PEAK_BYTES
-        ratios = {"ratio_to_base_alone": total / floor, "ratio_overlapped": max(compute, memory) / floor}
-        rows.append({"rank": rank, "kernel": "all", "us": total * 1e6, **ratios})
-    return rows
 
 
 def _compile(job: tuple[int, dict, str]) -> Resources:
@@ -255,15 +344,15 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for arch in options.arch:
-            launches, jobs = zip(*jobs_for(arch, variants()), strict=True)
-            print(f"\nsm_{arch}: {len(jobs)} kernels\n{'kernel':58} regs spills shared blocks  warps  tensor core")
+            launches, jobs = zip(*jobs_for(arch, more_variants() if arch == MAIN_ARCHITECTURE else variants()), strict=True)
+            print(f"\nsm_{arch}: {len(jobs)} kernels\n{'kernel':58} regs spills shared copies blocks  warps  tensor core")
             for launch, used in zip(launches, pool.map(_compile, jobs), strict=True):
                 wrong = faults(launch, arch, used)
                 failed += bool(wrong)
                 print(table_line(launch, used, wrong), flush=True)
     print(f"\nEstimates, a layer of XLM-R base, {cases.STUDY.adapters} adapters x {cases.STUDY.rows} rows, bf16:")
     print("rank  kernel     GFLOP    MB     µs at 788 TFLOP/s, 4.3 TB/s")
-    for row in roofline():
+    for row in cases.roofline():
         if row["kernel"] == "all":
             in_sequence, overlapped = row["ratio_to_base_alone"], row["ratio_overlapped"]
             numbers = f"{row['us']:24.0f}  {in_sequence:.2f} x the base products alone; {overlapped:.2f} x if kernels overlap"

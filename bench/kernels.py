@@ -156,7 +156,8 @@ class Suite:
                         floors[form.baseline] = self.time(problems, form.floor)
                     times = self.time(problems, form.make)
                     least = sum(work.seconds for work in cases.lora_work(linear, batch, rank) if work.name in form.work) * 1e6
-                    fused = [name == "exact" or tuned.fuse(batch.total, batch.adapters, size) for size in (linear.k, linear.n)]
+                    widths = (linear.k, linear.n), (linear.n, linear.k)
+                    fused = [name == "exact" or tuned.fuse(batch.total, batch.adapters, *shape) for shape in widths]
                     more = {
                         "form": name, "linear": linear.name, "k": linear.k, "n": linear.n, "slices": linear.slices, "rank": rank,
                         **batch._asdict(), "fused": fused, "ceiling_share": least / times.p50,

@@ -21,16 +21,27 @@ for arch, variant, kernel in json.loads(sys.argv[1]):
     for launch in launches_of(arch, **variant).values():
         if launch.kernel == kernel:
             used = compile_launch(launch, arch)
-            rows.append([arch, kernel, used.registers, used.spills, list(used.tensor_core), faults(launch, arch, used)])
+            wrong = faults(launch, arch, used)
+            rows.append([arch, kernel, used.registers, used.spills, used.copies, list(used.tensor_core), wrong])
             break
 print(json.dumps(rows))
 """
 QKV = dict(k=768, n=2304, rank=32, slices=3, exact=True)
+LINEAR = ("shrink_kernel", "expand_kernel", "reduce_kernel")
 KERNELS = [
-    *((90, QKV, kernel) for kernel in ("shrink_kernel", "expand_kernel", "reduce_kernel", "sum_kernel")),
+    *((90, QKV, kernel) for kernel in LINEAR),
+    *((90, QKV | dict(mixed=True), kernel) for kernel in LINEAR),
+    (90, QKV | dict(rank=256), "shrink_kernel"),
+    (90, QKV | dict(rank=256), "reduce_kernel"),
+    (90, dict(k=41, n=23, rank=1), "expand_kernel"),
+    (90, dict(op="attention", heads=12, width=64), "attend_backward_kernel"),
     (80, QKV, "shrink_kernel"),
     (100, QKV, "expand_kernel"),
+    (90, QKV, "sum_kernel"),
+    (90, dict(op="add_norm", width=768), "add_norm_backward_kernel"),
+    (90, dict(op="loss"), "token_loss_kernel"),
 ]
+MULTIPLY = 12  # so many of them
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -47,15 +58,24 @@ def resources():
 
 def test_no_faults_and_tensor_cores_in_every_product(resources):
     assert len(resources) == len(KERNELS)
-    for arch, kernel, registers, spills, instructions, wrong in resources:
+    for index, (arch, kernel, registers, spills, _, instructions, wrong) in enumerate(resources):
         assert not wrong and 0 < registers <= 255
         assert spills == 0 or arch != 90
-        assert instructions == ([] if kernel == "sum_kernel" else [INSTRUCTION[arch]]), (arch, kernel)
+        if kernel == "attend_backward_kernel":  # its smallest tiles are too low for wgmma
+            assert instructions == ["mma.sync"]
+        else:
+            assert instructions == ([INSTRUCTION[arch]] if index < MULTIPLY else []), (arch, kernel)
+
+
+def test_mixed_ranks_keep_the_loads_of_16_bytes(resources):
+    """A mask by the exact rank splits them: 16 loads of 2 bytes in the kernel for y, and 48 copies of 4 bytes."""
+    copies = [row[4] for row in resources]
+    assert copies[:3] == copies[3:6] and all(copies[:6])
 
 
 def test_the_report_fails_for_spills_shared_memory_and_missing_tensor_cores():
     launch = Launch("shrink_kernel", {"x_ptr": torch.empty(0, dtype=torch.bfloat16)})
-    good = Resources(128, 0, 1000, {"wgmma.mma_async": 4}, 4, 2)
+    good = Resources(128, 0, 1000, {"wgmma.mma_async": 4}, 8, 4, 2)
     assert faults(launch, 90, good) == []
     assert "spills" in faults(launch, 90, good._replace(spills=8))[0]
     assert "shared" in faults(launch, 80, good._replace(shared=BLOCK_SHARED[80] + 1))[0]
@@ -63,7 +83,7 @@ def test_the_report_fails_for_spills_shared_memory_and_missing_tensor_cores():
 
 
 def test_the_report_covers_the_sizes_that_are_promised():
-    covered = {(v["k"], v["n"], v["rank"]) for v in compiled.variants() if "slices" not in v}
+    covered = {(v["k"], v["n"], v["rank"]) for v in compiled.more_variants() if "k" in v and "slices" not in v}
     assert {(k, n, r) for k in cases.WIDTHS for n in cases.WIDTHS for r in cases.RANKS} <= covered
 
 
@@ -72,7 +92,7 @@ def test_estimates_add_up():
     rows, weights = 19_968, 7_077_888
     floor = sum(work.seconds for linear in cases.XLMR_BASE for work in cases.base_work(linear, rows))
     assert floor == pytest.approx(2 * 2 * rows * weights / 788e12, rel=1e-12)
-    for rank, ratio, beside in ((32, 1.40, 1.094), (64, 1.48, 1.1875), (256, 1.97, 1.75)):  # beside: FLOPs alone, 1 + 3 r / 1024
-        row = next(row for row in compiled.roofline() if row["rank"] == rank and row["kernel"] == "all")
+    for rank, ratio, beside in ((32, 1.39, 1.094), (64, 1.46, 1.1875), (256, 1.89, 1.75)):  # beside: FLOPs alone, 1 + 3 r / 1024
+        row = next(row for row in cases.roofline() if row["rank"] == rank and row["kernel"] == "all")
         assert row["ratio_to_base_alone"] == pytest.approx(ratio, abs=0.005)
         assert row["ratio_overlapped"] == pytest.approx(beside, abs=0.0005)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import INTS, check, check_ids, check_offsets
 
 SHORT_TILE, LONG_TILE = 64, 128  # rows of a tile, fixed for each kernel: an adapter's bits must not depend on the batch
-CHUNK = 1024  # rows that one program of a reduction adds up
+CHUNK = 1024  # rows of a chunk; one program of a reduction adds up `tuned.span` of them
 
 
 class Work(NamedTuple):
@@ -23,7 +23,7 @@ class Work(NamedTuple):
     tiles_64: int32 [tiles, 3], (adapter or -1, first, last) into order, at most SHORT_TILE rows each.
     tiles_128: the same with at most LONG_TILE rows.
     chunks: int32 [G + T // CHUNK, 4], (adapter or -1, first, last, slot). Every adapter has at least one, even without rows. An
-        adapter with several has consecutive slots of a workspace; a single chunk has slot -1.
+        adapter with several has consecutive entries, and slots of a workspace; a single chunk has slot -1.
     slots: int32 [G+1], adapter g has slots slots[g]:slots[g+1], none if it has one chunk.
     """
 
@@ -137,9 +137,12 @@ def tile_capacity(rows: int, num_adapters: int, size: int) -> int:
     return min(rows, (rows + (num_adapters + 1) * (size - 1)) // size)
 
 
-def slot_capacity(rows: int) -> int:
-    """The most workspace slots that a batch of `rows` rows can need: cdiv(n, CHUNK) <= 2n / CHUNK for n > CHUNK."""
-    return 2 * rows // CHUNK if rows > CHUNK else 0
+def slot_capacity(rows: int, span: int = 1) -> int:
+    """The most workspace slots that a batch of `rows` rows can need: cdiv(n, CHUNK) <= 2n / CHUNK for n > CHUNK.
+
+    span: chunks that one program adds up; adapters with no more need no workspace.
+    """
+    return 2 * rows // CHUNK if rows > span * CHUNK else 0
 
 
 def cut(starts: Tensor, ends: Tensor, pieces: Tensor, size: int, capacity: int, *, base: bool = False) -> Tensor:

@@ -18,7 +18,17 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch passes to Triton beside its kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSION}
 
+
+# Products and sums are fused, whatever a version's default: it decides bits.
+FUSION = {"enable_fp_fusion": True}
+
+
+OPS = ("shrink", "fused", "expand", "reduce")
 # Buckets: "half" (fp16, bf16: tensor cores) and "single" (fp32, exact products, no tensor cores).
 DEFAULT = {
     ("shrink", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=3),
@@ -29,12 +39,21 @@ DEFAULT = {
     ("expand", "single"): Launch(BK=16, BC=64, BR=16, num_warps=4, num_stages=2),
     ("reduce", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=2),
     ("reduce", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
+    # For rows of odd widths, which are loaded element by element: larger tiles would not fit the registers.
+    **{(f"odd {op}", "half"): Launch(BK=32, BC=64, BR=32, num_warps=8, num_stages=2) for op in OPS},
+    ("odd shrink", "single"): Launch(BK=32, BC=32, BR=32, num_warps=4, num_stages=2),
+    ("odd fused", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
+    ("odd expand", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
 }
 
+# "wide" entries serve more ranks (of all slices) than WIDE says: x is then read, and its mask drawn, once and not per block.
+WIDE = {"shrink": 128, "reduce": 64}
 TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
     ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
     ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),
+    ("wide shrink", 90, "half"): Launch(BK=64, BC=256, BR=256, num_warps=8, num_stages=3),
+    ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=3),
 }
 
 # Fuse with at least this many rows per adapter and at most this contraction; otherwise cuBLAS and a separate expand. Roofline
@@ -42,14 +61,25 @@ TABLE: dict[tuple[str, int, str], Launch] = {
 FUSED_ROWS_PER_ADAPTER, FUSED_CONTRACTION = 96, 1536
 
 
-def launch(op: str, arch: int, dtype: torch.dtype, columns: int | None = None) -> Launch:
+def launch(
+    op: str, arch: int, dtype: torch.dtype, columns: int | None = None, ranks: int = 0, widths: tuple[int, ...] = ()
+) -> Launch:
     """The configuration of an op on an architecture.
 
     arch: 80, 90, 100, or 0 for unknown.
     columns: of the output; BC is no wider than they need.
+    ranks: of all slices together; they choose "wide" entries, and BR is no wider than they need.
+    widths: of the matrices that the kernel moves; one that is no multiple of 8 chooses "odd" entries.
     """
-    config = TABLE.get((op, arch, bucket(dtype)), DEFAULT[op, bucket(dtype)])
-    return config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
+    kind, names = bucket(dtype), [op]
+    if any(width % 8 for width in widths):
+        names.insert(0, f"odd {op}")
+    elif ranks > WIDE.get(op, ranks):
+        names.insert(0, f"wide {op}")
+    configs = (TABLE.get((name, arch, kind)) or DEFAULT.get((name, kind)) for name in names)
+    config = next(config for config in configs if config)
+    config = config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
+    return config._replace(BR=min(config.BR, power_of_two(ranks))) if ranks else config
 
 
 def bucket(dtype: torch.dtype) -> str:
@@ -57,9 +87,15 @@ def bucket(dtype: torch.dtype) -> str:
     return "single" if dtype == torch.float32 else "half"
 
 
-def fuse(rows: int, num_adapters: int, contraction: int) -> bool:
-    """Whether to compute the base product in the LoRA kernel."""
-    return rows >= FUSED_ROWS_PER_ADAPTER * num_adapters and contraction <= FUSED_CONTRACTION
+def fuse(rows: int, num_adapters: int, contraction: int, outputs: int) -> bool:
+    """Whether to compute the base product in the LoRA kernel. Its tiles need 16-byte loads, so widths in multiples of 8."""
+    full = rows >= FUSED_ROWS_PER_ADAPTER * num_adapters and contraction <= FUSED_CONTRACTION
+    return full and contraction % 8 == outputs % 8 == 0
+
+
+def span(rank: int) -> int:
+    """Chunks of rows that one program of a reduction adds up: with many ranks a part-sum moves as many bytes as its rows."""
+    return 4 if rank > 64 else 1
 
 
 def arch_of(device: torch.device) -> int:
