@@ -40,6 +40,7 @@ from kloss.kernels import (
     token_loss_triton,
     tuned,
 )
+from kloss.kernels.buckets import attention_tiles
 from kloss.kernels.dropout import RowDropout
 from kloss.kernels.lora_torch import Backward, Forward
 from kloss.kernels.segments import Segments, with_work
@@ -140,42 +141,42 @@ def run_attention(
 ) -> list[Tensor]:
     """width: of a head."""
     rows, drops = segments.order.numel(), _drops(segments, dropout)
-    tiles = attention_triton.attention_tiles(segments.cu_seqlens, rows, dtype)
+    tiles = attention_tiles(segments.cu_seqlens, rows, dtype)
     qkv = torch.randn(rows, 3 * heads * width).to(dtype)
     out, lse = attention_triton.forward(qkv, heads, tiles, drops)
     return [out, attention_triton.backward(torch.randn(rows, heads * width).to(dtype), qkv, out, lse, heads, tiles, drops)]
 
 
 def run_add_norm(
-    segments: Segments, *, width: int, dtype: torch.dtype = torch.bfloat16, residual: bool = True, dropout: bool = True,
-    behind: bool = False, weights: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """residual: whether one is added. behind: dropout after the norm. weights: whether they are trained."""
+    segments: Segments, *, width: int, dtype: torch.dtype = torch.bfloat16, dropout: bool = True, weights: bool = False
+) -> list[Tensor]:
+    """weights: whether they are trained."""
     rows, drops = segments.order.numel(), _drops(segments, dropout)
-    x, dy, added = (torch.randn(rows, width).to(dtype) for _ in range(3))
+    x, dy, residual = (torch.randn(rows, width).to(dtype) for _ in range(3))
     weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
-    y, mean, rstd = add_norm_triton.forward(x, added if residual else None, weight, bias, 1e-5, drops, behind)
-    gradients = add_norm_triton.backward(dy, x, added if residual else None, weight, mean, rstd, drops, behind, weights)
-    return [y, mean, rstd, *(gradient for gradient in gradients if gradient is not None)]
+    y, mean, rstd = add_norm_triton.forward(x, residual, weight, bias, 1e-5, drops)
+    gradients = add_norm_triton.backward(dy, x, residual, weight, mean, rstd, drops, weights)
+    return [y, mean, rstd, *gradients, *([add_norm_triton.dropout(x, drops)] if drops else [])]
 
 
 def run_heads(segments: Segments, *, width: int, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """The tagging heads."""
     G, rows = segments.num_adapters, segments.order.numel()
-    x, dy = torch.randn(rows, width).to(dtype), torch.randn(rows, labels).to(dtype)
-    weight, bias = torch.randn(G, labels, width).to(dtype), torch.randn(G, labels).to(dtype)
-    y = adapter_linear_triton.forward(x, weight, bias, segments)
-    gradients = adapter_linear_triton.backward(dy, x, weight, segments, True, True, True)
-    return [y, *(gradient for gradient in gradients if gradient is not None)]
+    order, ends, work = segments.order, segments.ends, segments.work
+    assert work is not None
+    x, dy = torch.randn(rows, width).to(dtype), torch.randn(rows, labels).to(dtype).contiguous()
+    weight, bias = torch.randn(G, labels, width).to(dtype), torch.randn(G, labels).to(dtype).contiguous()
+    y = adapter_linear_triton.forward(x, weight, bias, order, work)
+    return [y, *adapter_linear_triton.backward(dy, x, weight, order, ends, work, True, True, True)]
 
 
 def run_loss(segments: Segments, *, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """The mean loss of each adapter."""
     rows = segments.order.numel()
     logits, given = torch.randn(rows, labels).to(dtype), torch.randint(-1, labels, (rows,))
-    loss, count, lse = token_loss_triton.forward(logits, given, segments)
-    dlogits = token_loss_triton.backward(torch.randn_like(loss), logits, given, count, lse, segments)
-    return [loss, count, dlogits]
+    loss, count, lse = token_loss_triton.forward(logits, given, segments.order, segments.ends)
+    dlogits = token_loss_triton.backward(torch.randn_like(loss), logits, given, segments.row_adapter, count, lse)
+    return [loss, count, lse, dlogits]
 
 
 def _drops(segments: Segments, dropout: bool) -> RowDropout | None:
@@ -221,7 +222,7 @@ def more_variants() -> Iterator[dict]:
     yield dict(op="attention", heads=4, width=32)
     for width in (128, 384, 768):
         yield dict(op="add_norm", width=width, weights=True)
-    yield dict(op="add_norm", width=768, behind=True, residual=False, **fp32)
+    yield dict(op="add_norm", width=768, dropout=False, **fp32)
     yield dict(op="heads", width=128, labels=9, **fp32)
     yield dict(op="loss", labels=9, **fp32)
 
@@ -305,7 +306,7 @@ def kernel_name(launch: Launch) -> str:
     """The kernel, its dtype, its tile, and the options that tell one configuration from another."""
     given = launch.arguments
     sizes = [name for name in given if name.isupper() and name[0] == "B" and len(name) == 2]
-    flags = [name.lower() for name in ("FUSED", "DROPOUT", "BEHIND") if given.get(name)]
+    flags = [name.lower() for name in ("FUSED", "DROPOUT") if given.get(name)]
     flags += [
         word for name, word in FLAGS.items() if given.get(name) is not None and not (name == "keys_ptr" and "p_ptr" in given)
     ]

@@ -15,7 +15,7 @@ from bench.compiled import BLOCK_SHARED, Launch, Resources, faults
 # Triton decides when it is imported whether it interprets; these need the compiler, so they have a process of their own.
 PROGRAM = """
 import json, sys
-from bench.compiled import compile_launch, faults, launches_of
+from bench.compiled import compile_launch, faults, launches_of, more_variants
 rows = []
 for arch, variant, kernel in json.loads(sys.argv[1]):
     for launch in launches_of(arch, **variant).values():
@@ -24,7 +24,9 @@ for arch, variant, kernel in json.loads(sys.argv[1]):
             wrong = faults(launch, arch, used)
             rows.append([arch, kernel, used.registers, used.spills, used.copies, list(used.tensor_core), wrong])
             break
-print(json.dumps(rows))
+every = [launch for variant in more_variants() for launch in launches_of(90, **variant).values()]
+unsaid = {launch.kernel for launch in every if launch.arguments.get("enable_fp_fusion") is not True}
+print(json.dumps([rows, len(every), sorted(unsaid)]))
 """
 QKV = dict(k=768, n=2304, rank=32, slices=3, exact=True)
 LINEAR = ("shrink_kernel", "expand_kernel", "reduce_kernel")
@@ -46,7 +48,7 @@ INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @pytest.fixture(scope="module")
-def resources():
+def compiled_kernels():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(KERNELS)], cwd=Path(__file__).parents[1], env=environment,
@@ -54,6 +56,11 @@ def resources():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def resources(compiled_kernels):
+    return compiled_kernels[0]
 
 
 def test_no_faults_and_tensor_cores_in_every_product(resources):
@@ -80,6 +87,11 @@ def test_the_report_fails_for_spills_shared_memory_and_missing_tensor_cores():
     assert "spills" in faults(launch, 90, good._replace(spills=8))[0]
     assert "shared" in faults(launch, 80, good._replace(shared=BLOCK_SHARED[80] + 1))[0]
     assert "tensor core" in faults(launch, 90, good._replace(tensor_core={}))[0]
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused(compiled_kernels):
+    _, launches, unsaid = compiled_kernels
+    assert launches > 100 and unsaid == []
 
 
 def test_the_report_covers_the_sizes_that_are_promised():

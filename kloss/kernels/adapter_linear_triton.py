@@ -84,7 +84,7 @@ def _product(
         adapter_linear_kernel[grid](
             x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, order_ptr=order, tiles_ptr=work.tiles_64, K=x.shape[1], N=N,
             stride_xt=x.stride(0), stride_wg=weight.stride(0), stride_wn=stride_n, stride_wk=stride_k, BT=SHORT_TILE,
-            BN=config.BC, BK=config.BK, num_warps=config.num_warps, num_stages=config.num_stages,
+            BN=config.BC, BK=config.BK, **config.options,
         )  # fmt: skip
     return y
 
@@ -108,5 +108,5 @@ def backward(
     BN = 64
     grid = (db.shape[0] * triton.cdiv(N, BN),)
     if grid[0]:
-        bias_gradient_kernel[grid](dy_ptr=in_order, db_ptr=db, ends_ptr=ends, N=N, BT=32, BN=BN)
+        bias_gradient_kernel[grid](dy_ptr=in_order, db_ptr=db, ends_ptr=ends, N=N, BT=32, BN=BN, **tuned.FUSION)
     return dx, dw, db

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dropout import RowDropout
 from .dropout_device import keep_block
-from .tuned import power_of_two
+from .tuned import FUSION, power_of_two
 
 BLOCK = 2048  # elements of a program's block, by resource reports
 
@@ -143,7 +143,7 @@ def forward(
         add_norm_kernel[(triton.cdiv(T, BT),)](
             x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
             keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, eps=eps, stride_x=x.stride(0),
-            stride_residual=residual.stride(0), BT=BT, BH=BH,
+            stride_residual=residual.stride(0), BT=BT, BH=BH, **FUSION,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -173,7 +173,7 @@ def backward(
             dy_ptr=dy, x_ptr=x, residual_ptr=residual, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx,
             dresidual_ptr=None if dropout is None else dresidual, dweight_ptr=dweight if need_weight else None, dbias_ptr=dbias,
             keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, rows=rows, stride_dy=dy.stride(0),
-            stride_x=x.stride(0), stride_residual=residual.stride(0), BT=BT, BH=BH,
+            stride_x=x.stride(0), stride_residual=residual.stride(0), BT=BT, BH=BH, **FUSION,
         )  # fmt: skip
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
 
@@ -196,6 +196,7 @@ def dropout(x: Tensor, dropout: RowDropout) -> Tensor:
             stride_x=x.stride(0),
             BT=BT,
             BH=BH,
+            **FUSION,
         )
     return y
 

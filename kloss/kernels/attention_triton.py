@@ -17,7 +17,7 @@ from torch import Tensor
 from .buckets import CLASSES, AttentionTiles
 from .dropout import RowDropout
 from .dropout_device import keep_block
-from .tuned import arch_of, bucket, power_of_two
+from .tuned import FUSION, arch_of, bucket, power_of_two
 
 
 @triton.jit
@@ -294,13 +294,14 @@ def zero_behind(x: Tensor, cu_seqlens: Tensor) -> None:
     if T and W:
         block = 1024
         grid = (min(T, 64) * triton.cdiv(W, block),)
-        zero_behind_kernel[grid](x_ptr=x, end_ptr=cu_seqlens[-1:], T=T, W=W, stride_x=x.stride(0), BLOCK=block)
+        zero_behind_kernel[grid](x_ptr=x, end_ptr=cu_seqlens[-1:], T=T, W=W, stride_x=x.stride(0), BLOCK=block, **FUSION)
 
 
-def launch_of(qkv: Tensor, rows: int, dkv: bool = False) -> dict[str, int]:
+def launch_of(qkv: Tensor, rows: int, dkv: bool = False) -> dict[str, int | bool]:
     """Warps and stages for tiles of `rows` rows, by resource reports: a warp has 16 rows of a tensor core's product."""
     if bucket(qkv.dtype) == "single":
-        return {"num_warps": rows // 4, "num_stages": 1}
+        return {"num_warps": rows // 4, "num_stages": 1, **FUSION}
     if dkv:
-        return {"num_warps": 4, "num_stages": 3} if arch_of(qkv.device) == 80 else {"num_warps": 8, "num_stages": 1}
-    return {"num_warps": rows // 16, "num_stages": 1}
+        config = {"num_warps": 4, "num_stages": 3} if arch_of(qkv.device) == 80 else {"num_warps": 8, "num_stages": 1}
+        return config | FUSION
+    return {"num_warps": rows // 16, "num_stages": 1, **FUSION}

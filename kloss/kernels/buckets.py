@@ -92,7 +92,7 @@ def attention_tiles(cu_seqlens: Tensor, rows: int, dtype: torch.dtype) -> Attent
     starts, ends, classes = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), CLASSES[bucket(dtype)]
     lengths, lists, below = ends - starts, [], 0
     for size in (*classes, rows):
-        height = min(size, classes[-1])
+        height = max(1, min(size, classes[-1]))
         pieces = torch.where((lengths > below) & (lengths <= size), (lengths + height - 1) // height, 0)
         # n > below rows are cut into one piece, or into cdiv(n, height) <= 2n / height where height = below.
         capacity = min(lengths.numel(), rows // (below + 1)) if size in classes else 2 * rows // height if rows > below else 0

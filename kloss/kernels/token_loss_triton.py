@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuned import power_of_two
+from .tuned import FUSION, power_of_two
 
 BLOCK = 4096  # logits of a program's block
 
@@ -88,7 +88,7 @@ def forward(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor) -> tupl
         BT, BC = tile(C)
         token_loss_kernel[(G,)](
             logits_ptr=logits, labels_ptr=labels, order_ptr=order, ends_ptr=ends, loss_ptr=loss, count_ptr=count,
-            lse_ptr=lse, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, num_warps=8,
+            lse_ptr=lse, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, num_warps=8, **FUSION,
         )  # fmt: skip
     return loss, count, lse
 
@@ -101,7 +101,7 @@ def backward(dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor,
         BT, BC = tile(C)
         token_loss_backward_kernel[(triton.cdiv(T, BT),)](
             logits_ptr=logits, labels_ptr=labels, row_adapter_ptr=row_adapter, lse_ptr=lse, dloss_ptr=dloss, count_ptr=count,
-            dlogits_ptr=dlogits, T=T, C=C, rows=row_adapter.numel(), stride_logits=logits.stride(0), BT=BT, BC=BC,
+            dlogits_ptr=dlogits, T=T, C=C, rows=row_adapter.numel(), stride_logits=logits.stride(0), BT=BT, BC=BC, **FUSION,
         )  # fmt: skip
     return dlogits
 

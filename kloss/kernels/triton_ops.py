@@ -22,8 +22,10 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype != torch.float64
 
 
-def _kernels(op: str) -> Any:
-    return import_module(f".{op}_triton", __package__)
+def _run(op: str, function: str, x: Tensor, *rest: Any) -> Any:
+    """Call a function of an op's kernels on x's device: Triton launches on the current one."""
+    with torch.cuda.device_of(x):
+        return getattr(import_module(f".{op}_triton", __package__), function)(x, *rest)
 
 
 def _rows(dropout: Sequence[Tensor]) -> RowDropout | None:
@@ -49,7 +51,7 @@ def _tiles(tiles: Sequence[Tensor]) -> AttentionTiles:
 
 @custom_op("kloss::attention", mutates_args=())
 def _attention(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    return _kernels("attention").forward(_with_rows(qkv), heads, _tiles(tiles), _rows(dropout))
+    return _run("attention", "forward", _with_rows(qkv), heads, _tiles(tiles), _rows(dropout))
 
 
 @_attention.register_fake
@@ -62,7 +64,7 @@ def _(qkv: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, tiles: Sequence[Tensor], dropout: Sequence[Tensor]
 ) -> Tensor:
-    return _kernels("attention").backward(_with_rows(dout), _with_rows(qkv), out, lse, heads, _tiles(tiles), _rows(dropout))
+    return _run("attention", "backward", _with_rows(dout), _with_rows(qkv), out, lse, heads, _tiles(tiles), _rows(dropout))
 
 
 @_attention_backward.register_fake
@@ -99,8 +101,8 @@ def attention(qkv: Tensor, heads: int, tiles: AttentionTiles, dropout: Dropout |
 def _add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("add_norm").forward(
-        _with_rows(x), _with_rows(residual), weight.contiguous(), bias.contiguous(), eps, _rows(dropout)
+    return _run(
+        "add_norm", "forward", _with_rows(x), _with_rows(residual), weight.contiguous(), bias.contiguous(), eps, _rows(dropout)
     )
 
 
@@ -122,7 +124,7 @@ def _add_norm_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, x, residual = (_with_rows(tensor) for tensor in (dy, x, residual))
-    return _kernels("add_norm").backward(dy, x, residual, weight.contiguous(), mean, rstd, _rows(dropout), need_weight)
+    return _run("add_norm", "backward", dy, x, residual, weight.contiguous(), mean, rstd, _rows(dropout), need_weight)
 
 
 @_add_norm_backward.register_fake
@@ -159,7 +161,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
 
 @custom_op("kloss::dropout", mutates_args=())
 def _dropout(x: Tensor, keys: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-    return _kernels("add_norm").dropout(_with_rows(x), RowDropout(keys, threshold, scale))
+    return _run("add_norm", "dropout", _with_rows(x), RowDropout(keys, threshold, scale))
 
 
 @_dropout.register_fake
@@ -190,7 +192,7 @@ def _segment_lists(segments: Segments) -> list[Tensor]:
 
 @custom_op("kloss::adapter_linear", mutates_args=())
 def _adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, lists: Sequence[Tensor]) -> Tensor:
-    return _kernels("adapter_linear").forward(_with_rows(x), weight, bias.contiguous(), lists[0], Work(*lists[3:]))
+    return _run("adapter_linear", "forward", _with_rows(x), weight, bias.contiguous(), lists[0], Work(*lists[3:]))
 
 
 @_adapter_linear.register_fake
@@ -203,8 +205,8 @@ def _adapter_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, lists: Sequence[Tensor], need_x: bool, need_w: bool, need_b: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, ends, _, *work = lists
-    return _kernels("adapter_linear").backward(
-        dy.contiguous(), _with_rows(x), weight, order, ends, Work(*work), need_x, need_w, need_b
+    return _run(
+        "adapter_linear", "backward", dy.contiguous(), _with_rows(x), weight, order, ends, Work(*work), need_x, need_w, need_b
     )
 
 
@@ -245,7 +247,7 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
 def _token_loss(
     logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor, row_adapter: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("token_loss").forward(_with_rows(logits), labels.contiguous(), order, ends)
+    return _run("token_loss", "forward", _with_rows(logits), labels.contiguous(), order, ends)
 
 
 @_token_loss.register_fake
@@ -260,7 +262,7 @@ def _token_loss_backward(
     dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor, count: Tensor, lse: Tensor
 ) -> Tensor:
     logits, labels = _with_rows(logits), labels.contiguous()
-    return _kernels("token_loss").backward(dloss.contiguous(), logits, labels, row_adapter, count, lse)
+    return _run("token_loss", "backward", dloss.contiguous(), logits, labels, row_adapter, count, lse)
 
 
 @_token_loss_backward.register_fake
