@@ -9,18 +9,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .cpu_library import built
 from .dropout import Dropout, row_dropout
 
 LANES = 16  # a head's width is a multiple of it
+ABSENT = (None, None, None)  # keys, threshold and scale without dropout
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
+
+
+def _fake(qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+
+
+def _fake_backward(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@cache
+def _loaded() -> bool:
+    """Whether csrc is built; registers the shapes of its operators' results."""
+    if built():
+        torch.library.register_fake("kloss::cpu_attention", _fake)
+        torch.library.register_fake("kloss::cpu_attention_backward", _fake_backward)
+    return built()
 
 
 @cache
 def _variants(dtype: torch.dtype) -> int:
     """How many instruction sets of this processor have kernels for a dtype."""
-    return torch.ops.kloss.cpu_lora_variants(torch.empty(0, dtype=dtype)) if built() else 0
+    return torch.ops.kloss.cpu_lora_variants(torch.empty(0, dtype=dtype)) if _loaded() else 0
 
 
 def dtype_for(x: Tensor) -> torch.dtype | None:
@@ -40,31 +60,23 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 2 == 0 else x.contiguous()
 
 
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, heads: int, *keys: Tensor | None) -> Tensor:
+        ctx.save_for_backward(qkv, cu_seqlens, *keys)
+        ctx.heads, ctx.variant = heads, VARIANT
+        return torch.ops.kloss.cpu_attention(qkv, cu_seqlens, heads, *keys, VARIANT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cu_seqlens, *keys = ctx.saved_tensors
+        dqkv = torch.ops.kloss.cpu_attention_backward(_with_rows(dout), qkv, cu_seqlens, ctx.heads, *keys, ctx.variant)
+        return dqkv, *(None,) * (2 + len(keys))
+
+
 def attention(qkv: Tensor, cu_seqlens: Tensor, heads: int, dropout: Dropout | None) -> Tensor:
     """`packed_attention`; the arguments are checked."""
-    keys = (None, None, None) if dropout is None else tuple(tensor.contiguous() for tensor in row_dropout(dropout))
+    keys = ABSENT if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
     wide = _with_rows(qkv.to(dtype_for(qkv)))
-    return _operator()(wide, cu_seqlens.int().contiguous(), heads, *keys, VARIANT).to(qkv.dtype)
-
-
-@cache
-def _operator() -> Any:
-    """The operator forward. C++ defines it; its shapes and its gradient are registered here, once it is loaded."""
-    kloss = torch.ops.kloss
-
-    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        qkv, cu_seqlens, ctx.heads, *keys, ctx.variant = inputs
-        ctx.save_for_backward(qkv, cu_seqlens, *keys)
-
-    def gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cu_seqlens, *keys = ctx.saved_tensors
-        dqkv = kloss.cpu_attention_backward(_with_rows(dout), qkv, cu_seqlens, ctx.heads, *keys, ctx.variant)
-        return dqkv, None, None, None, None, None, None
-
-    def shape(qkv: Tensor, *rest: Any) -> Tensor:
-        return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-
-    torch.library.register_fake("kloss::cpu_attention", shape)
-    torch.library.register_fake("kloss::cpu_attention_backward", lambda dout, qkv, *rest: qkv.new_empty(qkv.shape))
-    torch.library.register_autograd("kloss::cpu_attention", gradient, setup_context=save)
-    return kloss.cpu_attention
+    return _Attention.apply(wide, cu_seqlens.int().contiguous(), heads, *keys).to(qkv.dtype)

@@ -156,6 +156,7 @@ class _ContiguousGradient(Function):
 def attention_lists(cu_seqlens: Tensor, qkv: Tensor) -> Buckets | AttentionTiles | Offsets:
     """The `lists` of `packed_attention`, the same for all layers. qkv: any tensor with its rows, dtype and device."""
     if attention_cpu.dtype_for(qkv) is not None:
+        check_offsets(cu_seqlens, qkv.shape[0])
         return Offsets(cu_seqlens)
     return attention_tiles(cu_seqlens, qkv.shape[0], qkv.dtype) if triton_ops.serves(qkv) else make_buckets(cu_seqlens)
 
@@ -192,16 +193,16 @@ def packed_attention(
         if dropout is not None:
             check_dropout(dropout, rows, qkv.device)
         return triton_ops.attention(qkv, num_heads, lists, dropout)
+    total = int(cu_seqlens[-1])
+    if total > rows:
+        raise ValueError(f"cu_seqlens ends at {total}, more than the {rows} rows there are")
+    if dropout is not None:
+        check_dropout(dropout, total, qkv.device)
     if isinstance(lists, Offsets):
         if attention_cpu.fits(qkv, num_heads):
             return attention_cpu.attention(qkv, cu_seqlens, num_heads, dropout)
         lists = make_buckets(cu_seqlens)
     blocks, index, live, slot_of_row, _ = lists
-    total = slot_of_row.numel()
-    if total > rows:
-        raise ValueError(f"cu_seqlens ends at {total}, more than the {rows} rows there are")
-    if dropout is not None:
-        check_dropout(dropout, total, qkv.device)
     if not blocks:
         return qkv.new_zeros(rows, width)
     gathered = _Gather.apply(qkv[:total], index, slot_of_row, None)
