@@ -11,10 +11,12 @@ namespace {
 
 using namespace kloss;
 
-// Runs f(i) for i in 0..jobs-1 on all threads.
+// Runs f(i) for i in 0..jobs-1, on all threads if their work is large: less than a millisecond of it stays on this thread, for on a
+// busy machine it may wait ten for another.
 template <class F>
-void each(int64_t jobs, const F& f) {
-  parallel(jobs, [](int64_t i, const void* context) { (*(const F*)context)(i); }, &f);
+void each(int64_t jobs, bool large, const F& f) {
+  if (large) return parallel(jobs, [](int64_t i, const void* context) { (*(const F*)context)(i); }, &f);
+  for (int64_t i = 0; i < jobs; ++i) f(i);
 }
 
 int64_t element(const Tensor& tensor, const char* name) {
@@ -75,11 +77,12 @@ void adamw(
   int64_t at_once = std::max<int64_t>(1, (1 << 21) / std::max<int64_t>(1, a.width)), runs = ceil_div(chunks, RUN);
   for (int64_t first = 0; first < G; first += at_once) {
     int64_t last = std::min(G, first + at_once), jobs = (last - first) * runs;
+    bool large = (last - first) * a.width > 1 << 20;
     auto run = [&](int64_t job, auto part) {
       int64_t end = std::min(chunks, (job % runs + 1) * RUN);
       for (int64_t chunk = job % runs * RUN; chunk < end; ++chunk) part(a, first + job / runs, chunk);
     };
-    each(jobs, [&](int64_t job) {
+    each(jobs, large, [&](int64_t job) {
       if (a.active[first + job / runs]) run(job, parts[grads].squares);
     });
     for (int64_t g = first; g < last; ++g) {
@@ -89,7 +92,7 @@ void adamw(
         for (int l = 0; l < half; ++l) AdamW::fold(totals, half, l);
       a.finish(g, totals[0]);
     }
-    each(jobs, [&](int64_t job) {
+    each(jobs, large, [&](int64_t job) {
       if (a.row[first + job / runs].moves()) run(job, parts[grads].update[works]);
     });
   }
@@ -119,7 +122,7 @@ void span_counts(
   if (tags) c.codes = codes.data();
   constexpr int64_t BLOCK = 128;  // sequences of a job
   std::atomic<bool> known{true};
-  each(ceil_div(c.sequences, BLOCK), [&](int64_t job) {
+  each(ceil_div(c.sequences, BLOCK), c.rows > 1 << 19, [&](int64_t job) {
     int64_t s = job * BLOCK, last = std::min(c.sequences, s + BLOCK);
     while (s < last) {  // sequences of the same group together: atomic sums are slow
       int64_t sums[3] = {}, first = s;
@@ -184,7 +187,7 @@ void work_lists(
     for (int i = 0; i < Lists::THREADS; ++i) l.phase(number, backwards ? Lists::THREADS - 1 - i : i);
   constexpr int64_t BLOCK = 8192;  // entries of a job
   int64_t entries = l.entries();
-  each(ceil_div(entries, BLOCK), [&](int64_t job) {
+  each(ceil_div(entries, BLOCK), entries > 1 << 16, [&](int64_t job) {
     for (int64_t i = job * BLOCK; i < std::min(entries, (job + 1) * BLOCK); ++i) l.entry(i);
   });
 }

@@ -297,9 +297,14 @@ def test_span_counts_of_many_sequences_on_two_threads():
     gold, pred = torch.randint(-3, 7, (2, int(borders[-1])), generator=generator)
     arguments = torch.where(pred < 0, gold.clamp(min=0), pred), gold, borders, torch.randint(0, 3, (700,), generator=generator), 4
     for keywords in ({}, dict(zip(("tags", "types"), LABELS, strict=True))):
-        with threads_set_to(2):
-            counts = shared_ops.span_counts(*arguments, **keywords)
+        counts = shared_ops.span_counts(*arguments, **keywords)
         assert torch.equal(counts, reference.span_counts(*arguments, **keywords)) and counts[:3].min() > 100
+        pred, gold, borders, group, groups = arguments
+        copies, rows = 20, len(gold)  # so many that both threads have work
+        far = torch.cat([borders[:1], *(borders[1:] + i * rows for i in range(copies))])
+        with threads_set_to(2):
+            many = shared_ops.span_counts(pred.repeat(copies), gold.repeat(copies), far, group.repeat(copies), groups, **keywords)
+        assert copies * rows > 2**19 and torch.equal(many, counts * copies)
 
 
 def test_span_counts_refuse_what_is_out_of_range():
@@ -373,7 +378,7 @@ def test_lists_have_the_bits_of_torchs(batch):
     same_lists([length for length, _ in sequences], [owner for _, owner in sequences], adapters, behind)
 
 
-@pytest.mark.parametrize(("adapters", "count"), [(52, 1664), (700, 300), (3, 130)])
+@pytest.mark.parametrize(("adapters", "count"), [(52, 6000), (700, 300), (3, 130)])
 def test_lists_of_a_large_batch_in_any_order_on_two_threads(adapters, count):
     generator = torch.Generator().manual_seed(adapters)
     lengths = torch.randint(0, 24, (count,), generator=generator)
