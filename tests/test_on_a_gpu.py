@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import fuzz_examples
 from pretend import GPU, pretended_gpu
 from test_train import SIX, cohort_of
 from toy import ToyCorpus
@@ -81,6 +82,25 @@ def test_a_step_waits_once_and_runs_in_the_kernels(monkeypatch):
     once = ("adapter_linear", "adapter_linear_backward", "token_loss", "token_loss_backward", "adamw_")
     # Of the embeddings and of the last states; no gradient goes through the embeddings'.
     assert Counter(gpu.calls) == expected | {f"kloss.{op}": 1 for op in once} | {"kloss.dropout": 3}
+
+
+def test_steps_on_the_kernels_are_those_of_a_cpu_and_a_learner_is_alone_to_the_bit(monkeypatch):
+    """Ten steps, 50 with KLOSS_FUZZ=5: in the interpreter one takes seconds."""
+    steps, corpus = fuzz_examples(10), ToyCorpus(("aa", "bb"), sentences=6)
+    learners = [replace(learner, experiences=(("aa",),), epochs=steps, batch_size=2, rank=4) for learner in SIX[:2]]
+
+    def trained(learners, device):
+        cohort = cohort_of(learners, corpus, {"num_hidden_layers": 1}, device=device, exact=True)
+        team = _Team(cohort, list(range(len(learners))))
+        return [team.advance()[0] for _ in range(steps)], cohort.bank.param.cpu()
+
+    losses, weights = trained(learners, "cpu")
+    with pretended_gpu(monkeypatch):
+        there, together = trained(learners, GPU)
+        _, alone = trained(learners[:1], GPU)
+    assert there == pytest.approx(losses, rel=1e-5)
+    assert (together - weights).norm() < 1e-5 * weights.norm()
+    assert torch.equal(together[0], alone[0])
 
 
 def test_scoring_waits_once(monkeypatch):
