@@ -15,6 +15,6 @@
 #define KLOSS_NAME avx512_f32
 #define KLOSS_BF16 0
 #define KLOSS_LANES 16
-#define KLOSS_ROWS 8
+#define KLOSS_ROWS 12
 #include "attention.inl"
 #endif
