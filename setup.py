@@ -5,8 +5,9 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-LORA = [f"csrc/cpu/lora_{name}.cpp" for name in ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16")]
-SOURCES = ["csrc/ops.cpp", "csrc/shared_ops.cpp", "csrc/cpu/adamw.cpp", *LORA]
+VARIANTS = ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16")
+BODIES = [f"csrc/cpu/{body}_{variant}.cpp" for body in ("lora", "rows", "heads") for variant in VARIANTS]
+SOURCES = ["csrc/ops.cpp", "csrc/shared_ops.cpp", "csrc/rows_ops.cpp", "csrc/heads_ops.cpp", "csrc/cpu/adamw.cpp", *BODIES]
 HEADERS = [path for pattern in ("*.h", "*/*.h", "*/*.inl") for path in glob(f"csrc/{pattern}")]
 # Code for three chips, and PTX that later ones compile. Products and sums are not fused, so that a CPU has the same bits.
 CHIPS = (("80", "sm_80"), ("90a", "sm_90a"), ("100", "[sm_100,compute_100]"))

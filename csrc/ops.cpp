@@ -2,6 +2,7 @@
 
 #include "checks.h"
 #include "cpu/lora.h"
+#include "variants.h"
 
 namespace {
 
@@ -16,29 +17,17 @@ struct Kind {
 
 #define KLOSS_KIND(NAME, SUPPORTED) {SUPPORTED, kloss::cpu::NAME::forward, kloss::cpu::NAME::backward}
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-bool avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-
-const Kind BF16[] = {KLOSS_KIND(avx512_bf16, avx512() && __builtin_cpu_supports("avx512bf16"))};
+#if KLOSS_X86
+const Kind BF16[] = {KLOSS_KIND(avx512_bf16, has_avx512_bf16())};
 const Kind F32[] = {
-    KLOSS_KIND(avx512_f32, avx512()),
-    KLOSS_KIND(avx2_f32, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    KLOSS_KIND(avx512_f32, has_avx512()),
+    KLOSS_KIND(avx2_f32, has_avx2()),
     KLOSS_KIND(generic_f32, true),
 };
 #else
 const Kind BF16[] = {{false, nullptr, nullptr}};
 const Kind F32[] = {KLOSS_KIND(generic_f32, true)};
 #endif
-
-template <size_t N>
-const Kind* pick(const Kind (&kinds)[N], int64_t variant) {
-  for (const Kind& kind : kinds)
-    if (kind.supported && variant-- == 0) return &kind;
-  return nullptr;
-}
 
 // The variant for a type on this processor, 0 being the fastest; null if there are fewer.
 const Kind* kind_for(ScalarType type, int64_t variant) {

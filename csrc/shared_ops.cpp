@@ -11,21 +11,6 @@ namespace {
 
 using namespace kloss;
 
-// Runs f(i) for i in 0..jobs-1 on all threads.
-template <class F>
-void each(int64_t jobs, const F& f) {
-  parallel(jobs, [](int64_t i, const void* context) { (*(const F*)context)(i); }, &f);
-}
-
-// A contiguous tensor of a shape, to read or to write.
-template <class T>
-T* data(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape, const char* name) {
-  check(tensor, type, (int64_t)shape.size(), name);
-  bool fits = std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
-  STD_TORCH_CHECK(fits, name, " has another shape");
-  return (T*)tensor.const_data_ptr();
-}
-
 int64_t element(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return cpu::OF_F32;

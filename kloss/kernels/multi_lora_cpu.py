@@ -5,25 +5,16 @@ alone. S and dS are rounded to x's dtype, sums are fp32.
 """
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .cpu_library import built
 from .eager import widened
 from .lora_torch import Backward, Forward, base_product
 
 LANES = 32  # K and the outputs of a slice must be multiples of it
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
-
-
-@cache
-def built() -> bool:
-    """Whether this kloss was built with its C++ kernels; loads them. Raises OSError where they exist and do not load."""
-    files = sorted(Path(__file__).parents[1].glob("_C.*.so"))
-    if files:
-        torch.ops.load_library(files[0])
-    return bool(files)
 
 
 @cache

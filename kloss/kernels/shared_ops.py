@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .multi_lora_cpu import built
+from .cpu_library import built
 from .segments import CHUNK, LONG_TILE, SHORT_TILE, Segments, Work, tile_capacity
 
 VARIANT = 0  # of AdamW's instruction sets on a CPU: 0 has the widest; for tests
