@@ -50,7 +50,7 @@ cpu::Heads heads_of(const Tensor& x, const Tensor& weight, const Tensor& order, 
   cpu::Heads h{};
   int64_t N = h.outputs = weight.dim() == 3 ? weight.size(1) : 0, K = h.inputs = weight.dim() == 3 ? weight.size(2) : 0;
   bool fits = weight.is_cpu() && weight.scalar_type() == x.scalar_type() && N > 0 && K > 0 && weight.size(0) == G &&
-              (K == 1 || weight.stride(2) == 1) && (N == 1 || weight.stride(1) == K);
+              (!G || ((K == 1 || weight.stride(2) == 1) && (N == 1 || weight.stride(1) == K)));
   STD_TORCH_CHECK(fits, "weight must be [G, N, K], each adapter's contiguous");
   h.weight = weight.const_data_ptr(), h.weight_stride = weight.stride(0);
   h.order = (const int64_t*)order.const_data_ptr();
@@ -93,7 +93,7 @@ Tensor forward(Tensor x, Tensor weight, Tensor bias, Tensor order, Tensor ends, 
   cpu::Heads h = heads_of(x, weight, order, ends, G);
   h.x = data(x, x.scalar_type(), {T, h.inputs}, "x");
   bool fits = bias.is_cpu() && bias.scalar_type() == x.scalar_type() && bias.dim() == 2 && bias.size(0) == G &&
-              bias.size(1) == h.outputs && (h.outputs == 1 || bias.stride(1) == 1);
+              bias.size(1) == h.outputs && (!G || h.outputs == 1 || bias.stride(1) == 1);
   STD_TORCH_CHECK(fits, "bias must be [G, N], each adapter's contiguous");
   h.bias = bias.const_data_ptr(), h.bias_stride = bias.stride(0);
   Tensor y = new_empty(x, {T, h.outputs});

@@ -176,6 +176,22 @@ Tensor dropout_keys(Tensor seed, Tensor row_key, Optional adapter, int64_t first
   return keys;
 }
 
+// round(p * 65536), at most 65535; 0 for NaN.
+int32_t threshold_of(float p) {
+  double limit = std::nearbyint((double)p * 65536);
+  return limit > 0 ? (int32_t)std::min(limit, 65535.0) : 0;
+}
+
+// LoRA's scaling times dropout's 1 / (1 - p) of each adapter.
+Tensor kept_scaling(Tensor scaling, Tensor p) {
+  STD_TORCH_CHECK(p.dim() == 1, "p must be [G]");
+  int64_t G = p.size(0);
+  const float *chance = data<float>(p, ScalarType::Float, {G}, "p"), *scale = data<float>(scaling, ScalarType::Float, {G}, "scaling");
+  Tensor kept = new_empty(scaling, {G});
+  for (int64_t g = 0; g < G; ++g) ((float*)kept.mutable_data_ptr())[g] = scale[g] / (1 - threshold_of(chance[g]) / 65536.0f);
+  return kept;
+}
+
 // RowDropout's threshold and scale of each row.
 std::tuple<Tensor, Tensor> dropout_limits(Tensor p, Optional adapter, int64_t rows) {
   STD_TORCH_CHECK(p.dim() == 1 && rows >= 0, "p must be [G], and rows at least 0");
@@ -186,9 +202,8 @@ std::tuple<Tensor, Tensor> dropout_limits(Tensor p, Optional adapter, int64_t ro
   std::vector<int16_t> thresholds(G + 1, -32768);  // the first is that of rows without dropout
   std::vector<float> scales(G + 1, 1.0f);
   for (int64_t g = 0; g < G; ++g) {
-    double limit = std::nearbyint((double)chance[g] * 65536);
-    limit = limit > 0 ? std::min(limit, 65535.0) : 0;  // NaN: 0
-    thresholds[g + 1] = (int16_t)(limit - 32768), scales[g + 1] = (float)(1 / (1 - limit / 65536));
+    int32_t limit = threshold_of(chance[g]);
+    thresholds[g + 1] = (int16_t)(limit - 32768), scales[g + 1] = (float)(1 / (1 - limit / 65536.0));
   }
   Tensor threshold = new_empty(p, {rows}, ScalarType::Short), scale = new_empty(p, {rows});
   int16_t* of_threshold = (int16_t*)threshold.mutable_data_ptr();
@@ -235,6 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kloss, m) {
   m.def("cpu_row_variants(Tensor x) -> int");
   m.def("dropout_keys(Tensor seed, Tensor row_key, Tensor? adapter, int first_site, int sites) -> Tensor");
   m.def("dropout_limits(Tensor p, Tensor? adapter, int rows) -> (Tensor, Tensor)");
+  m.def("kept_scaling(Tensor scaling, Tensor p) -> Tensor");
   m.def("row_keys(Tensor step, Tensor sequence, Tensor cu_seqlens, int rows) -> Tensor");
 }
 
@@ -246,5 +262,6 @@ STABLE_TORCH_LIBRARY_IMPL(kloss, CPU, m) {
   m.impl("cpu_row_variants", TORCH_BOX(&variants));
   m.impl("dropout_keys", TORCH_BOX(&dropout_keys));
   m.impl("dropout_limits", TORCH_BOX(&dropout_limits));
+  m.impl("kept_scaling", TORCH_BOX(&kept_scaling));
   m.impl("row_keys", TORCH_BOX(&row_keys));
 }

@@ -165,7 +165,7 @@ def test_keys_have_the_bits_of_their_formulas(behind, monkeypatch):
     step, number = torch.tensor([3, (1 << 31) - 1, 0]), torch.tensor([0, 5, (1 << 16) - 1])
 
     def values():
-        made = [row_keys(step, number, cu_seqlens, rows=9 + behind)]
+        made = [row_keys(step, number, cu_seqlens, rows=9 + behind), dropout.kept_scaling(torch.linspace(0.1, 9, 7), p)]
         for owner in (adapter, adapter.to(torch.int8), None):
             for site in (0, 71, 1 << 62, -1):
                 made += row_dropout(Dropout(p, seed, row_key, site, owner))
@@ -222,6 +222,19 @@ def test_adapter_linear_of_many_rows_and_of_a_banks_views(dtype):
     heads_cpu.adapter_linear(x.contiguous(), *copies, segments).backward(dy.contiguous())
     assert equal([leaf.grad for leaf in leaves], [leaf.grad for leaf in copies])
     assert not leaves[0].grad[2].count_nonzero() and not leaves[1].grad[2].count_nonzero()
+
+
+def test_no_adapters_and_no_rows(dtype):
+    """Rows without an adapter are 0; a loss of nothing is 0 or empty."""
+    for lengths, adapter, adapters in (([3], [-1], 0), ([], [], 2), ([0], [1], 2)):
+        segments = segments_of(lengths, adapter, adapters, "cpu")
+        rows = sum(lengths) + len(lengths)  # with one behind the last offset
+        x, weight = normal(rows, 41, dtype=dtype), normal(adapters, 7, 41, dtype=dtype)
+        mine = partial(heads_cpu.adapter_linear, segments=segments)
+        made = run(mine, [x, weight, weight[:, :, 0]], torch.ones(rows, 7))
+        made += run(lambda x: heads_cpu.token_loss(x, torch.zeros(rows).long(), segments)[0], [x], torch.ones(adapters))
+        assert not any(tensor.count_nonzero() for tensor in made)
+        assert [len(tensor) for tensor in made] == [rows, rows, adapters, adapters, adapters, rows]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -358,6 +371,7 @@ def hostile_calls():
         "cpu_token_loss_backward": (s[:2], logits, ids, owner, keys[:2], x[:, :2].contiguous(), 0),
         "dropout_keys": (keys[:2], keys, owner, 0, 3),
         "dropout_limits": (s[:2] / 2, owner, 6),
+        "kept_scaling": (s[:2], s[:2] / 2),
         "row_keys": (keys[:2], keys[:2], offsets, 7),
     }
     wrong = []
@@ -402,6 +416,7 @@ def test_the_operators_refuse_what_does_not_fit():
 
 
 def test_opcheck():
+    assert rows_cpu.serves(torch.ones(1))  # registers the shapes of results
     valid, _ = hostile_calls()
     for name, arguments in valid.items():
         tests = ("test_schema", "test_faketensor") if name.startswith("cpu_") else "test_schema"

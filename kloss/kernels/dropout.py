@@ -129,7 +129,7 @@ def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | 
         check_ids(name, numbers, 0, end)
     cu_seqlens = cu_seqlens.contiguous()
     rows = int(cu_seqlens[-1]) if rows is None else rows
-    if readable(cu_seqlens) and built():
+    if readable(cu_seqlens) and built() and rows < 1 << 31:
         return torch.ops.kloss.row_keys(step.contiguous(), sequence.contiguous(), cu_seqlens.int(), rows)
     row = torch.arange(rows, device=cu_seqlens.device)
     s = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
@@ -177,6 +177,8 @@ def thresholds(p: Tensor) -> Tensor:
 
 def kept_scaling(scaling: Tensor, p: Tensor) -> Tensor:
     """LoRA's scaling times dropout's 1 / (1 - p), fp32 [G]: a product for each adapter instead of one for each element of x."""
+    if readable(p) and built():
+        return torch.ops.kloss.kept_scaling(scaling.contiguous(), p.contiguous())
     return scaling / (1 - thresholds(p).float() / 65536)
 
 
