@@ -44,7 +44,7 @@ int64_t variants(Tensor x) {
   return count;
 }
 
-constexpr int64_t ELEMENTS = 1 << 14;  // of a job: more threads for less would wait for each other
+constexpr int64_t ELEMENTS = 1 << 16;  // of a job: threads that take less wait for each other, and share new pages
 
 cpu::RowsOf rows_of(const Tensor& x, int64_t block = 0) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) > 0, "x must be [T, H] on a CPU");
@@ -119,18 +119,6 @@ Tensor dropout(Tensor x, Tensor keys, Tensor threshold, Tensor scale, int64_t va
   d.y = y.mutable_data_ptr();
   parallel(jobs_of(d), jobs.dropout, &d);
   return y;
-}
-
-// gelu(x), or with dy the gradient of x. Any shape.
-Tensor gelu(Tensor x, Optional dy, int64_t variant) {
-  const cpu::RowJobs& jobs = jobs_for(x, variant);
-  check(x, x.scalar_type(), x.dim(), "x");
-  Tensor out = empty_like(x);
-  cpu::Gelu g{{x.numel(), 1, ELEMENTS}, x.const_data_ptr()};
-  g.dy = pointer(dy, x.scalar_type(), x.dim(), "dy"), g.out = out.mutable_data_ptr();
-  STD_TORCH_CHECK(!dy || std::equal(x.sizes().begin(), x.sizes().end(), dy->sizes().begin()), "dy has another shape");
-  parallel(jobs_of(g), jobs.gelu, &g);
-  return out;
 }
 
 uint64_t mix64(uint64_t z) {
@@ -246,7 +234,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kloss, m) {
       "Tensor? threshold, Tensor? scale, bool need_x, bool need_residual, bool need_weight, int variant) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_dropout(Tensor x, Tensor keys, Tensor threshold, Tensor scale, int variant) -> Tensor");
-  m.def("cpu_gelu(Tensor x, Tensor? dy, int variant) -> Tensor");
   m.def("cpu_row_variants(Tensor x) -> int");
   m.def("dropout_keys(Tensor seed, Tensor row_key, Tensor? adapter, int first_site, int sites) -> Tensor");
   m.def("dropout_limits(Tensor p, Tensor? adapter, int rows) -> (Tensor, Tensor)");
@@ -258,7 +245,6 @@ STABLE_TORCH_LIBRARY_IMPL(kloss, CPU, m) {
   m.impl("cpu_add_norm", TORCH_BOX(&add_norm));
   m.impl("cpu_add_norm_backward", TORCH_BOX(&add_norm_backward));
   m.impl("cpu_dropout", TORCH_BOX(&dropout));
-  m.impl("cpu_gelu", TORCH_BOX(&gelu));
   m.impl("cpu_row_variants", TORCH_BOX(&variants));
   m.impl("dropout_keys", TORCH_BOX(&dropout_keys));
   m.impl("dropout_limits", TORCH_BOX(&dropout_limits));

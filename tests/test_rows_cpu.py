@@ -1,4 +1,4 @@
-"""csrc's ops on rows on a CPU: add_norm, dropout and its keys, GELU, the tagging heads and the token loss, by instruction set."""
+"""csrc's ops on rows on a CPU: add_norm, dropout and its keys, the tagging heads and the token loss, by instruction set."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -92,8 +92,7 @@ def test_no_rows_and_strided_tensors(dtype):
 
         assert equal(gradients(tensors, dy), gradients(dense, dy.contiguous()))
         drop = partial(rows_cpu.dropout, rows=row_dropout(keys))
-        for op in (drop, rows_cpu.gelu):
-            assert equal(gradients(tensors[1:2], dy, op), gradients(dense[1:2], dy.contiguous(), op))
+        assert equal(gradients(tensors[1:2], dy, drop), gradients(dense[1:2], dy.contiguous(), drop))
 
 
 @pytest.mark.parametrize("width", [1, 20, 41, 384])
@@ -108,25 +107,6 @@ def test_dropout_has_the_bits_of_its_formulas(width, dtype):
     assert torch.equal(rows_cpu.dropout(sick, row_dropout(keys)), got[0])
     y = rows_cpu.add_norm(sick, x, torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype), 1e-5, keys)
     assert y.isfinite().all(), "selected away, not multiplied"
-
-
-def test_gelu(dtype):
-    """Far below 0 too, where 1 + erf has lost its digits even in fp64."""
-    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-0.0, 1e-30, -1e-30, 1e30, -1e30])]).to(dtype)
-    dy = normal(len(x), dtype=dtype).abs() + 1
-
-    def exact(x):
-        return x * torch.erfc(-x / 2**0.5) / 2
-
-    values, plain = run(rows_cpu.gelu, [x[:-2]], dy[:-2]), run(F.gelu, [x[:-2]], dy[:-2])
-    for mine, theirs, truth in zip(values, plain, run(exact, [x[:-2]], dy[:-2], torch.float64), strict=True):
-        assert_no_worse(mine, theirs, truth, torch.arange(len(mine)) // 100)
-    y, dx = run(rows_cpu.gelu, [x], dy)
-    assert y[-2:].tolist() == [x[-2].item(), 0] and dx[-2:].tolist() == [dy[-2].item(), 0]
-    for odd in (torch.nan, torch.inf):
-        assert torch.equal(rows_cpu.gelu(torch.tensor([odd], dtype=dtype)), torch.tensor([odd], dtype=dtype)) or odd != odd
-    assert rows_cpu.gelu(torch.tensor([torch.nan], dtype=dtype)).isnan().all()
-    assert rows_cpu.gelu(normal(2, 3, 4, dtype=dtype)).shape == (2, 3, 4)
 
 
 def test_rows_depend_on_themselves_alone(dtype):
@@ -144,7 +124,7 @@ def test_rows_depend_on_themselves_alone(dtype):
         own = keys.take(index)
         made = [
             *run(lambda a, b: rows_cpu.add_norm(a, b, weight, bias, 1e-5, own), [values, kept], d),
-            *run(lambda a: rows_cpu.dropout(a, row_dropout(own)), [values], d), *run(rows_cpu.gelu, [values], d),
+            *run(lambda a: rows_cpu.dropout(a, row_dropout(own)), [values], d),
         ]  # fmt: skip
         order = index[mine].argsort()
         return [tensor[mine][order] for tensor in made]
@@ -232,7 +212,8 @@ def test_no_adapters_and_no_rows(dtype):
         x, weight = normal(rows, 41, dtype=dtype), normal(adapters, 7, 41, dtype=dtype)
         mine = partial(heads_cpu.adapter_linear, segments=segments)
         made = run(mine, [x, weight, weight[:, :, 0]], torch.ones(rows, 7))
-        made += run(lambda x: heads_cpu.token_loss(x, torch.zeros(rows).long(), segments)[0], [x], torch.ones(adapters))
+        loss = partial(heads_cpu.token_loss, labels=torch.zeros(rows).long(), segments=segments)
+        made += run(lambda x, loss=loss: loss(x)[0], [x], torch.ones(adapters))
         assert not any(tensor.count_nonzero() for tensor in made)
         assert [len(tensor) for tensor in made] == [rows, rows, adapters, adapters, adapters, rows]
 
@@ -300,7 +281,7 @@ def test_two_threads_have_the_bits_of_one(dtype):
 
     def values():
         made = run(lambda *args: rows_cpu.add_norm(*args, 1e-5, keys), [x, residual, *vectors], dy)
-        made += run(lambda a: rows_cpu.dropout(a, row_dropout(keys)), [x], dy) + run(rows_cpu.gelu, [x], dy)
+        made += run(lambda a: rows_cpu.dropout(a, row_dropout(keys)), [x], dy)
         made += run(partial(heads_cpu.adapter_linear, segments=segments), [x, weight, weight[:, :, 0]], dy[:, :111])
         return made + run(loss, [x[:, :111]], torch.ones(2)) + list(row_dropout(keys))
 
@@ -315,7 +296,7 @@ def test_what_is_served(monkeypatch):
     """fp32 goes to csrc, under autocast too; fp64, fp16 and an installation without csrc to plain torch. Values agree."""
     segments, x, weight, bias, labels = heads("odd", torch.float32)
     _, keys, rows, _ = batch([len(x)])
-    called, names = [], ("cpu_add_norm", "cpu_dropout", "cpu_gelu", "cpu_adapter_linear", "cpu_token_loss")
+    called, names = [], ("cpu_add_norm", "cpu_dropout", "cpu_adapter_linear", "cpu_token_loss")
     real = {name: getattr(torch.ops.kloss, name) for name in names}
     for name, op in real.items():
         monkeypatch.setattr(torch.ops.kloss, name, lambda *args, name=name, op=op: called.append(name) or op(*args))
@@ -324,7 +305,7 @@ def test_what_is_served(monkeypatch):
         a, w, b = (tensor.to(dtype) for tensor in (x, weight, bias))
         vector = a[0]
         logits = kernels.adapter_linear(a, w, b, segments)
-        made = kernels.add_norm(a, a, vector, vector, 1e-5, dropout=keys), kernels.apply_dropout(a, keys), kernels.gelu(a)
+        made = kernels.add_norm(a, a, vector, vector, 1e-5, dropout=keys), kernels.apply_dropout(a, keys)
         return [*made, logits, kernels.token_loss(logits, labels, segments)[0]]
 
     fast = values()
@@ -364,7 +345,6 @@ def hostile_calls():
         "cpu_add_norm": (x, x, v, v, 1e-5, *drop, 0),
         "cpu_add_norm_backward": (x, x, x, v, s, s, *drop, True, True, True, 0),
         "cpu_dropout": (x, *drop, 0),
-        "cpu_gelu": (x, x, 0),
         "cpu_adapter_linear": (x, w, b, order, ends, 0),
         "cpu_adapter_linear_backward": (logits, x, w, order, ends, True, True, True, 0),
         "cpu_token_loss": (logits, ids, order, ends, owner, 0),

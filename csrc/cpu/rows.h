@@ -1,4 +1,4 @@
-// Ops on the rows of a batch, each row by itself: dropout, residual and LayerNorm; dropout; GELU; the token loss. Raw pointers.
+// Ops on the rows of a batch, each row by itself: dropout, residual and LayerNorm; dropout. Raw pointers, no torch.
 //
 //   z = drop(x) + residual        n = (z - mean) / sqrt(variance + eps)        y = n weight + bias
 //   dn = weight dy        dz = (dn - mean(dn) - n mean(n dn)) / sqrt(variance + eps)        dx = mask scale dz        dresidual = dz
@@ -42,12 +42,6 @@ struct Dropped : RowsOf {
   void* y;        // [T, H]
 };
 
-// Rows of one element. dy: null forward.
-struct Gelu : RowsOf {
-  const void *x, *dy;
-  void* out;
-};
-
 // Sums that are rounded: job 0.
 struct Sums {
   int64_t width;
@@ -58,7 +52,7 @@ struct Sums {
 // Jobs for `parallel` of checks.h; the context is the op's struct.
 using Job = void (*)(int64_t job, const void* context);
 struct RowJobs {
-  Job add_norm, add_norm_backward, round, dropout, gelu;
+  Job add_norm, add_norm_backward, round, dropout;
 };
 
 // One for each instruction set and type; rows_ops.cpp chooses.

@@ -153,30 +153,6 @@ void dropout_rows(const Dropped& a, int64_t job) {
   });
 }
 
-// Phi(x) of the normal distribution, given exp(-x^2 / 2): half of erfc(z) = t P(t) exp(-z^2), z = |x| / sqrt(2), t = 1 / (1 + z / 2).
-// P was fitted to within 5e-8 of its value for z below 9.5, so Phi is as good for very negative x.
-inline Floats normal_chance(Floats x, Floats density) {
-  Floats z = (Floats)((Ints)x & 0x7FFFFFFFu) * 0.707106781f, t = 1.0f / (1.0f + z * 0.5f);
-  Floats p = Floats{} + -0.0294454563f;
-  for (float coefficient : {0.141851291f, -0.242692456f, 0.1379897f, -0.0125892209f,
-                            0.101035058f, 0.121630475f, 0.141176745f, 0.141043842f})
-    p = p * t + coefficient;
-  Floats below = p * t * density;
-  return x > 0.0f ? 1.0f - below : below;
-}
-
-// x Phi(x), or dy times its derivative Phi(x) + x phi(x).
-void gelu(int64_t job, const void* context) {
-  const Gelu& a = *(const Gelu*)context;
-  const Scalar *x = (const Scalar*)a.x, *dy = (const Scalar*)a.dy;
-  int64_t last = std::min(a.rows, (job + 1) * a.block);
-  for (int64_t i = job * a.block; i < last; i += W) {
-    Floats v = load<false>(x + i, last - i), density = exponential(v * v * -0.5f), chance = normal_chance(v, density);
-    Floats out = dy ? (chance + v * density * 0.398942280f) * load<false>(dy + i, last - i) : v * chance;
-    store<false>((Scalar*)a.out + i, out, last - i);
-  }
-}
-
 void add_norm(int64_t job, const void* context) {
   const AddNorm& a = *(const AddNorm*)context;
   by_width(a.width, [&](auto whole) { add_norm_rows<whole>(a, job); });
@@ -194,6 +170,6 @@ void dropout(int64_t job, const void* context) {
 
 }  // namespace
 
-const RowJobs ROW_JOBS = {add_norm, add_norm_backward, round, dropout, gelu};
+const RowJobs ROW_JOBS = {add_norm, add_norm_backward, round, dropout};
 
 }  // namespace kloss::cpu::KLOSS_NAME

@@ -1,4 +1,4 @@
-"""The ops on rows by csrc's kernels on a CPU: dropout, residual and LayerNorm; dropout; GELU. One call each, with gradients.
+"""The ops on rows by csrc's kernels on a CPU: dropout, residual and LayerNorm; dropout. One call each, with gradients.
 
 All is computed in fp32 and rounded once, where a result is stored. A row's bits depend on that row alone. Backward computes
 what it can anew: of a norm its inputs and two numbers for each row are kept.
@@ -49,7 +49,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "add_norm": _fake_add_norm,
     "add_norm_backward": _fake_add_norm_backward,
     "dropout": lambda x, *_: torch.empty_like(x),
-    "gelu": lambda x, *_: torch.empty_like(x),
     "adapter_linear": _fake_adapter_linear,
     "adapter_linear_backward": _fake_adapter_linear_backward,
     "token_loss": _fake_token_loss,
@@ -125,22 +124,3 @@ class _Dropout(Function):
 def dropout(x: Tensor, rows: RowDropout) -> Tensor:
     """`apply_dropout`."""
     return _Dropout.apply(x, *(tensor.contiguous() for tensor in rows))
-
-
-class _Gelu(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        return torch.ops.kloss.cpu_gelu(x, None, VARIANT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.kloss.cpu_gelu(x, dy.contiguous(), VARIANT)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """`gelu`."""
-    return _Gelu.apply(x)
