@@ -23,10 +23,25 @@ inline void parallel(int64_t jobs, void (*job)(int64_t, const void*), const void
   });
 }
 
+// Runs f(i) for i in 0..jobs-1 on all threads.
+template <class F>
+void each(int64_t jobs, const F& f) {
+  parallel(jobs, [](int64_t i, const void* context) { (*(const F*)context)(i); }, &f);
+}
+
 // Checks a contiguous tensor of `dims` dimensions.
 inline void check(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
   bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.dim() == dims;
   STD_TORCH_CHECK(fits, name, " has another type, device or layout");
+}
+
+// A contiguous tensor of a shape, to read or to write.
+template <class T = void>
+T* data(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape, const char* name) {
+  check(tensor, type, (int64_t)shape.size(), name);
+  bool fits = std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
+  STD_TORCH_CHECK(fits, name, " has another shape");
+  return (T*)tensor.const_data_ptr();
 }
 
 inline const void* pointer(const std::optional<Tensor>& tensor, ScalarType type, int64_t dims, const char* name) {
@@ -41,15 +56,6 @@ inline void check_range(const int64_t* values, int64_t count, int64_t low, int64
   for (int64_t i = 0; i < count; ++i)
     outside |= ((uint64_t)values[i] - (uint64_t)low) | ((uint64_t)high - (uint64_t)values[i]);
   STD_TORCH_CHECK(!(outside >> 63), name, " has a value outside ", low, "..", high);
-}
-
-// A contiguous tensor of a shape, to read or to write.
-template <class T>
-T* data(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape, const char* name) {
-  check(tensor, type, (int64_t)shape.size(), name);
-  bool fits = std::equal(shape.begin(), shape.end(), tensor.sizes().begin());
-  STD_TORCH_CHECK(fits, name, " has another shape");
-  return (T*)tensor.const_data_ptr();
 }
 
 // Checks that offsets start at 0, do not decrease and end within `rows`.

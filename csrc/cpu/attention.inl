@@ -27,20 +27,6 @@ inline Ints ints(const uint32_t* p) {
 template <class V, class T>
 inline void put(T* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// exp(x) for x <= 0, with an error of about 1 ulp; 0 where that is no normal number. 2^n e^r with n = round(x / ln 2).
-inline Floats exponential(Floats x) {
-  constexpr float MAGIC = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-  Floats shifted = x * 1.44269504f + MAGIC, n = shifted - MAGIC, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  Ints power = ((Ints)shifted - 0x4B400000u + 127u) << 23;
-  return select(y * (Floats)power, ~(Ints)(x < -87.3f));  // NaN stays NaN
-}
-
 // C [m, columns] = A B. C goes to `out`, rounded, or if that is null to `sums`; add: what `sums` holds is added first.
 struct Product {
   const Unit* a;

@@ -121,38 +121,7 @@ void rows_job(const Lora& l, const Job& job) {
       });
 }
 
-// Sums a product over an adapter's rows, ROW_BLOCK of them at a time: C [m, columns], scaled, row i stored at out(i).
-// block(first, last, put): computes the product over rows first..last-1.
-template <class Block, class Out>
-void reduce(const Job& job, int64_t m, int64_t columns, float scale, Block block, Out out) {
-  bool once = job.last - job.first <= ROW_BLOCK;
-  float* sums = once ? nullptr : scratch<3, float>(m * columns);
-  if (!once) std::fill_n(sums, m * columns, 0.0f);
-  for (int64_t first = job.first; first < job.last; first += ROW_BLOCK) {
-    block(first, std::min(job.last, first + ROW_BLOCK), [&](int64_t i, int64_t c, int64_t width, const float* values) {
-      if (once)
-        put_row(out(i) + c, values, scale, width);
-      else
-        for (int64_t w = 0; w < width; ++w) sums[i * columns + c + w] += values[w];
-    });
-  }
-  if (!once)
-    for (int64_t i = 0; i < m; ++i) put_row(out(i), sums + i * columns, scale, columns);
-}
-
 constexpr int64_t CHUNK = 512;  // outputs of a slice whose dB one job computes
-
-// Stride of a packed matrix: not a multiple of 4 KiB, whose rows would share cache sets.
-inline int64_t packed_stride(int64_t columns) { return (columns + W - 1) / W * W + W; }
-
-// A of a reduction: the columns of row(0)..row(n-1) become its rows.
-template <class Row>
-Unit* columns_as_rows(Row row, int64_t columns, int64_t n) {
-  int64_t width = packed_stride(columns);
-  Unit* packed = scratch<4, Unit>(units(n) * width);
-  pack_rows(row, columns, n, packed, width);
-  return packed;
-}
 
 void da_job(const Lora& l, const Job& job) {
   Adapter adapter(l, job.g);
@@ -166,7 +135,7 @@ void da_job(const Lora& l, const Job& job) {
   }
   auto live = [&](int64_t i) { return i / adapter.rank * l.rank + i % adapter.rank; };
   reduce(
-      job, l.slices * adapter.rank, l.inputs, 1,
+      job.first, job.last, l.slices * adapter.rank, l.inputs, 1,
       [&](int64_t first, int64_t last, auto put) {
         Inputs x(adapter, first, last);
         const Unit* ds = columns_as_rows([&](int64_t i) { return adapter.of_s(l.ds, first + i, 0); }, m, last - first);
@@ -188,7 +157,7 @@ void db_job(const Lora& l, const Job& job) {
   if (job.first == job.last || adapter.rank < l.rank) std::fill_n(db, m * l.rank, Scalar(0));
   if (job.first == job.last) return;
   reduce(
-      job, m, adapter.rank, adapter.scaling_kept,
+      job.first, job.last, m, adapter.rank, adapter.scaling_kept,
       [&](int64_t first, int64_t last, auto put) {
         auto row = [&](int64_t i) {
           return (const Scalar*)l.dy + adapter.row(first + i) * l.outputs + slice * adapter.outputs + from;

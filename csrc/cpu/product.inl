@@ -162,5 +162,36 @@ inline void put_row(Scalar* out, const float* values, float scale, int64_t width
   for (; c < width; ++c) out[c] = narrow(values[c] * scale);
 }
 
+// Sums a product over an adapter's rows from..to-1, ROW_BLOCK of them at a time: C [m, columns], scaled, row i stored at out(i).
+// block(first, last, put): computes the product over rows first..last-1.
+template <class Block, class Out>
+void reduce(int64_t from, int64_t to, int64_t m, int64_t columns, float scale, Block block, Out out) {
+  bool once = to - from <= ROW_BLOCK;
+  float* sums = once ? nullptr : scratch<3, float>(m * columns);
+  if (!once) std::fill_n(sums, m * columns, 0.0f);
+  for (int64_t first = from; first < to; first += ROW_BLOCK) {
+    block(first, std::min(to, first + ROW_BLOCK), [&](int64_t i, int64_t c, int64_t width, const float* values) {
+      if (once)
+        put_row(out(i) + c, values, scale, width);
+      else
+        for (int64_t w = 0; w < width; ++w) sums[i * columns + c + w] += values[w];
+    });
+  }
+  if (!once)
+    for (int64_t i = 0; i < m; ++i) put_row(out(i), sums + i * columns, scale, columns);
+}
+
+// Stride of a packed matrix: not a multiple of 4 KiB, whose rows would share cache sets.
+inline int64_t packed_stride(int64_t columns) { return (columns + W - 1) / W * W + W; }
+
+// A of a reduction: the columns of row(0)..row(n-1) become its rows.
+template <class Row>
+Unit* columns_as_rows(Row row, int64_t columns, int64_t n) {
+  int64_t width = packed_stride(columns);
+  Unit* packed = scratch<4, Unit>(units(n) * width);
+  pack_rows(row, columns, n, packed, width);
+  return packed;
+}
+
 }  // namespace
 }  // namespace kloss::cpu::KLOSS_NAME

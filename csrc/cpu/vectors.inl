@@ -94,14 +94,16 @@ inline Ints draws(int64_t key, int64_t column) {
   return draws(counter + (uint32_t)(column / 2), Ints{} + (uint32_t)key, Ints{} + (uint32_t)((uint64_t)key >> 32));
 }
 
-// column: the first feature, even.
-inline Keep keep(const Lora& l, int64_t row, int64_t column) {
-  Ints h = draws(l.keys[row], column), threshold = Ints{} + (uint32_t)(l.threshold[row] + 32768);
+// limit: as RowDropout's threshold, shifted by -2^15. column: the first feature, even.
+inline Keep keep(int64_t key, int16_t limit, int64_t column) {
+  Ints h = draws(key, column), threshold = Ints{} + (uint32_t)(limit + 32768);
   Ints even = (Ints)((h & 0xFFFF) >= threshold), odd = (Ints)((h >> 16) >= threshold);
   Ints low, high;
   for (int i = 0; i < W; ++i) low[i] = i % 2 * W + i / 2, high[i] = low[i] + W / 2;
   return {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
 }
+
+inline Keep keep(const Lora& l, int64_t row, int64_t column) { return keep(l.keys[row], l.threshold[row], column); }
 
 inline Floats select(Floats v, Ints mask) { return (Floats)((Ints)v & mask); }
 
@@ -121,6 +123,50 @@ inline void drop_row(const Lora& l, int64_t row, Scalar* out) {
     store(out + c + W, select(load(x + c + W), k.second));
 #endif
   }
+}
+
+// The first `live` elements, zeros behind them. WHOLE: the width is a multiple of 2 * W, so that none are missing.
+template <bool WHOLE>
+inline Floats load(const Scalar* p, int64_t live) {
+  if (WHOLE || live >= W) return load(p);
+  Scalar part[W] = {};
+  if (live > 0) std::memcpy(part, p, live * sizeof(Scalar));
+  return load(part);
+}
+
+template <bool WHOLE>
+inline void store(Scalar* p, Floats v, int64_t live) {
+  if (WHOLE || live >= W) return store(p, v);
+  Scalar part[W];
+  store(part, v);
+  if (live > 0) std::memcpy(p, part, live * sizeof(Scalar));
+}
+
+inline float total(Floats v) {
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2) {
+    Ints other;
+    for (int i = 0; i < W; ++i) other[i] = i ^ half;
+    v += __builtin_shuffle(v, other);
+  }
+  return v[0];
+}
+
+// e^v, off by at most two units in the last place; 0 where it is below the smallest normal number.
+inline Floats exponential(Floats v) {
+  Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which its last bits hold
+  Floats rounded = v * 1.44269504f + magic, n = rounded - magic;
+  Floats r = v - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = Floats{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  p *= (Floats)(((Ints)rounded - (Ints)magic + 127u) << 23);
+  return select(p, ~(Ints)(v < -87.0f));
 }
 
 }  // namespace

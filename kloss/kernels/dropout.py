@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import INTS, check, check_dim, check_ids, check_offsets, check_values, readable
+from .cpu_library import built
 
 GOLDEN = 0x9E3779B97F4A7C15
 ODD = 0xD1B54A32D192ED03
@@ -97,8 +98,8 @@ class StepDropout:
         self.seed, self.row_key, self.adapter, self.num_sites = seed, row_key, adapter, num_sites
         for p in {id(p): p for p in self.p.values() if p is not None}.values():  # hidden and attention may be one
             check_dropout(Dropout(p, seed, row_key, 0, adapter), 0, row_key.device)
-        self._keys: Tensor | None = None
-        self._limits = {kind: _row_limits(p, adapter, row_key.numel()) for kind, p in self.p.items() if p is not None}
+        self._keys: tuple[Tensor, ...] | None = None
+        self._limits: dict[int, tuple[Tensor, Tensor]] = {}
 
     def at(self, kind: str, site: int) -> Dropout | None:
         """The keys of a site; None where no adapter drops. kind: hidden, attention or lora."""
@@ -106,9 +107,10 @@ class StepDropout:
         if p is None:
             return None
         if self._keys is None:  # all sites at once: site by site takes longer than the draws of a small batch
-            sites = torch.arange(self.num_sites, device=self.seed.device)[:, None]
-            self._keys = stream_keys(self.seed[self.adapter.clamp(min=0).long()], self.row_key, sites)
-        return Dropout(p, self.seed, self.row_key, site, self.adapter, RowDropout(self._keys[site], *self._limits[kind]))
+            self._keys = _site_keys(self.seed, self.row_key, self.adapter, 0, self.num_sites).unbind()
+        if id(p) not in self._limits:
+            self._limits[id(p)] = _row_limits(p, self.adapter, self.row_key.numel())
+        return Dropout(p, self.seed, self.row_key, site, self.adapter, RowDropout(self._keys[site], *self._limits[id(p)]))
 
 
 def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | None = None) -> Tensor:
@@ -127,6 +129,8 @@ def row_keys(step: Tensor, sequence: Tensor, cu_seqlens: Tensor, *, rows: int | 
         check_ids(name, numbers, 0, end)
     cu_seqlens = cu_seqlens.contiguous()
     rows = int(cu_seqlens[-1]) if rows is None else rows
+    if readable(cu_seqlens) and built() and rows < 1 << 31:
+        return torch.ops.kloss.row_keys(step.contiguous(), sequence.contiguous(), cu_seqlens.int(), rows)
     row = torch.arange(rows, device=cu_seqlens.device)
     s = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
     first_key = (step << 32 | sequence << 16) - cu_seqlens[:-1]
@@ -173,11 +177,24 @@ def thresholds(p: Tensor) -> Tensor:
 
 def kept_scaling(scaling: Tensor, p: Tensor) -> Tensor:
     """LoRA's scaling times dropout's 1 / (1 - p), fp32 [G]: a product for each adapter instead of one for each element of x."""
+    if readable(p) and built():
+        return torch.ops.kloss.kept_scaling(scaling.contiguous(), p.contiguous())
     return scaling / (1 - thresholds(p).float() / 65536)
+
+
+def _site_keys(seed: Tensor, row_key: Tensor, adapter: Tensor | None, first: int, sites: int) -> Tensor:
+    """`stream_keys` int64 [sites, T] of some sites, `first` the first. adapter: [T], the entry of seed, or None for entry 0."""
+    if readable(row_key) and built():
+        entry = None if adapter is None else adapter.int().contiguous()
+        return torch.ops.kloss.dropout_keys(seed.contiguous(), row_key.contiguous(), entry, _signed(first % (1 << 64), 64), sites)
+    site = (first + torch.arange(sites, device=seed.device))[:, None]
+    return stream_keys(seed[:1] if adapter is None else seed[adapter.clamp(min=0).long()], row_key, site)
 
 
 def _row_limits(p: Tensor, adapter: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
     """`threshold` and `scale` of `RowDropout`. adapter: [T], the entry of p [G] for each row, or None for entry 0."""
+    if readable(p) and built():
+        return torch.ops.kloss.dropout_limits(p.contiguous(), None if adapter is None else adapter.int().contiguous(), rows)
     limit = torch.cat([thresholds(p), torch.zeros(1, dtype=torch.int32, device=p.device)])  # adapter -1 finds the zero at the end
     threshold, scale = (limit - 32768).to(torch.int16), (1 / (1 - limit.double() / 65536)).float()
     if adapter is None:
@@ -216,9 +233,8 @@ def row_dropout(dropout: Dropout, adapter: Tensor | None = None) -> RowDropout:
     if dropout.rows is not None:
         return dropout.rows
     adapter = dropout.adapter if adapter is None else adapter
-    seed = dropout.seed[:1] if adapter is None else dropout.seed[adapter.clamp(min=0).long()]
-    limits = _row_limits(dropout.p, adapter, dropout.row_key.numel())
-    return RowDropout(stream_keys(seed, dropout.row_key, dropout.site), *limits)
+    keys = _site_keys(dropout.seed, dropout.row_key, adapter, dropout.site, 1)[0]
+    return RowDropout(keys, *_row_limits(dropout.p, adapter, dropout.row_key.numel()))
 
 
 def keep(keys: Tensor, threshold: Tensor, features: Tensor) -> Tensor:

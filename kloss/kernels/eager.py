@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import attention_cpu, shared_ops, triton_ops
+from . import attention_cpu, heads_cpu, rows_cpu, shared_ops, triton_ops
 from .buckets import AttentionTiles, Buckets, Offsets, attention_tiles, make_buckets
 from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, readable, require
 from .dropout import Dropout, check_dropout, check_row_keys, keep_mask, row_dropout
@@ -117,6 +117,8 @@ def adapter_linear(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) 
     _check_covered("x", x, segments)
     if triton_ops.serves(x):
         return triton_ops.adapter_linear(x, weight, bias, segments)
+    if rows_cpu.serves(x, weight, bias):
+        return heads_cpu.adapter_linear(x, weight, bias, segments)
     return _AdapterLinear.apply(x, weight, bias, segments)
 
 
@@ -243,19 +245,23 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
     check("residual", residual, tuple(x.shape), dtypes, x.device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         check(name, tensor, (x.shape[1],), dtypes, x.device)
+    if dropout is not None:
+        check_row_keys(dropout, x)
     if triton_ops.serves(x) and x.dtype == residual.dtype:
-        if dropout is not None:
-            check_row_keys(dropout, x)
         return triton_ops.add_norm(x, residual, weight, bias, eps, dropout)
-    return F.layer_norm(apply_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
+    # Without dropout torch's backward is as fast.
+    if rows_cpu.serves(x, residual, weight, bias) and (dropout is not None or not torch.is_grad_enabled()):
+        return rows_cpu.add_norm(x, residual, weight, bias, eps, dropout)
+    return F.layer_norm(plain_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:
     """drop(x) for x [T, K], as `dropout.apply_dropout` describes it."""
-    if dropout is None or not triton_ops.serves(x):
+    backend = triton_ops if triton_ops.serves(x) else rows_cpu
+    if dropout is None or not backend.serves(x):
         return plain_dropout(x, dropout, adapter)
     check_row_keys(dropout, x)
-    return triton_ops.dropout(x, row_dropout(dropout, adapter))
+    return backend.dropout(x, row_dropout(dropout, adapter))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -280,6 +286,8 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     check_ids("labels", labels[:total], 0, logits.shape[1], ignored=IGNORED)
     if triton_ops.serves(logits):
         return triton_ops.token_loss(logits, labels, segments)
+    if rows_cpu.serves(logits):
+        return heads_cpu.token_loss(logits, labels, segments)
     bins = torch.where(segments.row_adapter < 0, G, segments.row_adapter).long()
     labels = labels[:total]
     row_loss = F.cross_entropy(
