@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.shared_ops import huge_pages
 from .convert import LINEARS, QKV
 from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .rows import Rows
@@ -75,7 +76,7 @@ class AdapterBank(Rows):
         self.slots = _slots(self.config, self.targets, self.rank, head)
         self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
-        param = torch.zeros(adapters, _width(self.slots), dtype=torch.float32, device=device)
+        param = huge_pages(torch.empty(adapters, _width(self.slots), dtype=torch.float32, device=device)).zero_()
         super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
         self._make_leaves()
         for g in range(adapters):

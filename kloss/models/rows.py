@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import adapter_adamw_
+from ..kernels.shared_ops import huge_pages
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 STATE = ("param", "exp_avg", "exp_avg_sq", "steps")
@@ -35,7 +36,7 @@ class Rows:
         moments: Tensor | None = None,
     ):
         self.param, self.work = param, param if work is None else work
-        self.grad = torch.zeros_like(self.work) if grad is None else grad
+        self.grad = huge_pages(torch.empty_like(self.work)).zero_() if grad is None else grad
         self.steps = param.new_zeros(param.shape[0], dtype=torch.long) if steps is None else steps
         self._moments = moments  # fp32 [2, G, P]
 
@@ -47,7 +48,7 @@ class Rows:
     def moments(self) -> Tensor:
         """exp_avg and exp_avg_sq as fp32 [2, G, P]."""
         if self._moments is None:
-            self._moments = self.param.new_zeros(2, *self.param.shape)
+            self._moments = huge_pages(self.param.new_empty(2, *self.param.shape)).zero_()
         return self._moments
 
     @property
