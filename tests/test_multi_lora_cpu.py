@@ -17,7 +17,7 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 
 import kloss.kernels as kernels
-from kloss.kernels import Dropout, make_segments, multi_lora, multi_lora_cpu
+from kloss.kernels import Dropout, cpu_library, make_segments, multi_lora, multi_lora_cpu
 from kloss.kernels.dropout import keep_mask
 
 multi_lora_linear = partial(kernels.multi_lora_linear, backend="csrc")
@@ -269,3 +269,11 @@ def test_the_operator_refuses_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*change)
+
+
+def test_a_library_of_another_version_says_so(monkeypatch):
+    if not cpu_library.built():
+        pytest.skip("not built")
+    monkeypatch.setattr(cpu_library, "OPERATORS", ("cpu_lora_", "cpu_of_tomorrow"))
+    with pytest.raises(ImportError, match="another version of csrc, without cpu_of_tomorrow; build it again"):
+        cpu_library.built.__wrapped__()
