@@ -223,3 +223,11 @@ def test_only_what_is_wanted_is_scored():
     cohort = Cohort(toy_model(), corpus, [BASE], [{0: ["cc"], 2: ["aa", "bb"]}])
     cohort.train()
     assert {i: list(row) for i, row in cohort.scores[0].items()} == {0: ["cc"], 1: [], 2: ["aa", "bb"]}
+
+
+def test_rates_rise_in_the_warm_up_and_stay():
+    learners = [replace(BASE, lr=0.3, warmup=3), replace(BASE, lr=0.1, warmup=0)]
+    settings = training_step.StepSettings.of(learners, torch.device("cpu"))
+    rates = [settings.lr(torch.tensor([step, step])).tolist() for step in (0, 1, 2, 3, 9)]
+    first = [0.3 * min(1.0, (step + 1) / 3) for step in (0, 1, 2, 3, 9)]
+    assert rates == torch.tensor([[rate, 0.1] for rate in first], dtype=torch.float32).tolist()

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .cpu_library import built
-from .dropout import Dropout, row_dropout
+from .dropout import Dropout, row_tensors
 
 LANES = 16  # a head's width is a multiple of it
 ABSENT = (None, None, None)  # keys, threshold and scale without dropout
@@ -77,6 +77,6 @@ class _Attention(Function):
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, heads: int, dropout: Dropout | None) -> Tensor:
     """`packed_attention`; the arguments are checked."""
-    keys = ABSENT if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
+    keys = ABSENT if dropout is None else row_tensors(dropout)
     wide = _with_rows(qkv.to(dtype_for(qkv)))
     return _Attention.apply(wide, cu_seqlens.int().contiguous(), heads, *keys).to(qkv.dtype)

@@ -237,6 +237,11 @@ def row_dropout(dropout: Dropout, adapter: Tensor | None = None) -> RowDropout:
     return RowDropout(keys, *_row_limits(dropout.p, adapter, dropout.row_key.numel()))
 
 
+def row_tensors(dropout: Dropout) -> list[Tensor]:
+    """What a kernel reads of a site: the three tensors of `RowDropout`, contiguous."""
+    return [tensor.contiguous() for tensor in row_dropout(dropout)]
+
+
 def keep(keys: Tensor, threshold: Tensor, features: Tensor) -> Tensor:
     """Which elements are kept.
 

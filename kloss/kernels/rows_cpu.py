@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .cpu_library import built
-from .dropout import Dropout, RowDropout, row_dropout
+from .dropout import Dropout, RowDropout, row_tensors
 
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
 ABSENT = (None, None, None)
@@ -79,7 +79,7 @@ def serves(x: Tensor, *others: Tensor) -> bool:
 
 
 def _lists(dropout: Dropout | None) -> Sequence[Tensor | None]:
-    return ABSENT if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
+    return ABSENT if dropout is None else row_tensors(dropout)
 
 
 class _AddNorm(Function):

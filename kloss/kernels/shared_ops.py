@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .buckets import CLASSES
 from .cpu_library import built
 from .segments import CHUNK, LONG_TILE, SHORT_TILE, Segments, Work, tile_capacity
 
 VARIANT = 0  # of AdamW's instruction sets on a CPU: 0 has the widest; for tests
-SHORT_CLASSES = (16, 32, 64)  # of attention; a batch has the first one, two or three
+SHORT_CLASSES = CLASSES["half"]  # of attention; a batch has the first one, two or three
 
 
 class Lists(NamedTuple):
@@ -24,7 +25,7 @@ class Lists(NamedTuple):
     segments: with `work`; `runs` and `sorted` are None, as on a GPU.
     row_key: int64 [T] of `row_keys`, 0 for rows without an adapter's step; None without steps.
     position: int32 [T], each row's within its sequence; those behind the last sequence count from its end.
-    short, longer: of `attention_triton.AttentionTiles`, int32 [tiles, 3]; () and None without classes.
+    short, longer: of `AttentionTiles`, int32 [tiles, 3]; () and None without classes.
     """
 
     segments: Segments

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .buckets import AttentionTiles
-from .dropout import Dropout, RowDropout, row_dropout
+from .dropout import Dropout, RowDropout, row_tensors
 from .segments import Segments, Work, with_work
 
 
@@ -34,7 +34,7 @@ def _rows(dropout: Sequence[Tensor]) -> RowDropout | None:
 
 def _lists(dropout: Dropout | None) -> list[Tensor]:
     """What the kernels read of a site's dropout."""
-    return [] if dropout is None else [tensor.contiguous() for tensor in row_dropout(dropout)]
+    return [] if dropout is None else row_tensors(dropout)
 
 
 def _with_rows(x: Tensor) -> Tensor:
