@@ -42,6 +42,17 @@ void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
       fits && tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2), name, " has another type, device or layout");
 }
 
+// The address of a factor's gradient, null for none. stride: gets the elements from an adapter to the next.
+void* gradient(const std::optional<Tensor>& tensor, const Tensor& factor, const char* name, int64_t& stride) {
+  if (!tensor) return nullptr;
+  check_rows(*tensor, factor.scalar_type(), name);
+  bool fits = tensor->size(0) == factor.size(0) && tensor->size(1) == factor.size(1) && tensor->size(2) == factor.size(2) &&
+              (tensor->size(0) < 2 || tensor->stride(0) >= tensor->size(1) * tensor->size(2));
+  STD_TORCH_CHECK(fits, name, " must have its factor's shape, and no adapter's within another's");
+  stride = tensor->stride(0);
+  return tensor->mutable_data_ptr();
+}
+
 struct Call {
   kloss::cpu::Lora lora;
   const Kind* kind;
@@ -106,13 +117,10 @@ void backward(
   Call made = call(x, a, b, scaling_kept, order, ends, ranks, keys, threshold, slices, variant, dy, s);
   check(ds, x.scalar_type(), 2, "ds");
   STD_TORCH_CHECK(
-      ds.numel() == s.numel() && (!dx || dx->numel() == x.numel()) && (!da || da->numel() == a.numel()) &&
-          (!db || db->numel() == b.numel()),
-      "dx, da, db and ds must have the sizes of x, lora_a, lora_b and s");
+      ds.numel() == s.numel() && (!dx || dx->numel() == x.numel()), "dx and ds must have the sizes of x and s");
   made.lora.dy = dy.const_data_ptr(), made.lora.ds = ds.mutable_data_ptr();
   made.lora.dx = const_cast<void*>(pointer(dx, x.scalar_type(), 2, "dx"));
-  made.lora.da = const_cast<void*>(pointer(da, x.scalar_type(), 3, "da"));
-  made.lora.db = const_cast<void*>(pointer(db, x.scalar_type(), 3, "db"));
+  made.lora.da = gradient(da, a, "da", made.lora.da_stride), made.lora.db = gradient(db, b, "db", made.lora.db_stride);
   made.kind->backward(made.lora, parallel);
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kloss.errors import UserError
-from kloss.kernels import make_segments, token_loss
+from kloss.kernels import make_segments, multi_lora_cpu, token_loss
 from kloss.models import AdapterBank, FlatModel, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
 
@@ -25,9 +25,9 @@ def make_model(**changes) -> XLMRForTokenClassification:
     return XLMRForTokenClassification.random(XLMRConfig(**vars(CONFIG) | {"initializer_range": 0.2} | changes))
 
 
-def make_bank(adapters=3, rank=4, seed=0, **options) -> AdapterBank:
+def make_bank(adapters=3, rank=4, seed=0, config=CONFIG, **options) -> AdapterBank:
     """A bank whose B and bias are random as well, rank tails left at zero."""
-    bank = AdapterBank(CONFIG, adapters, rank, **options)
+    bank = AdapterBank(config, adapters, rank, **options)
     generator = torch.Generator().manual_seed(seed)
     for name in bank.slots:
         if not name.endswith(".a"):
@@ -150,6 +150,9 @@ def test_gradients_land_in_the_bank_as_on_plain_tensors():
         def adapters_of(self, layer, name):
             return self.leaves[f"{layer}.{name}.a"], self.leaves[f"{layer}.{name}.b"]
 
+        def gradients_of(self, layer, name):
+            return None
+
     for _ in range(2):  # twice: gradients add up
         token_loss(model(IDS, OFFSETS, segments, bank), labels, segments)[0].sum().backward()
     plain = Plain()
@@ -159,6 +162,41 @@ def test_gradients_land_in_the_bank_as_on_plain_tensors():
     assert bank.grad[[0, 2]].any(1).all() and not bank.grad[1].any()
     bank.zero_grad()
     assert not bank.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("library", [True, False], ids=["csrc", "plain torch"])
+def test_a_fresh_span_sets_the_gradients_that_a_span_adds(dtype, library, monkeypatch):
+    """Whatever the rows held, absent adapters' and the heads' too, and without a tensor of its own for a factor's gradient."""
+    if not library:
+        monkeypatch.setattr(multi_lora_cpu, "built", lambda: False)
+    model = make_model(hidden_size=32, intermediate_size=64).freeze_backbone().to(dtype)  # widths that csrc computes
+    bank = make_bank(4, [4, 2, 3, 1], config=model.config, dtype=dtype)
+    segments, labels = make_segments(OFFSETS, torch.tensor([1, 1, 0], dtype=torch.int32), 3), torch.arange(12) % 5
+
+    def backward(rows):
+        token_loss(model(IDS, OFFSETS, segments, rows), labels, segments)[0].sum().backward()
+
+    backward(bank.span(1, 4))
+    expected, live = bank.grad.clone(), torch.zeros(bank.grad.shape[1], dtype=torch.bool)
+    for name in bank.slots:
+        bank.view(live[None], name)[:] = True
+    bank.grad[:, live] = torch.nan
+    for _ in range(2):
+        backward(bank.fresh(1, 4))
+        assert torch.equal(bank.grad[1:, live], expected[1:, live]) and bank.grad[0, live].isnan().all()
+    bank.zero_grad()
+    backward(bank.span(1, 4))
+    assert torch.equal(bank.grad, expected)
+
+
+def test_a_fresh_row_of_a_whole_model():
+    model = make_model()
+    row = FlatModel(model)
+    for _ in range(2):
+        assert row.fresh(0, 1) is row and not row.grad.any()
+        model(IDS, OFFSETS).square().sum().backward()
+        assert row.grad.any()
 
 
 def test_span_shares_memory_and_gradients():

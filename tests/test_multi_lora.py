@@ -270,6 +270,31 @@ def test_rows_behind_the_last_offset_get_the_base_value(device):
     assert all(got[name].isfinite().all() for name in ("lora_a", "lora_b")) and got["y"][:8].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_written_where_one_says(device, dtype, backend):
+    """The same bits as without, over whatever was there, nothing beside it, and none for autograd."""
+    if backend == "csrc" and (device != "cpu" or not multi_lora_cpu.built()):
+        pytest.skip("not built, or not for this device")
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's products in bf16 are wrong")
+    rows = [2 * segments.CHUNK + 3, 5] if backend == "triton" else [300, 5]  # on a GPU in several chunks, which are added up
+    case = problem(rows, [2, 0], adapters=3, k=32, n=96, slices=3, ranks=[8, 3, 5], p=0.5, device=device, dtype=dtype)
+    plain = outputs(multi_lora_linear, case, backend=backend)
+    sizes = case.lora_a[0].numel(), case.lora_b[0].numel()
+    bank = torch.full((3, sum(sizes) + 40), float("nan"), device=device, dtype=dtype)
+    into = bank[:, : sizes[0]].view_as(case.lora_a), bank[:, sizes[0] + 32 : -8].view_as(case.lora_b)
+    got = outputs(multi_lora_linear, case, backend=backend, into=into)
+    assert not got["lora_a"].any() and not got["lora_b"].any()
+    assert torch.equal(got["y"], plain["y"]) and torch.equal(got["x"], plain["x"])
+    assert torch.equal(into[0], plain["lora_a"]) and torch.equal(into[1], plain["lora_b"])
+    assert bank[:, sizes[0] : sizes[0] + 32].isnan().all() and bank[:, -8:].isnan().all()
+    transposed = torch.empty_like(case.lora_b).transpose(1, 2).contiguous().transpose(1, 2)  # no kernel writes it as it lies
+    outputs(multi_lora_linear, case, backend=backend, into=(into[0], transposed))
+    assert torch.equal(transposed, plain["lora_b"])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_subset_may_require_gradients(device):
     case = problem([5, 30], [1, 0], adapters=2, p=0.5, device=device)
@@ -323,7 +348,7 @@ def operator_arguments(case, exact=False):
     if dropout is not None:
         lists += dropout.p, dropout.seed, dropout.row_key
     tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling
-    return *tensors, case.keywords["ranks"], lists, site, case.keywords["slices"], exact, "triton"
+    return *tensors, case.keywords["ranks"], lists, site, case.keywords["slices"], exact, None, None, "triton"
 
 
 @pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])
@@ -348,7 +373,9 @@ def test_opcheck(device, backend, monkeypatch):
         forward[i].requires_grad_()
     torch.library.opcheck(ops["multi_lora"], forward)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-4], *needs, backend))
+        torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-6], *needs, None, None, backend))
+    written = torch.empty_like(backward[3]), torch.empty_like(backward[4])
+    torch.library.opcheck(ops["multi_lora_backward"], (*backward[:-6], True, True, True, *written, backend))
 
 
 @pytest.mark.parametrize("backend", ["triton", "csrc", "torch"])

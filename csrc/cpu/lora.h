@@ -14,7 +14,7 @@ namespace kloss::cpu {
 
 struct Lora {
   int64_t adapters, inputs, outputs, rank, slices;  // G, K, N, R; K and N / slices are multiples of LANES
-  int64_t a_stride, b_stride;   // elements from an adapter to the next
+  int64_t a_stride, b_stride, da_stride, db_stride;  // elements from an adapter to the next
   const void* a;                // [G, slices*R, K]
   const void* b;                // [G, N, R]
   const float* scaling_kept;    // [G], LoRA's scaling times dropout's 1 / (1 - p)

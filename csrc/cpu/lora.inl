@@ -125,7 +125,7 @@ constexpr int64_t CHUNK = 512;  // outputs of a slice whose dB one job computes
 
 void da_job(const Lora& l, const Job& job) {
   Adapter adapter(l, job.g);
-  Scalar* da = (Scalar*)l.da + job.g * l.slices * l.rank * l.inputs;
+  Scalar* da = (Scalar*)l.da + job.g * l.da_stride;
   for (int64_t slice = 0; slice < l.slices; ++slice)
     std::fill_n(da + (slice * l.rank + adapter.rank) * l.inputs, (l.rank - adapter.rank) * l.inputs, Scalar(0));
   int64_t m = l.slices * l.rank, step = packed_stride(m);  // m includes the slices' tails
@@ -153,7 +153,7 @@ void db_job(const Lora& l, const Job& job) {
   Adapter adapter(l, job.g);
   int64_t chunks = (adapter.outputs + CHUNK - 1) / CHUNK, slice = job.part / chunks, from = job.part % chunks * CHUNK;
   int64_t m = std::min(CHUNK, adapter.outputs - from);
-  Scalar* db = (Scalar*)l.db + (job.g * l.outputs + slice * adapter.outputs + from) * l.rank;
+  Scalar* db = (Scalar*)l.db + job.g * l.db_stride + (slice * adapter.outputs + from) * l.rank;
   if (job.first == job.last || adapter.rank < l.rank) std::fill_n(db, m * l.rank, Scalar(0));
   if (job.first == job.last) return;
   reduce(

@@ -61,12 +61,11 @@ def train_step(
     batches: each holds the sequences of the next `segments.num_adapters` rows; together they cover the bank.
     Returns the losses and the gradient norms before clipping, fp32 [G]. A row with a norm that is not finite is not updated.
     """
-    bank.zero_grad()
     losses, first = [], 0
     for batch in batches:
         last = first + batch.segments.num_adapters
         dropout = _dropout(settings, bank.steps, first, last, batch, model.num_sites)
-        logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank.span(first, last), dropout=dropout)
+        logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank.fresh(first, last), dropout=dropout)
         loss, _ = token_loss(logits, batch.labels, batch.segments)
         loss.sum().backward()
         losses.append(loss.detach())

@@ -99,12 +99,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [T, K], dW [G, N, K], db [G, N], empty where not needed. dy: contiguous."""
     (G, N, K), dx = weight.shape, x.new_empty(0)
-    dw, db = weight.new_empty(0), weight.new_empty(G if need_b else 0, N)
+    dw, db = weight.new_empty(weight.shape if need_w else 0), weight.new_empty(G if need_b else 0, N)
     if need_x:
         dx = _product(dy, weight, None, order, work, weight.stride(2), weight.stride(1), K)
     in_order = dy[order].float() if need_w or need_b else dy
     if need_w:
-        dw = reduce(x, in_order, weight, order, work, None, None, C=K, SR=N, R=N, blocks=1, strides=(1, K))
+        reduce(x, in_order, dw, order, work, None, None, C=K, SR=N, R=N, blocks=1, strides=(1, K))
     BN = 64
     grid = (db.shape[0] * triton.cdiv(N, BN),)
     if grid[0]:

@@ -179,7 +179,7 @@ def reduce_kernel(
     p_ptr,  # [G]
     keys_ptr,  # [T], rows in order
     C, SR, R, blocks,
-    stride_xt, stride_xk, stride_og, stride_oc, stride_or,
+    stride_xt, stride_xk, stride_og, stride_pg, stride_oc, stride_or,
     SPAN: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[g, i_s*C + c, r] = scaling_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*SR + r] over the adapter's rows, in order.
@@ -229,15 +229,15 @@ def reduce_kernel(
     if chunks <= SPAN:
         tl.store(out_ptr + g * stride_og + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_o)
     else:
-        tl.store(part_ptr + slot.to(tl.int64) * stride_og + o_o, acc, mask=m_o)
+        tl.store(part_ptr + slot.to(tl.int64) * stride_pg + o_o, acc, mask=m_o)
 
 
 @triton.jit(do_not_specialize_on_alignment=SMALL)
 def sum_kernel(
     part_ptr,  # [slots, P] fp32
-    out_ptr,  # [G, P]
+    out_ptr,  # [G, P], stride_og from a row to the next
     slots_ptr,  # [G+1]
-    G, P, step,
+    G, P, stride_og, step,
     SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[g] = Σ part[slot] over every SPAN-th of the adapter's slots, in order; with no more than SPAN it is complete already.
@@ -255,7 +255,7 @@ def sum_kernel(
             for _ in range(first, last, SPAN):
                 acc += tl.load(p_part, mask=o_p < P, other=0.0)
                 p_part += SPAN * P
-            tl.store(out_ptr + tl.full((), g, tl.int64) * P + o_p, acc.to(out_ptr.dtype.element_ty), mask=o_p < P)
+            tl.store(out_ptr + tl.full((), g, tl.int64) * stride_og + o_p, acc.to(out_ptr.dtype.element_ty), mask=o_p < P)
 
 
 SUM_BLOCK, SUM_STEP = 1024, 8  # elements and adapters of a program of `sum_kernel`
@@ -314,31 +314,30 @@ def expand(
 
 
 def reduce(
-    x: Tensor, s: Tensor, like: Tensor, order: Tensor, work: Work, ranks: Tensor | None, scaling: Tensor | None,
+    x: Tensor, s: Tensor, out: Tensor, order: Tensor, work: Work, ranks: Tensor | None, scaling: Tensor | None,
     p: Tensor | None = None, keys: Tensor | None = None, *, C: int, SR: int, R: int, blocks: int, strides: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """Launch `reduce_kernel`, and `sum_kernel` where an adapter may have several chunks.
+) -> None:  # fmt: skip
+    """Launch `reduce_kernel`, which writes out, and `sum_kernel` where an adapter may have several chunks.
 
-    like: the LoRA factor [G, ...] whose gradient is returned, contiguous.
+    out: the gradient of a factor [G, ...], each adapter's matrix contiguous.
     strides: elements of the gradient from one column and one rank to the next.
     """
     config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C, SR, (C,))
-    out = like.new_empty(like.shape)
     per_adapter, span = out[:1].numel(), tuned.span(R)
     grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
     if not grid[0]:
-        return out
+        return
     part = torch.empty(slot_capacity(order.numel(), span), per_adapter, dtype=torch.float32, device=x.device)
     reduce_kernel[grid](
         x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=work.chunks,
         slots_ptr=work.slots, ranks_ptr=ranks, scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,
-        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_og=per_adapter, stride_oc=strides[0], stride_or=strides[1],
+        stride_xt=x.stride(0), stride_xk=x.stride(1), stride_og=out.stride(0), stride_pg=per_adapter,
+        stride_oc=strides[0], stride_or=strides[1],
         SPAN=span, DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=config.BR, **config.options,
     )  # fmt: skip
     if part.shape[0]:
-        step = min(like.shape[0], SUM_STEP)
+        step = min(out.shape[0], SUM_STEP)
         sum_kernel[(step * triton.cdiv(per_adapter, SUM_BLOCK),)](
-            part_ptr=part, out_ptr=out, slots_ptr=work.slots, G=like.shape[0], P=per_adapter, step=step, SPAN=span,
-            BLOCK=SUM_BLOCK, **tuned.FUSION,
+            part_ptr=part, out_ptr=out, slots_ptr=work.slots, G=out.shape[0], P=per_adapter, stride_og=out.stride(0),
+            step=step, SPAN=span, BLOCK=SUM_BLOCK, **tuned.FUSION,
         )  # fmt: skip
-    return out

@@ -33,7 +33,13 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Arguments of a backend's `backward`. s, keys: what forward saved. need_*: which gradients to compute."""
+    """Arguments of a backend's `backward`.
+
+    s, keys: what forward saved.
+    need_*: which gradients to compute.
+    into_*: where those of the factors are written, in the factors' dtype and each adapter's matrix contiguous; None: they are
+        returned.
+    """
 
     dy: Tensor
     x: Tensor
@@ -50,6 +56,20 @@ class Backward(NamedTuple):
     need_x: bool
     need_a: bool
     need_b: bool
+    into_a: Tensor | None = None
+    into_b: Tensor | None = None
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Where dA and dB go: the given tensors, or new ones; empty where not needed."""
+
+        def output(factor: Tensor, need: bool, into: Tensor | None) -> Tensor:
+            return factor.new_empty(factor.shape if need else 0) if into is None or not need else into
+
+        return output(self.lora_a, self.need_a, self.into_a), output(self.lora_b, self.need_b, self.into_b)
+
+    def returned(self, d_a: Tensor, d_b: Tensor) -> tuple[Tensor, Tensor]:
+        """What `backward` returns for these outputs: an operator must not return what it was given."""
+        return d_a.new_empty(0) if d_a is self.into_a else d_a, d_b.new_empty(0) if d_b is self.into_b else d_b
 
 
 def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,10 +102,10 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dy, x, weight, lora_a, lora_b, scaling, s, mask, ranks, lists, slices, exact, need_x, need_a, need_b = call
+    dy, x, weight, lora_a, lora_b, scaling, s, mask, ranks, lists, slices, exact, need_x, need_a, need_b, *_ = call
     order, ends, *dropout = lists
     dx = base_product(dy, weight.t(), None, order, ends, exact) if need_x else x.new_empty(0)
-    d_a, d_b = (f.new_zeros(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
+    d_a, d_b = (output.zero_() for output in call.outputs())
     dropped = _dropped(x, mask) if need_a else x
     for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
         dy_g = _by_slice(aligned(dy[rows]), slices)
@@ -101,7 +121,7 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
         if need_x:
             dx_g = torch.mm(ds, _live_a(aligned(lora_a[g]), slices, rank))
             dx[rows] += torch.where(mask[rows, : x.shape[1]], dx_g, dx_g.new_zeros(())) if dropout else dx_g
-    return dx, d_a, d_b
+    return dx, *call.returned(d_a, d_b)
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, ends: Tensor, exact: bool) -> Tensor:

@@ -54,12 +54,12 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dy, x, weight, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, exact, need_x, need_a, need_b = call
+    dy, x, weight, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, exact, need_x, need_a, need_b, *_ = call
     order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
     (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
-    dx, d_a, d_b = x.new_empty(x.shape if need_x else 0), lora_a.new_empty(0), lora_b.new_empty(0)
+    dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
     fused = exact or tuned.fuse(rows, G, N, K)
     with torch.cuda.device_of(x):
         if need_x or need_a:
@@ -70,12 +70,12 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
             expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
         if need_a:
-            d_a = reduce(x, ds, lora_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
+            reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_b:
-            d_b = reduce(dy, s, lora_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
+            reduce(dy, s, d_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
     if need_x:
         _add_base(dx, dy, weight, None, rows, fused)
-    return dx, d_a, d_b
+    return dx, *call.returned(d_a, d_b)
 
 
 def _add_base(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, rows: int, fused: bool) -> None:

@@ -44,6 +44,7 @@ def multi_lora_linear(
     ranks: Tensor | None = None,
     dropout: Dropout | None = None,
     exact: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Linear layer with the LoRA update of each row's own adapter: y[t] = W x[t] + b + s_g B_g (A_g drop(x[t])).
@@ -60,6 +61,8 @@ def multi_lora_linear(
         the values are not checked, for that needs a synchronisation; the kernels clamp them to [0, R].
     dropout: of x on the LoRA path only, by the segments' adapters.
     exact: the base product has fixed tiles too, so a row's bits do not depend on who shares the batch.
+    into: tensors of lora_a's and lora_b's shapes and dtypes. Backward writes the two gradients there, over what they held, and
+        gives autograd none; adapters without rows get zeros.
     backend: "triton", "csrc" (on a CPU, K and N / slices multiples of 32) or "torch". None: Triton on a GPU, csrc on a CPU where
         it fits, else plain torch; fp64 is always plain torch.
     Returns [T, N] in x's dtype, under autocast in autocast's. Differentiable once in x, weight, bias, lora_a, lora_b.
@@ -67,7 +70,7 @@ def multi_lora_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     x, weight, bias = lower(x, weight, bias)
-    _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout)
+    _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
     backend = _fastest(x, weight, slices) if backend is None else _checked(backend, x, weight, slices)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
     scaling = scaling.contiguous()  # the kernels take vectors by their address
@@ -89,7 +92,7 @@ def multi_lora_linear(
         if dropout is not None:
             lists += row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)[:2]
             scaling = kept_scaling(scaling, dropout.p)
-    arguments = x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact, backend
+    arguments = x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact, *(into or (None, None)), backend
     y = torch.ops.kloss.multi_lora(*arguments)[0]
     return y if y.dtype == dtype else y.to(dtype)
 
@@ -148,6 +151,7 @@ def _check(
     slices: int,
     ranks: Tensor | None,
     dropout: Dropout | None,
+    into: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Raises ValueError for the first tensor that does not fit the others."""
     if x.dim() != 2 or weight.dim() != 2 or lora_b.dim() != 3:
@@ -171,6 +175,12 @@ def _check(
         expected.append(("ranks", ranks, (G,)))
     if dropout is not None:
         expected += ("dropout.p", dropout.p, (G,)), ("dropout.seed", dropout.seed, (G,))
+    if into is not None:
+        if (into[0].dtype, into[1].dtype) != (lora_a.dtype, lora_b.dtype):
+            raise ValueError(
+                f"into must have the factors' {lora_a.dtype} and {lora_b.dtype}, got {into[0].dtype}, {into[1].dtype}"
+            )
+        expected += ("into[0]", into[0], lora_a.shape), ("into[1]", into[1], lora_b.shape)
     for name, tensor, shape in expected:
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
@@ -199,14 +209,21 @@ def _without_autocast(device_type: str, function: Callable, *arguments: Any) -> 
         return function(*arguments)
 
 
+def _written_directly(into: Tensor | None, factor: Tensor) -> Tensor | None:
+    """into, if a backend that computes with this factor can write its gradient there."""
+    if into is None or into.dtype != factor.dtype or into.stride()[1:] != (into.shape[2], 1):
+        return None
+    return into
+
+
 class _MultiLora(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, s, keys = torch.ops.kloss.multi_lora(*args)
-        x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, backend = args
+        x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, *into, backend = args
         ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, s, keys, ranks, *lists)
-        ctx.slices, ctx.exact, ctx.backend, ctx.has_bias = slices, exact, backend, bias is not None
+        ctx.slices, ctx.exact, ctx.backend, ctx.has_bias, ctx.into = slices, exact, backend, bias is not None, into
         ctx.mark_non_differentiable(s, keys)
         ctx.set_materialize_grads(False)
         return y, s, keys
@@ -215,22 +232,29 @@ class _MultiLora(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _ds: None, _dkeys: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 12
+            return (None,) * 14
         saved = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dx = dw = db = d_a = d_b = None
+        dx = dw = db = None
+        factors: list[Tensor | None] = [None, None]
         if need_x or need_a or need_b:
-            settings = ctx.slices, ctx.exact, need_x, need_a, need_b, ctx.backend
-            dx, d_a, d_b = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
+            direct = [_written_directly(*pair) for pair in zip(ctx.into, saved[2:4], strict=True)]
+            settings = ctx.slices, ctx.exact, need_x, need_a, need_b, *direct, ctx.backend
+            dx, *gradients = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
+            for i, need in enumerate((need_a, need_b)):
+                if need and ctx.into[i] is None:
+                    factors[i] = gradients[i]
+                elif need and direct[i] is None:
+                    ctx.into[i].copy_(gradients[i])
         if need_w:
             dw = _without_autocast(dy.device.type, torch.mm, dy.t(), saved[0])
         if need_bias and ctx.has_bias:
             db = dy.sum(0)
-        return dx if need_x else None, dw, db, d_a if need_a else None, d_b if need_b else None, *(None,) * 7
+        return dx if need_x else None, dw, db, *factors, *(None,) * 9
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _without_autocast(x.device.type, _module(rest[-1]).forward, Forward(x, *rest[:-1]))
+    return _without_autocast(x.device.type, _module(rest[-1]).forward, Forward(x, *rest[:-3]))
 
 
 def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,22 +262,25 @@ def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, _, lora_a, _, _, _, lists, _, _, _, backend = args
+    x, weight, _, lora_a, _, _, _, lists, *_, backend = args
     return x.new_empty(x.shape[0], weight.shape[0]), *_module(backend).saved(x, lora_a.shape[1], lists)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     x, lora_a, lora_b = args[1], args[3], args[4]
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), args[-4:-1], strict=True))
+    need_x, need_a, need_b, into_a, into_b = args[-6:-1]
+    needs = need_x, need_a and into_a is None, need_b and into_b is None
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, lora_a, lora_b), needs, strict=True))
 
 
 _SCHEMA = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? ranks, Tensor[] lists, "
-    "int site, int slices, bool exact, str backend"
+    "int site, int slices, bool exact, Tensor? into_a, Tensor? into_b, str backend"
 )
 _BACKWARD_SCHEMA = (
     "Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor s, Tensor keys, Tensor? ranks, "
-    "Tensor[] lists, int slices, bool exact, bool need_x, bool need_a, bool need_b, str backend"
+    "Tensor[] lists, int slices, bool exact, bool need_x, bool need_a, bool need_b, "
+    "Tensor(a!)? into_a, Tensor(b!)? into_b, str backend"
 )
 # torch.library.custom_op costs the host 8 µs more forward and 18 µs more backward.
 _library = torch.library.Library("kloss", "FRAGMENT")

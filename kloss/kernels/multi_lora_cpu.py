@@ -52,14 +52,14 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dy, x, weight, lora_a, lora_b, scaling, s, _, ranks, lists, slices, exact, need_x, need_a, need_b = call
+    dy, x, weight, lora_a, lora_b, scaling, s, _, ranks, lists, slices, exact, need_x, need_a, need_b, *_ = call
     dy = dy.contiguous()
     dx = base_product(dy, weight.t(), None, lists[0], lists[1], exact).contiguous() if need_x else x.new_empty(0)
-    d_a, d_b = (x.new_empty(f.shape if need else 0) for f, need in ((lora_a, need_a), (lora_b, need_b)))
+    d_a, d_b = call.outputs()
     common = _common(x.contiguous(), lora_a, lora_b, scaling, ranks, lists)
     outputs = (gradient if need else None for gradient, need in ((dx, need_x), (d_a, need_a), (d_b, need_b)))
     torch.ops.kloss.cpu_lora_backward_(*common, slices, VARIANT, dy, s, torch.empty_like(s), *outputs)
-    return dx, d_a, d_b
+    return dx, *call.returned(d_a, d_b)
 
 
 def _common(

@@ -21,6 +21,7 @@ from .rows import Rows
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
 TARGETS = ("qkv", "out", "up", "down")
+HEAD = ("head.weight", "head.bias")
 ALIGNMENT = 32  # elements, 64 bytes in 16-bit types: slots and rows start there, so that a row's address never changes its bits
 
 
@@ -89,6 +90,7 @@ class AdapterBank(Rows):
 
     def _make_leaves(self) -> None:
         """One autograd leaf per slot, sharing the bank's memory; a hook adds its gradient into `grad`."""
+        self._writes: dict[str, Tensor] = {}
         self._leaves = {name: self.view(self.work, name).detach().requires_grad_() for name in self.slots}
         for name, leaf in self._leaves.items():
             leaf.register_post_accumulate_grad_hook(_adder(self.view(self.grad, name)))
@@ -98,6 +100,7 @@ class AdapterBank(Rows):
         mixed = bool((self.ranks < self.rank).any())
         self.ranks_if_mixed = self.ranks.to(self.param.device) if mixed else None
         self._spans: dict[tuple[int, int], AdapterBank] = {}
+        self._fresh: dict[tuple[int, int], AdapterBank] = {}
 
     def view(self, matrix: Tensor, name: str) -> Tensor:
         """The slot `name` of every row of a matrix [G, P], as a strided view [G, *shape]."""
@@ -107,13 +110,17 @@ class AdapterBank(Rows):
     @property
     def head(self) -> tuple[Tensor, Tensor] | None:
         """The heads' weights [G, C, H] and biases [G, C]; None for a bank without heads."""
-        return (self._leaves["head.weight"], self._leaves["head.bias"]) if self.has_head else None
+        return (self._leaves[HEAD[0]], self._leaves[HEAD[1]]) if self.has_head else None
 
     def adapters_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
         """lora_a [G, slices*R, K] and lora_b [G, N, R] of a layer's linear; None where it carries no adapters."""
         if name not in self.targets:
             return None
         return self._leaves[f"{layer}.{name}.a"], self._leaves[f"{layer}.{name}.b"]
+
+    def gradients_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """Where backward writes the gradients of `adapters_of`, which have to be there; None: it adds them to `grad`."""
+        return (self._writes[f"{layer}.{name}.a"], self._writes[f"{layer}.{name}.b"]) if self._writes else None
 
     @torch.no_grad()
     def init_(self, g: int, seed: int) -> None:
@@ -157,6 +164,17 @@ class AdapterBank(Rows):
             param = work if self.work is self.param else self.param[rows]
             self._spans[start, end] = self._like(rows, param, work, self.grad[rows], self.steps[rows], self.moments[:, rows])
         return self._spans[start, end]
+
+    def fresh(self, start: int, end: int) -> "AdapterBank":
+        """`span` for one backward pass through the whole model, which sets the gradients of its rows: nothing need be zeroed."""
+        if (start, end) not in self._fresh:
+            self._fresh[start, end] = bank = copy(self.span(start, end))
+            bank._writes = {name: bank.view(bank.grad, name) for name in self.slots}
+            # Of the factors without a hook; the heads' gradients are still added.
+            bank._leaves = {n: x if n in HEAD else x.detach().requires_grad_() for n, x in bank._leaves.items()}
+        for name in HEAD if self.has_head else ():
+            self._fresh[start, end]._writes[name].zero_()
+        return self._fresh[start, end]
 
     def select(self, rows: Sequence[int]) -> "AdapterBank":
         """A new bank with copies of some adapters and their optimiser's state, in the given order: forks, subsets."""
@@ -253,7 +271,7 @@ def _slots(config: XLMRConfig, targets: Sequence[str], rank: int, head: bool) ->
             shapes[f"{layer}.{target}.a"] = (slices * rank, inputs)
             shapes[f"{layer}.{target}.b"] = (outputs, rank)
     if head:
-        shapes["head.weight"], shapes["head.bias"] = (config.num_labels, width), (config.num_labels,)
+        shapes |= zip(HEAD, ((config.num_labels, width), (config.num_labels,)), strict=True)
     slots, start = {}, 0
     for name, shape in shapes.items():
         slots[name] = Slot(start, shape)

@@ -68,6 +68,10 @@ class Rows:
         """lora_a and lora_b of a layer's linear; None where it carries no adapters."""
         return None
 
+    def gradients_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """Where backward writes the gradients of `adapters_of`; None: it adds them to `grad`."""
+        return None
+
     def trainable(self, g: int) -> int:
         """Number of weights that row g trains."""
         return self.param.shape[1]
@@ -101,6 +105,11 @@ class Rows:
         """Rows start..end-1, sharing this one's memory."""
         assert (start, end) == (0, self.adapters), "a whole model is one row"
         return self
+
+    def fresh(self, start: int, end: int) -> "Rows":
+        """`span` for one backward pass through the whole model, which sets the gradients of its rows: nothing need be zeroed."""
+        self.span(start, end).zero_grad()
+        return self.span(start, end)
 
     def select(self, rows: Sequence[int]) -> "Rows":
         """Copies of some rows with their optimiser's state, in the given order."""

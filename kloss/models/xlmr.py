@@ -56,6 +56,10 @@ class Bank(Protocol):
         """lora_a [G, slices*R, K] and lora_b [G, N, R] of a layer's linear, or None."""
         ...
 
+    def gradients_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
+        """Where backward writes the gradients of `adapters_of`; None: autograd gets them."""
+        ...
+
 
 class Layer(nn.Module):
     """One encoder layer: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
@@ -104,6 +108,7 @@ class Layer(nn.Module):
                 ranks=bank.ranks_if_mixed,
                 dropout=drop("lora", name),
                 exact=bank.exact,
+                into=bank.gradients_of(self.index, name),
             )
 
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> Tensor:
