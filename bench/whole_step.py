@@ -75,7 +75,7 @@ class TrainingStep(NamedTuple):
     def run(self) -> tuple[Tensor, Tensor]:
         """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host."""
         batches = [(self.sentences, index, g) for g, index in enumerate(self.batches)]
-        batch = pack(batches, len(batches), self.bank.param.device)
+        batch = pack(batches, len(batches))
         loss, norms = train_step(self.model, self.bank, self.settings, [batch])
         return loss.cpu(), norms.cpu()
 

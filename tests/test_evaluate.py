@@ -41,8 +41,8 @@ def test_pairs_equal_seqeval_one_by_one(pass_tokens):
 def test_a_pass_holds_no_more_tokens_than_allowed(monkeypatch, most):
     corpus, sizes = ToyCorpus(), []
 
-    def pack(parts, *rest):
-        batch = module_pack(parts, *rest)
+    def pack(parts, *rest, **more):
+        batch = module_pack(parts, *rest, **more)
         sizes.append((batch.input_ids.numel(), len(batch.cu_seqlens) - 1))
         return batch
 

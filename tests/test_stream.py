@@ -68,9 +68,9 @@ def test_pack_keeps_every_token(parts):
             adapters.append(g)
     assert batch.input_ids.tolist() == [int(x) for part in wanted for x in part]
     assert batch.labels.tolist() == [int(x) for part in labels for x in part]
-    assert batch.segments.adapter.tolist() == adapters
+    assert batch.adapter.tolist() == adapters
     assert torch.diff(batch.cu_seqlens).tolist() == [len(part) for part in wanted]
-    assert batch.sequence.tolist() == [i for _, index, _ in parts for i in range(len(index))]
+    assert batch.number.tolist() == [i for _, index, _ in parts for i in range(len(index))]
 
 
 def test_pooled_keeps_sentences_in_order():

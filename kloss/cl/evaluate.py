@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import Config
 from ..kernels import span_counts
 from ..models import Rows, XLMRForTokenClassification
 from .corpus import Corpus
-from .packing import Part, pack, send
+from .graphs import Graphs
+from .packing import PackedBatch, Part, pack, send
 from .spans import label_layout
 
 
@@ -22,21 +24,30 @@ def evaluate(
     *,
     partition: str = "test",
     pass_tokens: int = Config.pass_tokens,
+    graphs: Graphs | None = None,
 ) -> np.ndarray:
     """Count the spans of each pair (row of the bank, locale) on a partition; without a bank the rows are ignored.
 
     pass_tokens: tokens of one packed pass, about.
+    graphs: those of this model, bank and corpus; None: none are captured.
     Returns int64 [len(pairs), 3]: true positives, predicted and gold spans.
     """
-    device = model.classifier.weight.device
-    tags, types = send([np.array(values) for values in label_layout(corpus.labels)], device)
-    counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=device)
+    weight = model.classifier.weight
+    graphs = Graphs(weight.device, enabled=False) if graphs is None else graphs
+    tags, types = (send(torch.tensor(values), weight.device) for values in label_layout(corpus.labels))
+    counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=weight.device)
+
+    def count(batch: PackedBatch) -> Tensor:
+        logits = model(batch.input_ids, batch.cu_seqlens, bank=bank, lists=batch.lists(weight.dtype))
+        groups = batch.capacity[1]
+        return span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, batch.number, groups, tags=tags, types=types)
+
     for chunk in _passes(corpus, pairs, partition, pass_tokens):
         parts = [Part(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
-        batch = pack(parts, bank.adapters if bank else 1, device)
-        logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank)
-        (pair,) = send([np.repeat([i for i, _ in chunk], [len(index) for _, index in chunk])], device)
-        counts += span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, pair, len(pairs), tags=tags, types=types)
+        first, last = chunk[0][0], chunk[-1][0] + 1
+        within = np.repeat([i - first for i, _ in chunk], [len(index) for _, index in chunk])
+        batch = pack(parts, bank.adapters if bank else 1, number=within, padded=graphs.enabled)
+        counts[first:last] += graphs("count", count, batch)[: last - first]
     return counts.cpu().numpy()
 
 

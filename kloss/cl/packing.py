@@ -1,4 +1,4 @@
-"""Sentences end to end, without padding, as the model takes them."""
+"""Sentences end to end, without padding between them, as the model takes them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import Segments, make_segments
-from .corpus import Sentences
+from ..kernels import BatchLists, batch_lists
+from .corpus import IGNORED, Sentences
 
 
 class Part(NamedTuple):
@@ -18,33 +18,85 @@ class Part(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """S sentences with T tokens in all."""
+    """S sentences with T tokens in all.
 
+    A padded batch has rows behind the last sentence, labelled IGNORED, and empty sentences, so that S and T are capacities.
+    """
+
+    numbers: Tensor  # int64, the memory of all others
     input_ids: Tensor  # int64 [T]
     labels: Tensor  # int64 [T], IGNORED where there is none
+    number: Tensor  # int64 [S], each sentence's position within its part, or what `pack` was given
     cu_seqlens: Tensor  # int32 [S+1]
-    segments: Segments
-    sequence: Tensor  # int64 [S], each sentence's position within its part
+    adapter: Tensor  # int32 [S]
+    num_adapters: int
+    longest: int  # tokens of the longest sentence
+    tokens: int  # without padding
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on a device; the host does not wait for a GPU."""
+        numbers = send(self.numbers, device)
+        return (
+            self
+            if numbers is self.numbers
+            else PackedBatch(numbers, *_views(numbers, *self.capacity), self.num_adapters, self.longest, self.tokens)
+        )
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """T and S."""
+        return self.input_ids.numel(), self.adapter.numel()
+
+    def lists(self, dtype: torch.dtype, step: Tensor | None = None) -> BatchLists:
+        """`batch_lists` for activations of a dtype. step: int64 [G], each adapter's, where it drops."""
+        sequence = None if step is None else self.number
+        return batch_lists(
+            self.cu_seqlens, self.adapter, self.num_adapters, self.capacity[0], dtype,
+            step=step, sequence=sequence, longest=self.longest,
+        )  # fmt: skip
+
+
+def _views(numbers: Tensor, rows: int, sentences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a batch within its numbers."""
+    input_ids, labels, number, rest = numbers.split([rows, rows, sentences, numbers.numel() - 2 * rows - sentences])
+    ints = rest.view(torch.int32)
+    return input_ids, labels, number, ints[: sentences + 1], ints[sentences + 1 : 2 * sentences + 1]
+
+
+def send(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device. On a GPU they are a copy that the host does not wait for."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def capacity(count: int) -> int:
+    """The count rounded up in steps of a sixteenth to a thirty-second of itself, at least 16."""
+    step = max(16, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
 
 
 def pack(
-    parts: Sequence[tuple[Sentences, np.ndarray, int]], num_adapters: int, device: str | torch.device = "cpu"
+    parts: Sequence[tuple[Sentences, np.ndarray, int]],
+    num_adapters: int,
+    *,
+    number: np.ndarray | None = None,
+    padded: bool = False,
 ) -> PackedBatch:
-    """Pack sentences into one batch. parts: each a `Part`, or a tuple of its fields."""
+    """Pack sentences into one batch on the host.
+
+    parts: each a `Part`, or a tuple of its fields.
+    number: int [S], of each sentence; None: its position within its part.
+    padded: whether to round S and T up to a `capacity`.
+    """
     text = Sentences.concatenate([sentences.take(indices) for sentences, indices, _ in parts])
-    lengths = [len(indices) for _, indices, _ in parts]
-    adapter = np.repeat([adapter for *_, adapter in parts], lengths)
-    sequence = np.concatenate([np.arange(length) for length in lengths])
-    numbers = [text.input_ids, text.labels, text.offsets, adapter, sequence]
-    input_ids, labels, offsets, adapters, sequences = send(numbers, torch.device(device))
-    cu_seqlens = offsets.to(torch.int32)
-    segments = make_segments(cu_seqlens, adapters.to(torch.int32), num_adapters, rows=len(text.input_ids))
-    return PackedBatch(input_ids, labels, cu_seqlens, segments, sequences)
-
-
-def send(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
-    """Arrays of integers as int64 tensors on a device, in one copy, which the host does not wait for."""
-    staged = torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
-    if device.type == "cuda":
-        staged = staged.pin_memory()
-    return staged.to(device, non_blocking=True).split([len(array) for array in arrays])
+    counts = [len(indices) for _, indices, _ in parts]
+    tokens, count = len(text.input_ids), sum(counts)
+    rows, sentences = (capacity(tokens), capacity(count)) if padded else (tokens, count)
+    numbers = torch.zeros(2 * rows + sentences + sentences + 1, dtype=torch.int64)
+    tensors = _views(numbers, rows, sentences)
+    input_ids, labels, own, cu_seqlens, adapter = (tensor.numpy() for tensor in tensors)
+    input_ids[:tokens], labels[:tokens], labels[tokens:] = text.input_ids, text.labels, IGNORED
+    own[:count] = np.concatenate([np.arange(n) for n in counts]) if number is None else number
+    cu_seqlens[: count + 1], cu_seqlens[count + 1 :] = text.offsets, tokens
+    adapter[:count], adapter[count:] = np.repeat([adapter for *_, adapter in parts], counts), -1
+    longest = int(np.diff(text.offsets).max(initial=0))
+    return PackedBatch(numbers, *tensors, num_adapters, longest, tokens)

@@ -1,13 +1,15 @@
 """One training step of all learners of a bank: what the trainer runs and what the benchmarks time."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import StepDropout, row_keys, token_loss
+from ..kernels import StepDropout, token_loss
 from ..models import Rows, XLMRForTokenClassification
+from .graphs import Graphs
 from .learner import Learner
 from .packing import PackedBatch
 
@@ -53,30 +55,45 @@ class StepSettings(NamedTuple):
 
 
 def train_step(
-    model: XLMRForTokenClassification, bank: Rows, settings: StepSettings, batches: Iterable[PackedBatch]
+    model: XLMRForTokenClassification,
+    bank: Rows,
+    settings: StepSettings,
+    batches: Iterable[PackedBatch],
+    *,
+    graphs: Graphs | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Update every row of the bank once: forward and backward for each batch, then AdamW for all rows.
+    """Update the rows of the bank once: forward and backward for each batch, then AdamW for all rows.
 
     settings: of the bank's rows.
-    batches: each holds the sequences of the next `segments.num_adapters` rows; together they cover the bank.
+    batches: on the host; each holds the sequences of the next `num_adapters` rows, together they cover the bank.
+    graphs: those of this model, bank and settings; None: none are captured.
+    active: bool [G], the rows to update; None: all.
     Returns the losses and the gradient norms before clipping, fp32 [G]. A row with a norm that is not finite is not updated.
     """
+    graphs = Graphs(bank.param.device, enabled=False) if graphs is None else graphs
     losses, first = [], 0
     for batch in batches:
-        last = first + batch.segments.num_adapters
-        dropout = _dropout(settings, bank.steps, first, last, batch, model.num_sites)
-        logits = model(batch.input_ids, batch.cu_seqlens, batch.segments, bank.fresh(first, last), dropout=dropout)
-        loss, _ = token_loss(logits, batch.labels, batch.segments)
-        loss.sum().backward()
-        losses.append(loss.detach())
+        last = first + batch.num_adapters
+        losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
-    norms = bank.adamw_(settings.lr(bank.steps), weight_decay=settings.weight_decay, max_norm=settings.max_norm)
+    lr = settings.lr(bank.steps)
+    norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active)
     return torch.cat(losses), norms
 
 
-def _dropout(settings: StepSettings, steps: Tensor, first: int, last: int, batch: PackedBatch, num_sites: int) -> StepDropout:
-    """Dropout's keys for a batch of rows first..last-1."""
-    step = steps[first:last][batch.segments.adapter.long()]
-    keys = row_keys(step, batch.sequence, batch.cu_seqlens, rows=batch.input_ids.numel())
+def _backward(
+    model: XLMRForTokenClassification, bank: Rows, settings: StepSettings, first: int, last: int, batch: PackedBatch
+) -> Tensor:
+    """Set the gradients of rows first..last-1. Returns their losses, fp32."""
+    rows, dtype = bank.fresh(first, last), model.classifier.weight.dtype
     hidden, lora = (None if p is None else p[first:last] for p in (settings.dropout, settings.lora_dropout))
-    return StepDropout(hidden, hidden, lora, settings.seeds[first:last], keys, batch.segments.row_adapter, num_sites)
+    drops = hidden is not None or lora is not None
+    lists, dropout = batch.lists(dtype, bank.steps[first:last] if drops else None), None
+    if lists.row_key is not None:
+        keys = settings.seeds[first:last], lists.row_key, lists.segments.row_adapter
+        dropout = StepDropout(hidden, hidden, lora, *keys, model.num_sites)
+    logits = model(batch.input_ids, batch.cu_seqlens, bank=rows, dropout=dropout, lists=lists)
+    loss, _ = token_loss(logits, batch.labels, lists.segments)
+    loss.sum().backward()
+    return loss.detach()

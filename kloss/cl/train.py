@@ -1,7 +1,7 @@
 """The loop: learners advance together, one packed step at a time, and are scored as experiences end."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
 from .corpus import Corpus
 from .evaluate import evaluate
+from .graphs import Graphs
 from .learner import Learner, Scores
-from .packing import PackedBatch, Part, pack
+from .packing import PackedBatch, Part, pack, send
 from .shapes import check_shape
 from .step import StepSettings, train_step
 from .stream import Stream
@@ -80,6 +81,7 @@ class Cohort:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and JSON of everything that decides how training goes on."""
         if self._team is not None:
+            self._team.rewind()
             self._team.write_back()
         counters = [stream.counters() for stream in self.streams]
         scores = [{str(experience): row for experience, row in table.items()} for table in self.scores]
@@ -112,17 +114,21 @@ class Cohort:
         """
         untouched = [g for g, stream in enumerate(self.streams) if stream.counters() == [0, 0, 0] and 0 not in self.scores[g]]
         self._score(self.bank, untouched, untouched)
-        while learners := [g for g, s in enumerate(self.streams) if not s.finished and g not in self.failed]:
+        while learners := [g for g in range(len(self.learners)) if not self.ended(g)]:
             self._team = team = _Team(self, learners)
-            while not any(self.streams[g].finished or g in self.failed for g in learners):
+            while team.goes_on():
                 loss, ended = team.advance()
-                self._score(team.bank, [learners[row] for row in ended], ended)
+                self._score(team.bank, [learners[row] for row in ended], ended, team.graphs)
                 after_step(self, loss)
             team.write_back()
             self._team = None
 
-    def _score(self, bank: Rows, learners: Sequence[int], rows: Sequence[int]) -> None:
-        """Score `learners` (bank rows `rows`) at the point they have reached in their streams."""
+    def ended(self, g: int) -> bool:
+        """Whether a learner trains no more."""
+        return self.streams[g].finished or g in self.failed
+
+    def _score(self, bank: Rows, learners: Sequence[int], rows: Sequence[int], graphs: Graphs | None = None) -> None:
+        """Score `learners` (bank rows `rows`) at the point they have reached in their streams. graphs: of this bank."""
         pairs, cells = [], []
         for g, row in zip(learners, rows, strict=True):
             experience = self.streams[g].experience
@@ -130,7 +136,7 @@ class Cohort:
             for locale in self.to_score[g].get(experience, ()):
                 pairs.append((row, locale))
                 cells.append((table, locale))
-        counts = evaluate(self.model, bank, self.corpus, pairs, pass_tokens=self.pass_tokens)
+        counts = evaluate(self.model, bank, self.corpus, pairs, pass_tokens=self.pass_tokens, graphs=graphs)
         for (table, locale), count in zip(cells, counts.tolist(), strict=True):
             table[locale] = count
 
@@ -172,54 +178,97 @@ def check_progress(state: object, streams: Sequence[Stream], to_score: Sequence[
 
 
 class _Team:
-    """The learners of a cohort that are still training, with their rows side by side in a bank."""
+    """The learners of a cohort that are training, with their rows side by side in a bank.
+
+    On a GPU a learner that has ended stays as an idle row, so that captured graphs stay valid, until half of the rows are idle.
+    """
 
     def __init__(self, cohort: Cohort, learners: list[int]):
         self.cohort, self.learners = cohort, learners
         everyone = len(learners) == len(cohort.learners)
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
         self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact)
+        self.graphs = Graphs(cohort.device)
+        self._ahead: tuple[list[PackedBatch], list[list[int]]] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Note who trains, and cut the rows into passes."""
+        self.rewind()
+        self.live = [row for row, g in enumerate(self.learners) if not self.cohort.ended(g)]
+        mask = torch.zeros(len(self.learners), dtype=torch.bool)
+        mask[self.live] = True
+        self.active = send(mask, self.cohort.device)
         self.passes = self._passes()
+
+    def goes_on(self) -> bool:
+        """Whether the team trains on. Learners that have ended are made idle, if it may keep them."""
+        if any(self.cohort.ended(self.learners[row]) for row in self.live):
+            self._start()
+            return self.graphs.enabled and 2 * len(self.live) > len(self.learners)
+        return True
 
     def _passes(self) -> list[tuple[int, int]]:
         """Cut the rows into ranges of about `pass_tokens` tokens a step; a learner's batch is never split."""
         passes, first, room = [], 0, float(self.cohort.pass_tokens)
-        for row, g in enumerate(self.learners):
-            stream = self.cohort.streams[g]
+        for row in self.live:
+            stream = self.cohort.streams[self.learners[row]]
             sentences = sum(stream.epochs * stream.sentences(k) for k in range(len(stream.experiences)))
             tokens = stream.batch_size * stream.tokens() / sentences
-            if row > first and tokens > room:
+            if room < self.cohort.pass_tokens and tokens > room:
                 passes.append((first, row))
                 first, room = row, float(self.cohort.pass_tokens)
             room -= tokens
         return [*passes, (first, len(self.learners))]
 
-    def _batches(self, ended: list[int]) -> Iterator[PackedBatch]:
-        """The next batch of each pass. Rows whose experience ends with it are added to `ended`."""
+    def _pack(self) -> tuple[list[PackedBatch], list[int]]:
+        """The next batch of each pass, and the rows whose experience ends with it."""
+        batches, ended = [], []
         for first, last in self.passes:
             parts = []
-            for row in range(first, last):
+            for row in (row for row in self.live if first <= row < last):
                 batch = self.cohort.streams[self.learners[row]].next()
                 parts.append(Part(batch.sentences, batch.indices, row - first))
                 ended += [row] * batch.ended
-            packed = pack(parts, last - first, self.cohort.device)
-            self.cohort.tokens += packed.input_ids.numel()
-            yield packed
+            batches.append(pack(parts, last - first, padded=self.graphs.enabled))
+        return batches, ended
+
+    def _pack_ahead(self) -> None:
+        """Pack the next step, while a GPU computes this one. Not across the end of an experience, where scores come between."""
+        before = [self.cohort.streams[g].counters() for g in self.learners]
+        batches, ended = self._pack()
+        self._ahead = batches, before
+        if ended:
+            self.rewind()
+
+    def rewind(self) -> None:
+        """Take back what is packed ahead, so that the streams stand where training does."""
+        if self._ahead is not None:
+            for g, counters in zip(self.learners, self._ahead[1], strict=True):
+                self.cohort.streams[g].seek(counters)
+            self._ahead = None
 
     def advance(self) -> tuple[float, list[int]]:
-        """Train every row for one step.
+        """Train every live row for one step.
 
         Returns the mean of the finite losses, and the rows whose experience has ended. A row whose loss or gradient norm is
         not finite is entered in the cohort's `failed`.
         """
         cohort = self.cohort
-        ended: list[int] = []
-        loss, norms = train_step(cohort.model, self.bank, self.settings, self._batches(ended))
-        loss, norms = torch.stack([loss.float(), norms]).cpu()  # one wait for a GPU
-        for row in (~(torch.isfinite(loss) & torch.isfinite(norms))).nonzero()[:, 0].tolist():
-            reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
-            cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"
-            ended = [other for other in ended if other != row]
+        batches, ended = self._pack() if self._ahead is None else (self._ahead[0], [])
+        self._ahead = None
+        cohort.tokens += sum(batch.tokens for batch in batches)
+        results = train_step(cohort.model, self.bank, self.settings, batches, graphs=self.graphs, active=self.active)
+        both = torch.stack([result.float() for result in results])
+        if self.graphs.enabled and not ended:
+            self._pack_ahead()
+        loss, norms = both.cpu()  # the one wait for a GPU
+        for row in self.live:
+            if not (loss[row].isfinite() and norms[row].isfinite()):
+                reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
+                cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"
+                ended = [other for other in ended if other != row]
+        loss = loss[self.live]
         finite = loss[torch.isfinite(loss)]
         return float(finite.mean()) if finite.numel() else math.nan, ended
 

@@ -14,11 +14,13 @@ from .eager import (
     span_counts,
     token_loss,
 )
+from .lists import BatchLists, batch_lists
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
 
 __all__ = [
     "AttentionTiles",
+    "BatchLists",
     "Buckets",
     "Dropout",
     "Offsets",
@@ -29,6 +31,7 @@ __all__ = [
     "add_norm",
     "apply_dropout",
     "attention_lists",
+    "batch_lists",
     "gelu",
     "lora_linear",
     "make_segments",

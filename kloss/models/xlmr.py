@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..files import read_json, write_json, write_tensors
 from ..kernels import (
     AttentionTiles,
+    BatchLists,
     Buckets,
     Dropout,
     Offsets,
@@ -30,6 +31,7 @@ from ..kernels import (
     multi_lora_linear,
     packed_attention,
 )
+from ..kernels.lists import positions
 from .architecture import MODELS, XLMRConfig, from_config
 from .checkpoint import PATTERNS, read_weights
 from .convert import from_transformers, to_transformers
@@ -81,7 +83,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         cu_seqlens: Tensor,
-        lists: Buckets | AttentionTiles | Offsets,
+        tiles: Buckets | AttentionTiles | Offsets,
         segments: Segments | None,
         bank: Bank | None,
         dropout: StepDropout | None,
@@ -115,7 +117,7 @@ class Layer(nn.Module):
             return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
         qkv, keys = linear(x, "qkv", 3), drop("attention", "attention")
-        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=lists)
+        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=tiles)
         x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 
@@ -125,13 +127,20 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width, dtype=torch.float32), freeze=False)
 
 
-def _check_lengths(cu_seqlens: Tensor, max_length: int) -> None:
-    """Raises ValueError for a sequence longer than `max_length`; on a GPU an assertion stops the device."""
-    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max() if cu_seqlens.numel() > 1 else cu_seqlens.new_zeros(())
+def _check_lengths(cu_seqlens: Tensor, longest: int | None, max_length: int) -> None:
+    """Raises ValueError for a sequence longer than `max_length`; on a GPU an assertion stops the device.
+
+    longest: what the host knows, of `BatchLists`.
+    """
+    if longest is not None:
+        if longest > max_length:
+            raise ValueError(f"a sequence has {longest} tokens, the model takes {max_length}")
+        return
+    measured = (cu_seqlens[1:] - cu_seqlens[:-1]).max() if cu_seqlens.numel() > 1 else cu_seqlens.new_zeros(())
     if cu_seqlens.device.type != "cpu":
-        torch._assert_async(longest <= max_length, f"a sequence has more tokens than the {max_length} that the model takes")
-    elif longest > max_length:
-        raise ValueError(f"a sequence has {int(longest)} tokens, the model takes {max_length}")
+        torch._assert_async(measured <= max_length, f"a sequence has more tokens than the {max_length} that the model takes")
+    elif measured > max_length:
+        raise ValueError(f"a sequence has {int(measured)} tokens, the model takes {max_length}")
 
 
 class XLMRForTokenClassification(nn.Module):
@@ -162,14 +171,14 @@ class XLMRForTokenClassification(nn.Module):
         bank: Bank | None = None,
         *,
         dropout: StepDropout | None = None,
+        lists: BatchLists | None = None,
     ) -> Tensor:
         """Last hidden states [T, H] of packed token ids [T]; arguments and errors as in `forward`."""
         if bank is not None and segments is None:
             raise ValueError("a bank needs segments, which say which adapter each row has")
-        row = torch.arange(input_ids.shape[0], device=input_ids.device)
-        position = row - cu_seqlens[torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)]
         max_length = self.config.max_length
-        _check_lengths(cu_seqlens, max_length)
+        _check_lengths(cu_seqlens, None if lists is None else lists.longest, max_length)
+        position = positions(cu_seqlens, input_ids.shape[0]) if lists is None else lists.position
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
         embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + self.config.first_position)
         x = F.layer_norm(
@@ -180,9 +189,9 @@ class XLMRForTokenClassification(nn.Module):
             self.embedding_norm.eps,
         )
         x = apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 2))
-        lists = attention_lists(cu_seqlens, x)
+        tiles = attention_lists(cu_seqlens, x) if lists is None else lists.attention
         for layer in self.layers:
-            x = layer(x, cu_seqlens, lists, segments, bank, dropout)
+            x = layer(x, cu_seqlens, tiles, segments, bank, dropout)
         return apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 1))
 
     def forward(
@@ -193,6 +202,7 @@ class XLMRForTokenClassification(nn.Module):
         bank: Bank | None = None,
         *,
         dropout: StepDropout | None = None,
+        lists: BatchLists | None = None,
     ) -> Tensor:
         """Label logits of packed tokens.
 
@@ -201,10 +211,12 @@ class XLMRForTokenClassification(nn.Module):
         segments: which adapter each sequence has.
         bank: the adapters and their heads. Sequences without an adapter get the model's own head, as all do without a bank.
         dropout: the step's keys; None evaluates.
+        lists: `batch_lists` of the same sequences, if already computed; segments are then its own.
         Returns [T, num_labels] in the model's dtype.
         Raises ValueError for a sequence longer than the model's positions, and for a bank without segments.
         """
-        x = self.encode(input_ids, cu_seqlens, segments, bank, dropout=dropout)
+        segments = segments if lists is None else lists.segments
+        x = self.encode(input_ids, cu_seqlens, segments, bank, dropout=dropout, lists=lists)
         if bank is None or segments is None or bank.head is None:
             return self.classifier(x)
         logits = adapter_linear(x, *bank.head, segments)
