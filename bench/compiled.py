@@ -35,6 +35,7 @@ from kloss.kernels import (
     adapter_linear_triton,
     add_norm_triton,
     attention_triton,
+    dropout_triton,
     lora_tiles,
     lora_triton,
     token_loss_triton,
@@ -47,7 +48,7 @@ from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-MODULES = (lora_tiles, attention_triton, add_norm_triton, adapter_linear_triton, token_loss_triton)
+MODULES = (lora_tiles, attention_triton, add_norm_triton, adapter_linear_triton, token_loss_triton, dropout_triton)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
@@ -179,6 +180,13 @@ def run_loss(segments: Segments, *, labels: int = LABELS, dtype: torch.dtype = t
     return [loss, count, lse, dlogits]
 
 
+def run_dropout(segments: Segments, *, sites: int = 86) -> list[Tensor]:
+    """The keys of all sites and the limits of the rows."""
+    G, rows, adapter = segments.num_adapters, segments.order.numel(), segments.row_adapter
+    keys = dropout_triton.keys(torch.randint(99, (G,)), torch.randint(99, (rows,)), adapter, 0, sites)
+    return [keys, *dropout_triton.limits(torch.rand(G), adapter, rows)]
+
+
 def _drops(segments: Segments, dropout: bool) -> RowDropout | None:
     rows = segments.order.numel()
     state = torch.randint(1 << 60, (rows,)), torch.zeros(rows, dtype=torch.int16), torch.full((rows,), 2.0)
@@ -196,6 +204,7 @@ def variants() -> Iterator[dict]:
     yield dict(op="add_norm", width=768)
     yield dict(op="heads", width=768)
     yield dict(op="loss")
+    yield dict(op="dropout")
 
 
 def more_variants() -> Iterator[dict]:

@@ -145,6 +145,8 @@ CASES = {
     "heads, odd rows": (ODD, "heads", dict(width=16, labels=5, **FP16)),
     "heads, nobody": (NONE, "heads", dict(width=16, labels=5, **FP16)),
     "loss": (ODD, "loss", dict(labels=23, **FP32)),
+    "dropout": (ODD, "dropout", dict(sites=3)),
+    "dropout, no rows": (EMPTY, "dropout", dict(sites=3)),
     "loss, no rows": (EMPTY, "loss", dict(labels=23, **FP32)),
 }
 randn = torch.randn
@@ -190,6 +192,14 @@ BROKEN = {
     "attention, width": ("attention_triton", "m_d, o_h = o_d < D", "m_d, o_h = o_d <= D", "outside", "attention"),
     "add_norm, width": ("add_norm_triton", "o_h < H\n", "o_h <= H\n", "outside", "add_norm"),
     "heads, outputs": ("adapter_linear_triton", "m_n, m_t = o_n < N", "m_n, m_t = o_n <= N", "outside", "heads"),
+    "dropout, rows": (
+        "dropout_triton",
+        "m_t = o_t < T\n    g = tl.zeros",
+        "m_t = o_t <= T\n    g = tl.zeros",
+        "outside",
+        "dropout",
+    ),
+    "dropout, adapters": ("dropout_triton", "(g >= 0) & (g < G)", "g < G", "outside", "dropout"),
     "loss, rows": ("token_loss_triton", "m_t = o_i < last", "m_t = o_i <= last", "another program", "loss"),
     "loss, labels": ("token_loss_triton", "(o_c < C)", "(o_c <= C)", "outside", "loss"),
 }

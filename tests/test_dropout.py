@@ -10,7 +10,8 @@ from helpers import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kloss.kernels import Dropout, StepDropout, apply_dropout, row_keys
+from kloss.kernels import Dropout, StepDropout, apply_dropout, dropout_triton, row_keys
+from kloss.kernels import dropout as dropout_module
 from kloss.kernels.dropout import keep_mask
 from kloss.kernels.dropout_device import keep_block, stream_keys, threshold_of
 
@@ -148,6 +149,29 @@ def test_all_sites_at_once_are_the_sites_one_by_one():
     for kind, p in (("hidden", chance), ("lora", chance / 2)):
         for site in (0, 3, 6):
             assert torch.equal(apply_dropout(x, step.at(kind, site)), apply_dropout(x, Dropout(p, seed, row_key, site, adapter)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_kernels_of_the_rows_have_the_bits_of_torch(device, monkeypatch):
+    """Keys of every kind of seed, key and site; the limits of every threshold. Adapters out of range count as none."""
+    generator = torch.Generator().manual_seed(2)
+    seed, row_key = (torch.randint(-(1 << 63), (1 << 63) - 1, (n,), generator=generator) for n in (3, 300))
+    adapter = torch.randint(-1, 3, (300,), generator=generator, dtype=torch.int32)
+    p = torch.arange(65536, dtype=torch.float32) / 65536
+    ids = torch.cat([torch.arange(65536), torch.tensor([-1])]).int()
+    with monkeypatch.context() as patch:
+        patch.setattr(dropout_module, "built", lambda: False)
+        wanted = [dropout_module._site_keys(seed, row_key, owner, 7, 5) for owner in (adapter, None)]
+        limits = [dropout_module._row_limits(p[5:], None, 4), dropout_module._row_limits(p, ids, 65537)]
+    seed, row_key, adapter, p, ids = (t.to(device) for t in (seed, row_key, adapter, p, ids))
+    for owner, keys in zip((adapter, None), wanted, strict=True):
+        assert torch.equal(dropout_triton.keys(seed, row_key, owner, 7, 5).cpu(), keys)
+    got = [dropout_triton.limits(p[5:].clone(), None, 4), dropout_triton.limits(p, ids, 65537)]
+    for pair, right in zip(got, limits, strict=True):
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(pair, right, strict=True))
+    beyond = adapter.clamp(min=0) + 3
+    assert torch.equal(dropout_triton.keys(seed, row_key, beyond, 7, 5), dropout_triton.keys(seed, row_key, None, 7, 5))
+    assert not (dropout_triton.limits(p[:3].clone(), beyond, 300)[1] - 1).any()
 
 
 def test_dropped_elements_are_zero_whatever_they_held():

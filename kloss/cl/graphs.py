@@ -1,6 +1,6 @@
-"""Work on packed batches as CUDA graphs: captured once for each capacity, then replayed with other contents.
+"""Work on packed batches as CUDA graphs: captured once for each bucket, then replayed with other contents.
 
-What a function launches must follow from the batch's capacity alone: sizes and Python numbers are frozen by the capture. So it
+What a function launches must follow from the batch's bucket alone: sizes and Python numbers are frozen by the capture. So it
 reads nothing back from the device, and whatever changes between replays lies in tensors that it reads each time.
 """
 
@@ -28,7 +28,7 @@ class _Captured(NamedTuple):
 class Graphs:
     """Runs functions of packed batches on a device.
 
-    On a GPU a function runs as it is for the first batch of a capacity, which compiles its kernels, is captured with the second
+    On a GPU a function runs as it is for the first batch of a bucket, which compiles its kernels, is captured with the second
     one, and is replayed from then on. On a CPU, or if not enabled, it always runs as it is.
     """
 
@@ -40,11 +40,11 @@ class Graphs:
     def __call__(self, key: Hashable, function: Function, batch: PackedBatch) -> Tensor:
         """function(batch on the device).
 
-        key: names the function and what it holds; with the batch's capacity it must decide what is launched.
+        key: names the function and what it holds; with the batch's bucket it must decide what is launched.
         batch: on the host, padded.
         Returns what the function returns, which stays as it is until the next call.
         """
-        key = (key, batch.capacity, batch.num_adapters)
+        key = key, batch.bucket
         if not self.enabled or key not in self._captured:
             self._captured[key] = None
             return function(batch.to(self.device))

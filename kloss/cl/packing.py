@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import BatchLists, batch_lists
+from ..kernels.buckets import CLASSES
+from ..kernels.segments import CHUNK
 from .corpus import IGNORED, Sentences
 
 
@@ -31,28 +33,32 @@ class PackedBatch(NamedTuple):
     adapter: Tensor  # int32 [S]
     num_adapters: int
     longest: int  # tokens of the longest sentence
+    most: int  # tokens of the adapter with most of them
     tokens: int  # without padding
+    all_adapted: bool  # whether every sentence has an adapter
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on a device; the host does not wait for a GPU."""
         numbers = send(self.numbers, device)
-        return (
-            self
-            if numbers is self.numbers
-            else PackedBatch(numbers, *_views(numbers, *self.capacity), self.num_adapters, self.longest, self.tokens)
-        )
+        return self if numbers is self.numbers else PackedBatch(numbers, *_views(numbers, *self.capacity), *self[6:])
 
     @property
     def capacity(self) -> tuple[int, int]:
         """T and S."""
         return self.input_ids.numel(), self.adapter.numel()
 
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        """What decides, with the model, which kernels are launched, and over how much."""
+        classes = sum(self.longest > rows for rows in CLASSES["half"])
+        return *self.capacity, self.num_adapters, classes, int(self.most > CHUNK), int(self.all_adapted)
+
     def lists(self, dtype: torch.dtype, step: Tensor | None = None) -> BatchLists:
         """`batch_lists` for activations of a dtype. step: int64 [G], each adapter's, where it drops."""
         sequence = None if step is None else self.number
         return batch_lists(
             self.cu_seqlens, self.adapter, self.num_adapters, self.capacity[0], dtype,
-            step=step, sequence=sequence, longest=self.longest,
+            step=step, sequence=sequence, longest=self.longest, most=self.most, all_adapted=self.all_adapted,
         )  # fmt: skip
 
 
@@ -98,5 +104,7 @@ def pack(
     own[:count] = np.concatenate([np.arange(n) for n in counts]) if number is None else number
     cu_seqlens[: count + 1], cu_seqlens[count + 1 :] = text.offsets, tokens
     adapter[:count], adapter[count:] = np.repeat([adapter for *_, adapter in parts], counts), -1
-    longest = int(np.diff(text.offsets).max(initial=0))
-    return PackedBatch(numbers, *tensors, num_adapters, longest, tokens)
+    lengths = np.diff(text.offsets)
+    owners = np.bincount(np.maximum(adapter[:count], 0), lengths)
+    longest, most, adapted = int(lengths.max(initial=0)), int(owners.max(initial=0)), bool((adapter[:count] >= 0).all())
+    return PackedBatch(numbers, *tensors, num_adapters, longest, most, tokens, adapted)

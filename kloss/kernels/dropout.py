@@ -11,6 +11,8 @@ key between its multiplications. All arithmetic wraps. Nothing depends on the ba
 among others, forward and backward.
 """
 
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -182,9 +184,29 @@ def kept_scaling(scaling: Tensor, p: Tensor) -> Tensor:
     return scaling / (1 - thresholds(p).float() / 65536)
 
 
+_library = torch.library.Library("kloss", "FRAGMENT")
+
+
+@cache
+def _on_gpu() -> bool:
+    """Whether the operators of the keys are there for a GPU; registers them."""
+    if built():
+        kernels = import_module(".dropout_triton", __package__)  # only now: Triton need not be there
+        _library.impl("dropout_keys", kernels.keys, "CUDA")
+        _library.impl("dropout_limits", kernels.limits, "CUDA")
+    return built()
+
+
+def _served(numbers: Tensor) -> bool:
+    """Whether operators compute keys and limits, where these numbers are."""
+    if numbers.device.type == "cuda":
+        return not torch.compiler.is_compiling() and _on_gpu()
+    return readable(numbers) and built()
+
+
 def _site_keys(seed: Tensor, row_key: Tensor, adapter: Tensor | None, first: int, sites: int) -> Tensor:
     """`stream_keys` int64 [sites, T] of some sites, `first` the first. adapter: [T], the entry of seed, or None for entry 0."""
-    if readable(row_key) and built():
+    if _served(row_key):
         entry = None if adapter is None else adapter.int().contiguous()
         return torch.ops.kloss.dropout_keys(seed.contiguous(), row_key.contiguous(), entry, _signed(first % (1 << 64), 64), sites)
     site = (first + torch.arange(sites, device=seed.device))[:, None]
@@ -193,7 +215,7 @@ def _site_keys(seed: Tensor, row_key: Tensor, adapter: Tensor | None, first: int
 
 def _row_limits(p: Tensor, adapter: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
     """`threshold` and `scale` of `RowDropout`. adapter: [T], the entry of p [G] for each row, or None for entry 0."""
-    if readable(p) and built():
+    if _served(p):
         return torch.ops.kloss.dropout_limits(p.contiguous(), None if adapter is None else adapter.int().contiguous(), rows)
     limit = torch.cat([thresholds(p), torch.zeros(1, dtype=torch.int32, device=p.device)])  # adapter -1 finds the zero at the end
     threshold, scale = (limit - 32768).to(torch.int16), (1 / (1 - limit.double() / 65536)).float()

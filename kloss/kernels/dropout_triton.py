@@ -1,4 +1,4 @@
-"""The per-row state of dropout on a GPU: csrc's `dropout_keys` and `dropout_limits` in Triton, registered on import.
+"""The per-row state of dropout on a GPU: csrc's `dropout_keys` and `dropout_limits` in Triton.
 
 They give the bits of `dropout.py`. An adapter that is out of range is taken as none, for the host waits for no check.
 """
@@ -24,7 +24,8 @@ def keys_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """keys[i, t] of site first + i; rows without an adapter have those of entry 0."""
-    i_s, o_t = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(T, BLOCK)
+    i_s, o_t = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     m_t = o_t < T
     g = tl.zeros((BLOCK,), tl.int32)
     if adapter_ptr is not None:
@@ -61,7 +62,7 @@ def keys(seed: Tensor, row_key: Tensor, adapter: Tensor | None, first_site: int,
     out = row_key.new_empty(sites, T)
     if T and sites:
         with torch.cuda.device_of(row_key):
-            keys_kernel[(triton.cdiv(T, BLOCK), sites)](
+            keys_kernel[(triton.cdiv(T, BLOCK) * sites,)](
                 seed_ptr=seed, row_key_ptr=row_key, adapter_ptr=adapter, keys_ptr=out, T=T, G=seed.numel(), first=first_site,
                 BLOCK=BLOCK, **FUSION,
             )  # fmt: skip
@@ -77,8 +78,3 @@ def limits(p: Tensor, adapter: Tensor | None, rows: int) -> tuple[Tensor, Tensor
                 p_ptr=p, adapter_ptr=adapter, threshold_ptr=threshold, scale_ptr=scale, T=rows, G=p.numel(), BLOCK=BLOCK, **FUSION
             )
     return threshold, scale
-
-
-_library = torch.library.Library("kloss", "FRAGMENT")
-_library.impl("dropout_keys", keys, "CUDA")
-_library.impl("dropout_limits", limits, "CUDA")

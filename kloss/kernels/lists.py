@@ -21,6 +21,7 @@ class BatchLists(NamedTuple):
     attention: the `lists` of `packed_attention`.
     row_key: int64 [T], of `row_keys`; None where nobody drops.
     longest: rows of the longest sequence or more, as the host knows it; None if it does not.
+    all_adapted: whether the host knows that every sequence has an adapter.
     """
 
     segments: Segments
@@ -28,6 +29,7 @@ class BatchLists(NamedTuple):
     attention: Buckets | AttentionTiles | Offsets
     row_key: Tensor | None = None
     longest: int | None = None
+    all_adapted: bool = False
 
 
 def positions(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -46,30 +48,30 @@ def batch_lists(
     step: Tensor | None = None,
     sequence: Tensor | None = None,
     longest: int | None = None,
+    most: int | None = None,
+    all_adapted: bool = False,
 ) -> BatchLists:
     """All lists of a batch; on a GPU with csrc's library in two launches, and nowhere is anything read back from a GPU.
 
     cu_seqlens, adapter, num_adapters, rows: as in `make_segments`, int32.
     dtype: of the activations.
     step: int64 [G], each adapter's, and sequence: int64 [S], for `row_keys`; or both None.
-    longest: of `BatchLists`.
+    longest, all_adapted: of `BatchLists`.
+    most: rows of the adapter with most of them or more, or None. On a GPU a bound spares launches.
     Raises ValueError as `make_segments` and `row_keys` do.
     """
     device = cu_seqlens.device
     if device.type == "cuda" and dtype != torch.float64 and shared_ops.runs_on(device):
         classes = len(CLASSES[bucket(dtype)])
-        made = shared_ops.work_lists(cu_seqlens, adapter, num_adapters, rows, step=step, sequence=sequence, classes=classes)
+        made = shared_ops.work_lists(
+            cu_seqlens, adapter, num_adapters, rows, step=step, sequence=sequence, classes=classes, longest=longest, most=most
+        )
         assert made.longer is not None
         tiles = AttentionTiles(made.short, made.longer, cu_seqlens)
-        return BatchLists(made.segments, made.position, tiles, made.row_key, longest)
+        return BatchLists(made.segments, made.position, tiles, made.row_key, longest, all_adapted)
     segments, keys = make_segments(cu_seqlens, adapter, num_adapters, rows=rows), None
     if step is not None and sequence is not None:
         of_sequence = torch.cat([step, step.new_zeros(1)])[adapter.long()]  # adapter -1 finds the zero
         keys = row_keys(of_sequence, sequence, cu_seqlens, rows=rows)
-    return BatchLists(
-        segments,
-        positions(cu_seqlens, rows),
-        attention_lists(cu_seqlens, cu_seqlens.new_empty(rows, 0, dtype=dtype)),
-        keys,
-        longest,
-    )
+    attention = attention_lists(cu_seqlens, cu_seqlens.new_empty(rows, 0, dtype=dtype))
+    return BatchLists(segments, positions(cu_seqlens, rows), attention, keys, longest, all_adapted)

@@ -327,7 +327,8 @@ def reduce(
     grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
     if not grid[0]:
         return
-    part = torch.empty(slot_capacity(order.numel(), span), per_adapter, dtype=torch.float32, device=x.device)
+    slots = slot_capacity(order.numel(), span) if work.chunks.shape[0] > out.shape[0] else 0  # none if all have one chunk
+    part = torch.empty(slots, per_adapter, dtype=torch.float32, device=x.device)
     reduce_kernel[grid](
         x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=work.chunks,
         slots_ptr=work.slots, ranks_ptr=ranks, scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,

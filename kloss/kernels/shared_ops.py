@@ -122,6 +122,8 @@ def work_lists(
     step: Tensor | None = None,
     sequence: Tensor | None = None,
     classes: int = 0,
+    longest: int | None = None,
+    most: int | None = None,
     backwards: bool = False,
 ) -> Lists:
     """All that a batch's kernels walk, in one call.
@@ -131,6 +133,8 @@ def work_lists(
     step: int64 [G], each adapter's, below 2^31; with `sequence`, int64 [S], each one's number within its learner's batch, below
         2^16. Or both None.
     classes: how many of SHORT_CLASSES attention has; 0: no tiles for attention.
+    longest: rows of the longest sequence or more; classes that none reaches get no tiles. None: unknown.
+    most: rows of the adapter with most of them, or more; with at most CHUNK there is one chunk for each. None: unknown.
     backwards: whether a CPU runs the threads of a phase from last to first; the result is the same. For tests.
     Raises RuntimeError for offsets, adapters, steps or sequences out of range; on a GPU the device stops.
     """
@@ -142,15 +146,16 @@ def work_lists(
     def longs(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=device)
 
+    more = rows // CHUNK if most is None or most > CHUNK else 0
     work = Work(
-        ints(tile_capacity(rows, G, SHORT_TILE), 3), ints(tile_capacity(rows, G, LONG_TILE), 3), ints(G + rows // CHUNK, 4),
-        ints(G + 1),
-    )  # fmt: skip
+        ints(tile_capacity(rows, G, SHORT_TILE), 3), ints(tile_capacity(rows, G, LONG_TILE), 3), ints(G + more, 4), ints(G + 1)
+    )
     row_adapter, order, ends, position = ints(rows), longs(rows), longs(G + 1), ints(rows)
     row_key = None if step is None else longs(rows)
     heights = SHORT_CLASSES[:classes]
-    short = tuple(ints(min(S, rows // (below + 1)), 3) for below in (0, *heights)[:classes])
-    longer = ints(2 * rows // heights[-1] if rows > heights[-1] else 0, 3) if heights else None
+    longest = rows if longest is None else min(longest, rows)
+    short = tuple(ints(min(S, rows // (below + 1)) if longest > below else 0, 3) for below in (0, *heights)[:classes])
+    longer = ints(2 * rows // heights[-1] if longest > heights[-1] else 0, 3) if heights else None
     absent = (None,) * (len(SHORT_CLASSES) - classes)
     torch.ops.kloss.work_lists_(
         cu_seqlens,

@@ -212,7 +212,7 @@ class XLMRForTokenClassification(nn.Module):
         bank: the adapters and their heads. Sequences without an adapter get the model's own head, as all do without a bank.
         dropout: the step's keys; None evaluates.
         lists: `batch_lists` of the same sequences, if already computed; segments are then its own.
-        Returns [T, num_labels] in the model's dtype.
+        Returns [T, num_labels] in the model's dtype; rows behind the last sequence hold nothing of use.
         Raises ValueError for a sequence longer than the model's positions, and for a bank without segments.
         """
         segments = segments if lists is None else lists.segments
@@ -220,7 +220,8 @@ class XLMRForTokenClassification(nn.Module):
         if bank is None or segments is None or bank.head is None:
             return self.classifier(x)
         logits = adapter_linear(x, *bank.head, segments)
-        if segments.runs and segments.runs[-1][2] == x.shape[0]:  # the host knows that every row has an adapter
+        covered = segments.runs and segments.runs[-1][2] == x.shape[0]
+        if covered or (lists is not None and lists.all_adapted):  # the host knows that every sequence has an adapter
             return logits
         adapted = F.pad(segments.row_adapter >= 0, (0, x.shape[0] - segments.row_adapter.numel()))
         return torch.where(adapted[:, None], logits, self.classifier(x))
