@@ -125,3 +125,25 @@ def test_low_precision_gradients_and_strided_rows():
     norms = rows.update(wide[:, 3:40], everyone)
     assert torch.equal(norms, wanted.update(grad.float(), everyone)) and norms.dtype == torch.float32
     assert torch.equal(rows.param, wanted.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("library", [True, False], ids=["csrc", "plain torch"])
+def test_work_gets_the_weights_of_rows_that_move(dtype, library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(kernels.adamw.shared_ops, "runs_on", lambda device: False)
+    rows, generator = Rows(), torch.Generator().manual_seed(1)
+    grad = torch.randn(rows.param.shape, generator=generator).to(dtype)
+    grad[2, 5] = float("inf")
+    work = torch.full((4, 40), 7.0, dtype=dtype)[:, :37]
+    settings = dict(betas=BETAS, eps=EPS, weight_decay=rows.decays, max_norm=rows.clips)
+    active = torch.tensor([True, False, True, True])
+    rows.op(rows.param, grad, *rows.moments, rows.step, rows.rates, **settings, active=active, work=work)
+    assert rows.step.tolist() == [1, 0, 0, 1]
+    assert torch.equal(work[[0, 3]], rows.param[[0, 3]].to(dtype)) and (work[1:3] == 7).all()
+    assert (work.as_strided((4, 40), (40, 1))[:, 37:] == 7).all()
+    before = rows.param.clone()
+    for wrong in (rows.param, work[:3], work.double(), work.t().contiguous().t()):
+        with pytest.raises(ValueError, match="work|must not be one tensor"):
+            rows.op(rows.param, grad, *rows.moments, rows.step, rows.rates, **settings, active=active, work=wrong)
+    assert torch.equal(rows.param, before)

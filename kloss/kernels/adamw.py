@@ -12,17 +12,19 @@ from .checks import FLOATS, check, check_dim, check_values, readable
 LARGEST = torch.finfo(torch.float32).max
 
 
-def _check_rows(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def _check_rows(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor | None) -> None:
     """What `adapter_adamw_` needs of memory that it writes in place."""
     check_dim("param", param, "G, P")
     (G, P), memory = param.shape, {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check("grad", grad, (G, P), FLOATS[:3], param.device)
+    if work is not None:
+        memory["work"] = work
     for name, tensor in memory.items():
-        check(name, tensor, (G, P), (torch.float32,), param.device)
+        check(name, tensor, (G, P), (grad.dtype if name == "work" else torch.float32,), param.device)
         if (P > 1 and tensor.stride(1) != 1) or (G > 1 and tensor.stride(0) < P):
             raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")
-    check("grad", grad, (G, P), FLOATS[:3], param.device)
-    if G and len({tensor.data_ptr() for tensor in (grad, *memory.values())}) < 4:
-        raise ValueError("param, grad, exp_avg and exp_avg_sq must not be one tensor")
+    if G and P and len({tensor.data_ptr() for tensor in (grad, *memory.values())}) < 1 + len(memory):
+        raise ValueError(f"{', '.join(['grad', *memory])} must not be one tensor")
 
 
 @torch.no_grad()
@@ -39,6 +41,7 @@ def adapter_adamw_(
     weight_decay: Tensor,
     max_norm: Tensor,
     active: Tensor,
+    work: Tensor | None = None,
 ) -> Tensor:
     """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
 
@@ -48,6 +51,7 @@ def adapter_adamw_(
     lr, weight_decay: float [G], finite, at least 0.
     max_norm: float [G], above 0; gradients of a larger norm are clipped to it; inf: never.
     active: bool [G].
+    work: [G, P] in grad's dtype, each row contiguous, or None; gets a copy of the new weights of rows that move.
     betas: in [0, 1).
     eps: above 0.
     All numbers are on the host, or all on param's device: then a GPU's values are not checked, for nobody waits for them.
@@ -56,7 +60,7 @@ def adapter_adamw_(
     Raises ValueError for arguments out of range or that do not fit each other; then no row has changed.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101; clipping as torch.nn.utils.clip_grad_norm_.
     """
-    _check_rows(param, grad, exp_avg, exp_avg_sq)
+    _check_rows(param, grad, exp_avg, exp_avg_sq, work)
     G = param.shape[0]
     check_values("betas", betas, lambda value: 0 <= value < 1, "a number in [0, 1)")
     if not 0 < eps <= LARGEST:
@@ -77,9 +81,9 @@ def adapter_adamw_(
         rate, decay, top = (numbers.to(torch.float32).contiguous() for numbers in (lr, weight_decay, max_norm))
         return shared_ops.adamw_(
             param, grad, exp_avg, exp_avg_sq, step, rate, betas=betas, eps=eps, weight_decay=decay, max_norm=top,
-            active=active.contiguous(),
+            active=active.contiguous(), work=work,
         )  # fmt: skip
-    return _row_by_row(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, active)
+    return _row_by_row(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, active, work)
 
 
 def _row_by_row(
@@ -94,6 +98,7 @@ def _row_by_row(
     weight_decay: Tensor,
     max_norm: Tensor,
     active: Tensor,
+    work: Tensor | None,
 ) -> Tensor:
     """`adapter_adamw_` without C++: torch's fused AdamW for one row after the other. The host waits for a GPU's norms."""
     (beta_1, beta_2), rows = betas, active.nonzero()[:, 0].tolist()
@@ -118,4 +123,6 @@ def _row_by_row(
             grad_scale=divisor, found_inf=found_inf,
         )  # fmt: skip
         step[g] += 1
+        if work is not None:
+            work[g].copy_(param[g])
     return norms

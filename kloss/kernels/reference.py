@@ -149,9 +149,11 @@ def adapter_adamw_(
     weight_decay: Tensor,
     max_norm: Tensor,
     active: Tensor,
+    work: Tensor | None = None,
 ) -> Tensor:
     """AdamW for each active row whose gradient norm is finite: clip, decay, update both moments, step.
 
+    work: gets a copy of the weights of rows that move.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2; clipping as torch.nn.utils.clip_grad_norm_.
     """
     norms = torch.where(active, grad.to(param.dtype).square().sum(1).sqrt(), 0)
@@ -162,6 +164,8 @@ def adapter_adamw_(
         exp_avg_sq[g] = betas[1] * exp_avg_sq[g] + (1 - betas[1]) * clipped.square()
         mean, variance = exp_avg[g] / (1 - betas[0] ** int(step[g])), exp_avg_sq[g] / (1 - betas[1] ** int(step[g]))
         param[g] -= lr[g] * (weight_decay[g] * param[g] + mean / (variance.sqrt() + eps))
+        if work is not None:
+            work[g] = param[g]
     return norms
 
 

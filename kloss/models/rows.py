@@ -87,19 +87,18 @@ class Rows:
             self.work[rows].copy_(self.param[rows])
 
     def adamw_(self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None) -> Tensor:
-        """Update all rows in place by `adapter_adamw_`, then refresh the working copy.
+        """Update all rows in place by `adapter_adamw_`, the working copy with them.
 
         lr, weight_decay, max_norm: fp32 [G], on param's device.
         active: bool [G], the rows to update; None: all.
         Returns the gradient norms before clipping, fp32 [G].
         """
         active = torch.ones_like(self.steps, dtype=torch.bool) if active is None else active
-        norms = adapter_adamw_(
+        return adapter_adamw_(
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr,
             betas=BETAS, eps=EPS, weight_decay=weight_decay, max_norm=max_norm, active=active,
+            work=None if self.work is self.param else self.work,
         )  # fmt: skip
-        self.refresh()
-        return norms
 
     def span(self, start: int, end: int) -> "Rows":
         """Rows start..end-1, sharing this one's memory."""
