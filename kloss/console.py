@@ -102,8 +102,10 @@ class Console:
             table.add_row(f"[bold]{heading}", escape(text))
         self.out.print(table)
 
-    def summary(self, warnings: Sequence[str], rows: Sequence[dict], comparisons: Sequence[dict], report: Path) -> None:
-        """Print what must be read first, each strategy's means with 95 % intervals, paired differences and the report's path."""
+    def summary(
+        self, warnings: Sequence[str], rows: Sequence[dict], comparisons: Sequence[dict], advice: Sequence[str], report: Path
+    ) -> None:
+        """Print warnings, each strategy's means with 95 % intervals, paired differences, advice, and the report's path."""
         for line in warnings:
             self.out.print(escape(line), style="bold red", highlight=False, soft_wrap=True)
         table = Table(title="F1 in points, CFT and CBT as differences; 95 % intervals over different runs, tN: Student, N df")
@@ -120,6 +122,8 @@ class Console:
             points = _interval(row, "difference", 100)
             text = f"{row['label']} minus {row['other']}: {points} points of final F1, paired ({row['units']} pairs)"
             self.out.print(escape(text), highlight=False, soft_wrap=True)
+        for line in advice:
+            self.out.print(escape(line), highlight=False, soft_wrap=True)
         self.out.print(f"report: {report}", highlight=False, soft_wrap=True)
 
     def error(self, text: str) -> None:

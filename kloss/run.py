@@ -25,7 +25,7 @@ from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
-from .cl.summary import comparisons, summary_rows, warnings
+from .cl.summary import chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console
 from .errors import UserError
@@ -203,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with console.progress() as progress:
                     folder, scores = run(config, progress)
                 rows = summary_rows(scores)
-                console.summary(warnings(scores), rows, comparisons(scores), folder / "report.html")
+                advice = chosen_on_dev(scores, rows)
+                console.summary(warnings(rows), rows, comparisons(scores), advice, folder / "report.html")
                 return DIVERGED if any(row["diverged"] for row in rows) else 0
     except UserError as error:
         console.error(shown(error, 2000))

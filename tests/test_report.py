@@ -255,6 +255,31 @@ def test_the_first_screen_says_what_the_run_cannot(tmp_path):
     assert "400 training and 20 dev utterances each" in text
 
 
+def test_the_first_screen_says_what_was_asked_and_found(tmp_path):
+    scores = fake_scores(TWELVE, ("non-shared", "shared", "multi"), orders=1, seeds=2)
+    for run in scores["runs"]:  # SHARED keeps half of what is Latin, all of what is not
+        if run["strategy"] == "shared":
+            latin = np.array([LANGUAGES[m].script == "Latin" for m in run["order"]])
+            R = np.where(np.tri(13, 12, -1), 0.6 + 0.01 * run["seed"], 0.0)
+            R[-1] = np.where(latin, 0.3, 0.6) + np.linspace(0, 0.01, 12)
+            R[-1, -1] = 0.6
+            run["R"] = R.tolist()
+    text = text_of(report(tmp_path, scores))
+    top = text[: text.index("Results")]
+    assert "What does each keep of 12 languages, learned one after another: NON-SHARED r=8, SHARED r=8, MULTI r=8?" in top
+    assert re.search(r"SHARED r=8 keeps 0\.8\d of what it had learned of a language \(0\.\d\d to \d\.\d\d\)\.", top)
+    assert "NON-SHARED r=8: no learner gets a second language, so nothing can be lost." in top
+    assert "8 tests at 0.05 without correction, differ in" in top and "not Latin against Latin in the share kept (+0.50)" in top
+    scores["runs"] = [fake_run("shared", FIVE[:3])]
+    text = text_of(report(tmp_path, scores))
+    assert "differ in none: no evidence that they matter here" in text
+    assert "Best on dev" not in text
+    scores["runs"] += [fake_run("shared", FIVE[:3], label="SHARED r=16", R=np.full((4, 3), 0.9))]
+    scores["corpus"] |= {"scored": "dev", "scored_utterances": dict.fromkeys(FIVE, 20)}
+    top = text_of(report(tmp_path, scores)).split("Results")[0]
+    assert "Best on dev of 2 settings of shared: SHARED r=16, F1 0.900. Run it alone with --eval-split test." in top
+
+
 def test_languages_and_positions_are_told_apart_with_many_orders(tmp_path):
     few = text_of(report(tmp_path / "few", fake_scores(FIVE, ("shared",), orders=4, seeds=1)))
     assert "cannot be told apart" in few and "3 orders: mostly the place in the order" in few  # two of the four are equal

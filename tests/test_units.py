@@ -147,14 +147,14 @@ def test_a_setting_named_twice_is_refused():
 def test_nothing_learned_is_said_first():
     low = dict.fromkeys(LOCALES, 0.04)
     scores = {"runs": [run_of("shared", R=learned(LOCALES, low)), run_of("multi", R=[[0.3] * 4, [0.01] * 4])]}
-    assert nothing_learned(summary_rows(scores)) and warnings(scores)[0].startswith(
+    assert nothing_learned(summary_rows(scores)) and warnings(summary_rows(scores))[0].startswith(
         "Nothing was learned: no learner reached 0.05 F1"
     )
-    assert "(the best: 0.040)" in warnings(scores)[0]
+    assert "(the best: 0.040)" in warnings(summary_rows(scores))[0]
     scores["runs"].append(run_of("non-shared", R=learned(LOCALES, low | {"ja-JP": 0.06})))
     assert not nothing_learned(summary_rows(scores))
-    assert [line.split(" learned")[0] for line in warnings(scores)] == ["shared", "multi"]
+    assert [line.split(" learned")[0] for line in warnings(summary_rows(scores))] == ["shared", "multi"]
     scores["runs"][0]["diverged"] = "loss nan"
-    assert warnings(scores)[-1] == "shared: 1 of 1 runs diverged and are in no average."
+    assert warnings(summary_rows(scores))[-1] == "shared: 1 of 1 runs diverged and are in no average."
     good = {"runs": [run_of("shared", R=learned(LOCALES, dict.fromkeys(LOCALES, 0.05)))]}
-    assert warnings(good) == [] and not nothing_learned(summary_rows({"runs": []}))
+    assert warnings(summary_rows(good)) == [] and not nothing_learned(summary_rows({"runs": []}))

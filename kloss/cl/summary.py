@@ -77,7 +77,7 @@ def comparisons(scores: Mapping[str, Any]) -> list[Row]:
     95 % interval: difference, difference_low, difference_high, difference_df; as in `summary_row`.
     """
     strategies = {label: [run for run in runs if not run.get("diverged")] for label, runs in by_label(scores["runs"]).items()}
-    ends = {label: [summarise(run["R"])["f1"] for run in runs] for label, runs in strategies.items()}
+    ends = {label: [_final(run) for run in runs] for label, runs in strategies.items()}
     means = {label: mean(list(units(runs, ends[label]).values())) for label, runs in strategies.items()}
     measured = [label for label in means if not isnan(means[label])]
     best = max(measured, key=means.__getitem__, default=None)
@@ -95,15 +95,19 @@ def comparisons(scores: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def _final(run: Run) -> float | None:
+    f1 = mean(run["R"][-1])
+    return None if isnan(f1) else f1
+
+
 def nothing_learned(rows: Sequence[Row]) -> bool:
     """Whether runs were measured, but no learner of any strategy reached `FLOOR` on a language it was trained on."""
     learned = [row["learned"] for row in rows if row["learned"] is not None]
     return bool(learned) and max(learned) < FLOOR
 
 
-def warnings(scores: Mapping[str, Any]) -> list[str]:
+def warnings(rows: Sequence[Row]) -> list[str]:
     """What must be read before any figure: nothing was learned, learners diverged. In the order of weight."""
-    rows = summary_rows(scores)
     best = max((row["learned"] for row in rows if row["learned"] is not None), default=0.0)
     floor = f"{FLOOR:.2f} F1 on a language just after its own training"
     lines = []
@@ -119,6 +123,20 @@ def warnings(scores: Mapping[str, Any]) -> list[str]:
     for row in rows:
         if row["diverged"]:
             lines.append(f"{row['label']}: {row['diverged']} of {row['runs']} runs diverged and are in no average.")
+    return lines
+
+
+def chosen_on_dev(scores: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Of each strategy with several ranks or rates, the one with the best F1, if dev was scored: to be measured on test."""
+    lines = []
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        several = [row for row in rows if row["strategy"] == strategy and row["f1"] is not None]
+        if scores["corpus"].get("scored") == "dev" and len(several) > 1:
+            best = max(several, key=lambda row: row["f1"])
+            lines.append(
+                f"Best on dev of {len(several)} settings of {strategy}: {best['label']}, F1 {best['f1']:.3f}. Run it alone with "
+                "--eval-split test."
+            )
     return lines
 
 

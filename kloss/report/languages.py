@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cl import metrics
-from ..cl.effects import by_character, contrasts, fit
+from ..cl.effects import Contrast, by_character, contrasts, fit
 from ..cl.languages import LANGUAGES
 from ..cl.summary import by_language, change, matrices, mean, script, spaced
 from ..cl.units import Run, traits
@@ -55,6 +55,12 @@ def languages(corpus: Mapping[str, Any], sequential: Mapping[str, Sequence[Run]]
     }
 
 
+def _differences(of_change: Contrast, of_kept: Contrast) -> list[str]:
+    """Which of a contrast's two tests is below 0.05, in words."""
+    named = ((of_change, "change of F1"), (of_kept, "share kept"))
+    return [f"{test.name} in the {what} ({number(test.difference, 2, True)})" for test, what in named if test.p_value < 0.05]
+
+
 def losses(runs: Sequence[Run]) -> dict[str, Any]:
     """What languages lost and destroyed in the runs of one strategy, and what of it positions and groups of languages explain."""
     changes, kept = by_language(runs, change), by_language(runs, metrics.retained)
@@ -100,5 +106,6 @@ def losses(runs: Sequence[Run]) -> dict[str, Any]:
         "explained": explained,
         "orders": orders,
         "contrasts": rows,
-        "tests": 2 * len(rows),
+        "tests": sum(test.p_value == test.p_value for pair in tests for test in pair),
+        "differ": [name for test in tests for name in _differences(*test)],
     }

@@ -17,6 +17,7 @@ from ..cl.units import Run, traits
 from . import figures
 from .cells import NONE, Cell, between, count, counted, extent, number
 from .figures import DOTTED, Line, Panel, look
+from .languages import COLUMNS
 
 PAPER_TABLE = (  # strategy, its name in the paper, F1 x 100, parameters
     ("multi", "MULTI", "75.03", "278 M"),
@@ -66,6 +67,31 @@ def headline(rows: Sequence[Row], compared: Sequence[Row]) -> dict[str, Any]:
     ends = [] if gap is None or gap["difference_low"] is None else [gap["difference_low"], gap["difference_high"]]
     difference = None if gap is None else (number(gap["difference"], 2), [number(end, 2) for end in ends])
     return {"best": best, "far": far, "gap": difference, "loss": loss}
+
+
+def asked(scores: JSON, strategies: Runs) -> str:
+    """The question of the study."""
+    names, locales = ", ".join(strategies), scores["corpus"]["locales"]
+    if len(locales) == 1:
+        return f"How well does each learn one language: {names}?"
+    return f"What does each keep of {len(locales)} languages, learned one after another: {names}?"
+
+
+def findings(rows: Sequence[Row], languages: JSON) -> list[str]:
+    """What was found beside the headline: shares kept, groups of languages. languages: data of that section, empty without."""
+    lines = []
+    for row in losing(rows)[:COLUMNS]:
+        if row["kept"] is not None:
+            ends = between(row["kept_low"], row["kept_high"], None, 2)
+            lines.append(f"{row['label']} keeps {row['kept']:.2f} of what it had learned of a language{ends and f' ({ends})'}.")
+    free = [row["label"] for row in rows if row["can_forget"] == 0 and row["cbt"] is not None]
+    if free:
+        lines.append(f"{', '.join(free)}: no learner gets a second language, so nothing can be lost. That is no finding.")
+    if languages.get("tests"):
+        differ = languages["differ"]
+        what = f"differ in {len(differ)}: {'; '.join(differ)}" if differ else "differ in none: no evidence that they matter here"
+        lines.append(f"Scripts and ways of writing, {languages['tests']} tests at 0.05 without correction, {what}.")
+    return lines
 
 
 def limits(scores: JSON, rows: Sequence[Row], losers: Sequence[Run]) -> list[str]:
