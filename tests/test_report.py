@@ -271,10 +271,14 @@ def test_the_first_screen_says_what_was_asked_and_found(tmp_path):
     assert "NON-SHARED r=8: no learner gets a second language, so nothing can be lost." in top
     assert "8 tests at 0.05 without correction, differ in" in top and "not Latin against Latin in the share kept (+0.50)" in top
     scores["runs"] = [fake_run("shared", FIVE[:3])]
+    assert "Scripts and ways of writing" not in text_of(
+        report(tmp_path, scores)
+    )  # two languages, both Latin, were learned before
+    scores["runs"] = [fake_run("shared", FIVE)]
     text = text_of(report(tmp_path, scores))
     assert "differ in none: no evidence that they matter here" in text
     assert "Best on dev" not in text
-    scores["runs"] += [fake_run("shared", FIVE[:3], label="SHARED r=16", R=np.full((4, 3), 0.9))]
+    scores["runs"] += [fake_run("shared", FIVE, label="SHARED r=16", R=np.full((6, 5), 0.9))]
     scores["corpus"] |= {"scored": "dev", "scored_utterances": dict.fromkeys(FIVE, 20)}
     top = text_of(report(tmp_path, scores)).split("Results")[0]
     assert "Best on dev of 2 settings of shared: SHARED r=16, F1 0.900. Run it alone with --eval-split test." in top
