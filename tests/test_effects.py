@@ -24,8 +24,8 @@ def runs_with(impact, orders, rng, noise=0.02, seeds=2):
     return runs
 
 
-def last(R):
-    return R[-1]
+def last(run):
+    return run["R"][-1]
 
 
 def test_positions_are_told_from_languages():
@@ -60,7 +60,7 @@ def test_few_orders_tell_nothing():
     assert fit([*runs, *runs_with({}, 1, rng)], last) is not None
     diverged = [*runs, *(run | {"diverged": "nan"} for run in runs_with({}, 1, rng))]
     assert fit(diverged, last) is None
-    assert fit(runs_with({}, 6, rng), lambda R: np.full(10, np.nan)) is None
+    assert fit(runs_with({}, 6, rng), lambda run: np.full(10, np.nan)) is None
 
 
 def test_a_language_that_was_never_measured_has_no_effect():

@@ -266,7 +266,7 @@ def test_the_first_screen_says_what_was_asked_and_found(tmp_path):
             run["R"] = R.tolist()
     text = text_of(report(tmp_path, scores))
     top = text[: text.index("Results")]
-    assert "What does each keep of 12 languages, learned one after another: NON-SHARED r=8, SHARED r=8, MULTI r=8?" in top
+    assert "Which way of sharing learners leaves most of 12 languages at the end: NON-SHARED r=8, SHARED r=8, MULTI r=8?" in top
     assert re.search(r"SHARED r=8 keeps 0\.8\d of what it had learned of a language \(0\.\d\d to \d\.\d\d\)\.", top)
     assert "NON-SHARED r=8: no learner gets a second language, so nothing can be lost." in top
     assert "8 tests at 0.05 without correction, differ in" in top and "not Latin against Latin in the share kept (+0.50)" in top
@@ -289,6 +289,9 @@ def test_languages_and_positions_are_told_apart_with_many_orders(tmp_path):
     assert "cannot be told apart" in few and "3 orders: mostly the place in the order" in few  # two of the four are equal
     many = report(tmp_path / "many", fake_scores(FIVE, ("shared",), orders=8, seeds=1))
     assert "cannot be told apart" not in text_of(many) and "place in the order taken out" in many
+    assert "Each language against the average one" in many
+    cells = text_of(re.search(r"(?s)<td>de-DE German</td>.*?</tr>", many)[0]).split()
+    assert cells[4] == "to" and cells[6:8] == ["t", "6"] and cells.count("t") == 3  # impact, change, share kept
     row = text_of(re.search(r"(?s)<td>impact</td>.*?</tr>", many)[0]).split()
     assert len(row) >= 8 and row[5:8] == ["3", "of", "5:"]
 

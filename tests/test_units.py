@@ -3,10 +3,21 @@
 import numpy as np
 import pytest
 
+from kloss.cl.effects import contrasts
 from kloss.cl.languages import groups
 from kloss.cl.statistics import crossed_interval, t_interval
 from kloss.cl.strategies import STRATEGIES
-from kloss.cl.summary import comparisons, nothing_learned, summary_row, summary_rows, warnings
+from kloss.cl.summary import (
+    by_language,
+    change,
+    comparisons,
+    impact,
+    lost,
+    nothing_learned,
+    summary_row,
+    summary_rows,
+    warnings,
+)
 from kloss.cl.units import paired, traits, unit_of, units
 from kloss.config import Config
 from kloss.errors import UserError
@@ -45,6 +56,12 @@ def test_what_could_be_lost_is_read_from_the_layout(strategy):
         "partial": [True, False, False, False],  # en-US and de-DE are the one script with two languages
     }.get(strategy, [False] * 4)
     assert own.can_change.tolist() == can_change
+    can_destroy = {
+        "shared": [False, True, True, True],
+        "vanilla": [False, True, True, True],
+        "partial": [False, True, False, False],
+    }
+    assert own.can_destroy.tolist() == can_destroy.get(strategy, [False] * 4)
     T = len(LOCALES)
     for i in range(len(own.own)):
         for j in range(T):
@@ -83,7 +100,7 @@ def test_no_loss_by_construction_has_no_interval():
         run["R"][1][3] = 0.1 + 0.01 * run["seed"]  # the first adapter on the last language
     row = summary_row("NON-SHARED", runs)
     assert row["can_forget"] == 0
-    for name, value in (("cbt", 0), ("kept", 1), ("forgetting", 0)):
+    for name, value in (("cbt", 0), ("kept", None), ("forgetting", 0)):
         assert row[name] == value and row[f"{name}_low"] is row[f"{name}_high"] is None
     assert row["cft_low"] is not None  # a measurement
     row = summary_row("SHARED", [run | {"strategy": "shared"} for run in runs])
@@ -93,6 +110,23 @@ def test_no_loss_by_construction_has_no_interval():
     assert row["cbt_low"] < row["cbt"] < 0
     assert summary_row("partial", [run_of("partial")])["can_forget"] == 1
     assert summary_row("MULTI", [run_of("multi")])["can_forget"] is None
+
+
+def test_a_language_alone_in_its_group_is_in_no_average_of_loss():
+    """Partially shared by script, ja-JP and ru-RU kept all: a contrast of scripts found a difference, made by the grouping."""
+    R = learned(LOCALES, dict.fromkeys(LOCALES, 0.6))
+    R[-1][0] = 0.3
+    run = run_of("partial", R=R)
+    assert by_language([run], lost(change)) == {"en-US": [pytest.approx(-0.3)]} | {
+        m: [pytest.approx(np.nan, nan_ok=True)] for m in LOCALES[1:]
+    }
+    assert np.isnan([values[0] for m, values in by_language([run], impact).items() if m != "de-DE"]).all()
+    row = summary_row("partial", [run])
+    assert row["kept"] == pytest.approx(0.5) and row["cbt"] == pytest.approx(-0.1)
+    assert [
+        contrast.p_value == contrast.p_value
+        for contrast in contrasts({m: v[0] for m, v in by_language([run], lost(change)).items()})
+    ] == [False] * 4
 
 
 def test_the_same_order_drawn_twice_is_one_order():

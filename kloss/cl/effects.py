@@ -9,7 +9,7 @@ import numpy as np
 from .languages import CHARACTER_LOCALES, LANGUAGES
 from .metrics import when_learned
 from .statistics import Floats, Interval, difference_interval, measured_mean, permutation_test, t_quantile
-from .summary import matrices, script, spaced
+from .summary import Measure, script, spaced
 from .units import Run
 
 FEWEST_ORDERS = 5  # with fewer, a language's effect and that of its places in the order are hard to tell apart
@@ -29,16 +29,17 @@ class Fit(NamedTuple):
     effects: dict[str, tuple[float, Interval]]  # locale -> its mean against the average language, positions being equal
 
 
-def fit(runs: Sequence[Run], metric: Callable[[Floats], Floats]) -> Fit | None:
+def fit(runs: Sequence[Run], measure: Measure) -> Fit | None:
     """Tell languages from positions, over the orders of runs that did not diverge.
 
-    metric: R -> [T], by position in the order; NaN: not measured. Runs of one order are averaged.
+    measure: NaN: not measured. Runs of one order are averaged.
     Intervals leave out one order after the other (jackknife) and are t with orders - 1 degrees of freedom.
     Returns None with fewer than FEWEST_ORDERS orders.
     """
     tables: dict[tuple[str, ...], list[Floats]] = {}
-    for order, R in matrices(runs):
-        tables.setdefault(tuple(order), []).append(np.stack([metric(R), when_learned(R)]))
+    for run in runs:
+        if not run.get("diverged"):
+            tables.setdefault(tuple(run["order"]), []).append(np.stack([measure(run), when_learned(run["R"])]))
     if len(tables) < FEWEST_ORDERS:
         return None
     locales = sorted(next(iter(tables)))
@@ -57,9 +58,9 @@ def fit(runs: Sequence[Run], metric: Callable[[Floats], Floats]) -> Fit | None:
     both = np.hstack([positions, languages])
 
     def effects(kept: np.ndarray) -> Floats:
-        found = np.linalg.lstsq(both[kept], value[kept], rcond=None)[0][T:]
+        coefficients = np.linalg.lstsq(both[kept], value[kept], rcond=None)[0][T:]
         there = languages[kept].any(axis=0)
-        return np.where(there, found - found[there].mean(), nan)
+        return np.where(there, coefficients - coefficients[there].mean(), nan)
 
     whole = effects(np.ones(len(data), bool))
     left_out = np.stack([effects(number != k) for k in range(len(tables))])

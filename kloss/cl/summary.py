@@ -5,14 +5,14 @@ All is computed from the score matrices R, so old run folders can be reported ag
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 
 from .languages import LANGUAGES
-from .metrics import FLOOR, is_sequential, summarise, when_learned
-from .statistics import NO_INTERVAL, Floats, Interval, crossed_interval, measured_mean
+from .metrics import FLOOR, is_sequential, multi_hop_backward_transfer, retained, summarise, when_learned
+from .statistics import NO_INTERVAL, Floats, Interval, Values, crossed_interval, measured_mean
 from .units import Run, paired, traits, unit_of, units
 
 Row = dict[str, Any]
@@ -49,16 +49,23 @@ def summary_row(label: str, runs: Sequence[Run]) -> Row:
         "diverged": len(runs) - len(summaries),
         "trainable_parameters": runs[0].get("trainable_parameters"),
         "steps": runs[0].get("steps"),
+        "languages": len(runs[0]["order"]),
         "can_forget": max(int(traits(run).can_change[:-1].sum()) for run in runs) if is_sequential(runs[0]["R"]) else None,
         "learned": float(max(learned)) if learned else None,
     }
     for name in AVERAGED:
-        measured = [mean(summary["retained"] or []) if name == "kept" else summary[name] for _, summary in summaries]
+        measured = [_kept(run) if name == "kept" else summary[name] for run, summary in summaries]
         values = units(used, measured, end=name in AT_THE_END)
         row[name] = sum(values.values()) / len(values) if values else None
         constructed = name in LOSSES and row["can_forget"] == 0
         row |= _named(name, NO_INTERVAL if constructed else crossed_interval(values))
     return row
+
+
+def _kept(run: Run) -> float | None:
+    """Mean share kept of the languages that could lose any."""
+    kept = mean(lost(retained)(run)) if is_sequential(run["R"]) else nan
+    return None if isnan(kept) else kept
 
 
 def _named(name: str, interval: Interval) -> Row:
@@ -96,7 +103,7 @@ def comparisons(scores: Mapping[str, Any]) -> list[Row]:
 
 
 def _final(run: Run) -> float | None:
-    f1 = mean(run["R"][-1])
+    f1 = mean(final(run))
     return None if isnan(f1) else f1
 
 
@@ -154,16 +161,39 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def matrices(runs: Sequence[Run]) -> list[tuple[list[str], Floats]]:
     """(order, R) of each run that did not diverge."""
-    return [(run["order"], np.array(run["R"], dtype=np.float64)) for run in runs if not run.get("diverged")]
+    return [(run["order"], _matrix(run)) for run in runs if not run.get("diverged")]
 
 
-def by_language(runs: Sequence[Run], metric: Callable[[Floats], Floats]) -> dict[str, list[float]]:
-    """Locale -> one value per run. metric: R -> [T], by position in the order."""
+Measure = Callable[[Run], Floats]  # a run -> [T], by position in its order
+
+
+def by_language(runs: Sequence[Run], measure: Measure) -> dict[str, list[float]]:
+    """Locale -> one value per run that did not diverge."""
     result: dict[str, list[float]] = {}
-    for order, R in matrices(runs):
-        for locale, value in zip(order, metric(R), strict=True):
-            result.setdefault(locale, []).append(float(value))
+    for run in runs:
+        if not run.get("diverged"):
+            for locale, value in zip(run["order"], measure(run), strict=True):
+                result.setdefault(locale, []).append(float(value))
     return result
+
+
+def lost(metric: Callable[[Floats], Floats]) -> Measure:
+    """A metric of what later training did to each language; NaN where it could do nothing (a group of one language)."""
+    return lambda run: np.where(traits(run).can_change, metric(_matrix(run)), nan)
+
+
+def impact(run: Run) -> Floats:
+    """MBT of reading "impact"; NaN for a language whose step trains no earlier language's learner."""
+    return np.where(traits(run).can_destroy, multi_hop_backward_transfer(run["R"]), nan)
+
+
+def final(run: Run) -> Floats:
+    """[T]: F1 at the end."""
+    return _matrix(run)[-1]
+
+
+def _matrix(run: Run) -> Floats:
+    return np.array(run["R"], dtype=np.float64)
 
 
 def change(R: Floats) -> Floats:
@@ -173,7 +203,7 @@ def change(R: Floats) -> Floats:
     return result
 
 
-def mean(values: Sequence[float | None]) -> float:
+def mean(values: Values) -> float:
     """`measured_mean` as a float."""
     return float(measured_mean(values))
 

@@ -22,6 +22,7 @@ class Traits(NamedTuple):
 
     end: Hashable  # what the last row reads: equal in two orders, equal learners
     can_change: NDArray[np.bool_]  # [T]: after its own step the language has another learner, or the same further trained
+    can_destroy: NDArray[np.bool_]  # [T]: its step trains the learner of an earlier language
     own: NDArray[np.bool_]  # [T+1, T] (or [2, T]): the cell's learner is the one that the language ends with
 
 
@@ -38,12 +39,14 @@ def _traits(strategy: str | None, order: tuple[str, ...], groups: tuple[tuple[st
     T = len(order)
     layout = None if strategy is None else STRATEGIES[strategy].layout(order, dict(groups))
     if layout is None or layout.rows != rows:
-        return Traits(order, np.ones(T, bool), np.ones((rows, T), bool))
+        return Traits(order, np.ones(T, bool), np.arange(T) > 0, np.ones((rows, T), bool))
     cells = np.array([[layout.cell(i, j) for j in range(T)] for i in range(layout.rows)])  # [rows, T, 2]
     last = cells[-1]
     learned = cells[[j + 1 if layout.rows == T + 1 else -1 for j in range(T)], range(T)]
     read = ((locale, _frozen(layout.streams[g][:experience])) for locale, (g, experience) in zip(order, last, strict=True))
-    return Traits(frozenset(read), (learned != last).any(axis=1), cells[..., 0] == last[:, 0])
+    trained = (cells[1:] != cells[:-1]).any(axis=2) & np.tri(layout.rows - 1, T, k=-1, dtype=bool)  # by step: earlier languages
+    can_destroy = trained.any(axis=1) if layout.rows == T + 1 else np.zeros(T, bool)
+    return Traits(frozenset(read), (learned != last).any(axis=1), can_destroy, cells[..., 0] == last[:, 0])
 
 
 def _frozen(stream: Sequence[Sequence[str]]) -> Hashable:

@@ -46,7 +46,7 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
     strategies, rows = by_label(scores["runs"]), summary_rows(scores)
     sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
     compared, focus = comparisons(scores), next((row["label"] for row in sections.losing(rows)), None)
-    found = languages(scores["corpus"], sequential, focus) if sequential else {}
+    section = languages(scores["corpus"], sequential, focus) if sequential else {}
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("page.html.j2").render(
@@ -60,14 +60,14 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         fewest_orders=FEWEST_ORDERS,
         headline=sections.headline(rows, compared),
         asked=sections.asked(scores, strategies),
-        findings=[*sections.findings(rows, found), *chosen_on_dev(scores, rows)],
+        findings=[*sections.findings(rows, section), *chosen_on_dev(scores, rows)],
         limits=sections.limits(scores, rows, strategies[focus] if focus else []),
         compared=sections.paired_differences(compared),
         results=sections.results(rows, strategies),
         paper=sections.beside_the_paper(scores, rows),
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
-        languages=found or None,
+        languages=section or None,
         training=sections.training(log) if log else None,
         setting=sections.setting(scores.get("choices", []), config, env),
     )

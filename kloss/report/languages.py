@@ -6,8 +6,9 @@ from typing import Any
 from ..cl import metrics
 from ..cl.effects import Contrast, by_character, contrasts, fit
 from ..cl.languages import LANGUAGES
-from ..cl.summary import by_language, change, matrices, mean, script, spaced
-from ..cl.units import Run, traits
+from ..cl.statistics import Interval
+from ..cl.summary import by_language, change, final, impact, lost, matrices, mean, script, spaced
+from ..cl.units import Run
 from . import figures
 from .cells import Cell, between, counted, number
 from .figures import WRITING, colour_of
@@ -19,13 +20,8 @@ def languages(corpus: Mapping[str, Any], sequential: Mapping[str, Sequence[Run]]
     """F1 by language and by script, and what explains what was lost under the strategy `focus`; None: none could lose any."""
     locales, tokens = corpus["locales"], corpus.get("tokens_per_word") or {}
     columns = list(sequential)[:COLUMNS]
-    kinds = ((lambda R: R[-1], False), (change, True), (metrics.retained, False))
-    open_ = {label: any(traits(run).can_change[:-1].any() for run in sequential[label]) for label in columns}
-    scores = [
-        (by_language(sequential[label], metric) if open_[label] or not n else {}, sign)
-        for label in columns
-        for n, (metric, sign) in enumerate(kinds)
-    ]
+    kinds = ((final, False), (lost(change), True), (lost(metrics.retained), False))
+    scores = [(by_language(sequential[label], measure), sign) for label in columns for measure, sign in kinds]
 
     def cells(members: Sequence[str]) -> list[str]:
         """Subwords per word, then F1, its change and the share kept under each strategy of `columns`: means over locales."""
@@ -61,14 +57,15 @@ def _differences(of_change: Contrast, of_kept: Contrast) -> list[str]:
     return [f"{test.name} in the {what} ({number(test.difference, 2, True)})" for test, what in named if test.p_value < 0.05]
 
 
+def _effect(effect: float, interval: Interval) -> Cell:
+    return Cell(number(effect, sign=True), between(*interval))
+
+
 def losses(runs: Sequence[Run]) -> dict[str, Any]:
     """What languages lost and destroyed in the runs of one strategy, and what of it positions and groups of languages explain."""
-    changes, kept = by_language(runs, change), by_language(runs, metrics.retained)
-    impact = metrics.multi_hop_backward_transfer
-    fits = {
-        name: fit(runs, metric)
-        for name, metric in (("impact", impact), ("change of F1", change), ("share kept", metrics.retained))
-    }
+    measures = {"impact": impact, "change of F1": lost(change), "share kept": lost(metrics.retained)}
+    changes, kept = (by_language(runs, measures[name]) for name in ("change of F1", "share kept"))
+    fits = {name: fit(runs, measure) for name, measure in measures.items()}
     orders = len({tuple(order) for order, _ in matrices(runs)})
     destroyed = "What training each did to those before it (MBT, impact)"
     of_impact = fits["impact"]
@@ -87,6 +84,12 @@ def losses(runs: Sequence[Run]) -> dict[str, Any]:
             shares = (number(share, 2) for share in (result.position, result.language, result.both, result.learned))
             of = f"{len(apart)} of {len(result.effects)}" + (f": {' '.join(apart)}" if 0 < len(apart) <= 6 else "")
             explained.append((name, *shares, of))
+    effects_of = {name: result.effects for name, result in fits.items() if result is not None}
+    by_effect = [
+        (f"{m} {LANGUAGES[m].name if m in LANGUAGES else ''}", *(_effect(*effects[m]) for effects in effects_of.values()))
+        for m in sorted(changes)
+        if all(m in effects for effects in effects_of.values())
+    ]
     means = [{m: mean(values) for m, values in of.items()} for of in (changes, kept)]
     tests = list(zip(*map(contrasts, means), strict=True))
     rows = []
@@ -104,6 +107,8 @@ def losses(runs: Sequence[Run]) -> dict[str, Any]:
             panel,
         ],
         "explained": explained,
+        "effects": by_effect if effects_of else [],
+        "measures": list(effects_of),
         "orders": orders,
         "contrasts": rows,
         "tests": sum(test.p_value == test.p_value for pair in tests for test in pair),

@@ -11,7 +11,7 @@ import numpy as np
 from ..cl import metrics
 from ..cl.effects import FEWEST_ORDERS
 from ..cl.metrics import FLOOR
-from ..cl.statistics import Floats, measured_mean
+from ..cl.statistics import FEWEST_TO_RESAMPLE, Floats, measured_mean
 from ..cl.summary import LOSSES, Row, matrices, mean, summary_row
 from ..cl.units import Run, traits
 from . import figures
@@ -37,10 +37,13 @@ def averages(row: Row, *names: str) -> list[Cell]:
     """Averages of a summary row with their intervals; CBT with its sign. What could not be lost says so."""
     cells = []
     for name in names:
-        if name in LOSSES and row["can_forget"] == 0 and row[name] is not None:
+        could, others = row["can_forget"], row["languages"] - 1
+        if name in LOSSES and could == 0 and row["cbt"] is not None:
             cells.append(Cell("1" if name == "kept" else "0", "by construction"))
         else:
             interval = between(*(row[f"{name}_{end}"] for end in ("low", "high", "df")))
+            if name == "cbt" and could is not None and 0 < could < others:
+                interval = f"{interval}{interval and '; '}{could} of {others} could change"
             cells.append(Cell(number(row[name], sign=name == "cbt"), interval))
     return cells
 
@@ -74,7 +77,9 @@ def asked(scores: JSON, strategies: Runs) -> str:
     names, locales = ", ".join(strategies), scores["corpus"]["locales"]
     if len(locales) == 1:
         return f"How well does each learn one language: {names}?"
-    return f"What does each keep of {len(locales)} languages, learned one after another: {names}?"
+    if len(strategies) == 1:
+        return f"How much of {len(locales)} languages is left in the end: {names}?"
+    return f"Which way of sharing learners leaves most of {len(locales)} languages at the end: {names}?"
 
 
 def findings(rows: Sequence[Row], languages: JSON) -> list[str]:
@@ -112,10 +117,10 @@ def limits(scores: JSON, rows: Sequence[Row], losers: Sequence[Run]) -> list[str
             f"others is not known; that takes --orders {FEWEST_ORDERS} or more."
         )
     seeds = max((row["seeds"] for row in rows), default=1)
-    few_seeds = "One seed: the chance of a draw of adapters and batches is in no figure."
-    lines.append(
-        few_seeds if seeds == 1 else f"{counted(seeds, 'seed')}: intervals of few values are wide, and assume bell shapes."
-    )
+    if seeds == 1:
+        lines.append("One seed: the chance of a draw of adapters and batches is in no figure.")
+    elif seeds < FEWEST_TO_RESAMPLE:
+        lines.append(f"{seeds} seeds: intervals of few values are wide, and take the values to be normally distributed.")
     lines.append(
         f"Intervals know orders and seeds only, not which utterances were tested ({extent(sizes, str)} a language): that needs "
         "the counts of each utterance, which are not kept."
