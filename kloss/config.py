@@ -12,6 +12,7 @@ from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
+_LATER = {"later": True}  # marks one that older run folders do not name: they have its default
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
     "rank tiny_layers seeds orders": (1, 10_000),
     "tiny_hidden": (1, 4096),  # estimating the time of wider layers takes minutes
@@ -39,7 +40,9 @@ class DataConfig:
     backbone: str = "tiny"
     languages: tuple[str, ...] = ()  # locales such as en-US; none given: all in the data
     limit: int | None = None  # training utterances per language, at even distances
-    eval_limit: int | None = None  # test utterances per language, at even distances
+    eval_limit: int | None = None  # utterances per language that are scored, at even distances
+    # What is scored: choose settings on `dev`, and look at `test` once, with what was chosen.
+    eval_split: Literal["dev", "test"] = field(default="test", metadata=_LATER)
     max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 
@@ -121,7 +124,11 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
 
     def identity(self) -> dict[str, object]:
         """Return the settings that decide the figures, as JSON; a run folder belongs to one such set."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity", True)}
+        settings = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.metadata.get("identity", True) and not (f.metadata.get("later") and getattr(self, f.name) == f.default)
+        }
         return {name: "inf" if value == float("inf") else value for name, value in settings.items()}  # JSON has no inf
 
     def checked(self) -> "Config":
@@ -139,6 +146,11 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
                 for value in values if isinstance(values, tuple) else (values,):
                     if value is not None and not least <= value <= most:  # not: NaN compares false
                         raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {shown(value)}")
+        for name in ("strategies", "rank", "lr"):
+            values = getattr(self, name)
+            twice = [value for n, value in enumerate(values) if value in values[:n]]
+            if twice:
+                raise UserError(f"--{name} names {shown(twice[0])} twice: equal learners are trained once, and count once")
         matrices = math.prod((len(self.strategies), len(self.rank), len(self.lr), self.orders, self.seeds))
         if matrices > MOST_MATRICES:
             raise UserError(

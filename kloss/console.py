@@ -102,15 +102,28 @@ class Console:
             table.add_row(f"[bold]{heading}", escape(text))
         self.out.print(table)
 
-    def summary(self, rows: Sequence[dict], report: Path) -> None:
-        """Print each strategy's means with 95 % intervals over orders and seeds, and the report's path."""
-        table = Table(title="F1 in points, CFT and CBT as differences; 95 % intervals over orders and seeds")
+    def summary(
+        self, warnings: Sequence[str], rows: Sequence[dict], comparisons: Sequence[dict], advice: Sequence[str], report: Path
+    ) -> None:
+        """Print warnings, each strategy's means with 95 % intervals, paired differences, advice, and the report's path."""
+        for line in warnings:
+            self.out.print(escape(line), style="bold red", highlight=False, soft_wrap=True)
+        table = Table(title="F1 in points, CFT and CBT as differences; 95 % intervals over different runs, tN: Student, N df")
         for name in ("strategy", "runs", "F1", "CFT", "CBT", "weights trained"):
             table.add_column(name, justify="left" if name == "strategy" else "right")
         for row in rows:
             cells = [_interval(row, "f1", 100), _interval(row, "cft", 1), _interval(row, "cbt", 1)]
-            table.add_row(escape(row["label"]), str(row["runs"]), *cells, f"{row['trainable_parameters']:,}")
+            if row["can_forget"] == 0 and row["cbt"] is not None:
+                cells[2] = "0 by design"
+            runs = str(row["runs"]) if row["units"] == row["runs"] else f"{row['runs']}, {row['units']} different"
+            table.add_row(escape(row["label"]), runs, *cells, f"{row['trainable_parameters']:,}")
         self.out.print(table)
+        for row in comparisons:
+            points = _interval(row, "difference", 100)
+            text = f"{row['label']} minus {row['other']}: {points} points of final F1, paired ({row['units']} pairs)"
+            self.out.print(escape(text), highlight=False, soft_wrap=True)
+        for line in advice:
+            self.out.print(escape(line), highlight=False, soft_wrap=True)
         self.out.print(f"report: {report}", highlight=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
@@ -125,9 +138,11 @@ def _duration(seconds: float) -> str:
 
 
 def _interval(row: dict, name: str, scale: float) -> str:
-    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high, df = (row[key] for key in (name, f"{name}_low", f"{name}_high", f"{name}_df"))
     if value is None or math.isnan(value):
         return "–"
     digits = 1 if scale == 100 else 3
     text = f"{value * scale:.{digits}f}"
-    return text if low is None else f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+    if low is None:
+        return text
+    return f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]" + ("" if df is None else f" t{df}")

@@ -22,7 +22,7 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
     tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
     locales = [locale for table in study.to_score for row in table.values() for locale in row]
-    scored = sum(len(corpus.sentences(locale, "test").input_ids) for locale in locales)
+    scored = sum(len(corpus.sentences(locale, config.eval_split).input_ids) for locale in locales)
     languages, labels = len(corpus.locales), len(corpus.labels)
     lines = [
         ("corpus", f"{corpus.name}: {languages} languages, {utterances} training utterances, {labels} labels"),

@@ -20,12 +20,12 @@ import tyro
 from .cl.backbone import load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
 from .cl.languages import LOCALES, check_locales
-from .cl.results import results
+from .cl.results import results, score_table
 from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
-from .cl.summary import summary_rows
+from .cl.summary import chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console
 from .errors import UserError
@@ -34,6 +34,8 @@ from .files import read_json, shown
 from .models import AdapterBank
 from .presets import PRESETS
 from .report import write_report
+
+DIVERGED = 3  # exit status
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -69,6 +71,8 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         locales = locales or LOCALES
         synthetic = {"overlap": config.overlap, "relatedness": config.relatedness}
         limits = {"train": config.limit, "test": config.eval_limit}
+        if config.eval_split == "dev":  # more than the few of the default; training stays the same
+            limits["dev"] = config.eval_limit
         synthetic |= {name: limit for name, limit in limits.items() if limit is not None}
     corpus = load_corpus(
         config.data,
@@ -164,6 +168,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
+            folder.save_table(score_table(study, outcome))
             folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
         write_report(folder.path)
         return folder.path, folder.scores()
@@ -181,7 +186,11 @@ def _interrupt(number: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 128 + the signal that stopped it."""
+    """The command.
+
+    Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 3 if a learner diverged (the rest is reported),
+    128 + the signal that stopped it.
+    """
     console = Console()
     try:
         with on_signals(_interrupt):
@@ -193,7 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 with console.progress() as progress:
                     folder, scores = run(config, progress)
-                console.summary(summary_rows(scores), folder / "report.html")
+                rows = summary_rows(scores)
+                advice = chosen_on_dev(scores, rows)
+                console.summary(warnings(rows), rows, comparisons(scores), advice, folder / "report.html")
+                return DIVERGED if any(row["diverged"] for row in rows) else 0
     except UserError as error:
         console.error(shown(error, 2000))
         return 2

@@ -11,7 +11,7 @@ import pytest
 
 from kloss.cl import metrics
 from kloss.cl.languages import LANGUAGES, LOCALES
-from kloss.cl.statistics import bootstrap_interval
+from kloss.cl.statistics import crossed_interval
 from kloss.cl.summary import summary_rows
 from kloss.errors import UserError
 from kloss.report import write_report
@@ -181,29 +181,125 @@ def test_headline_says_who_lost_and_how_much(tmp_path):
     order = FIVE[:3]
     runs = [fake_run("non-shared", order, R=kept), fake_run("shared", order, R=lost)]
     html = report(tmp_path, fake_scores(order, runs=runs))
-    assert headline(html) == ("SHARED r=8 lost 0.30 F1 on the languages it had learned earlier; NON-SHARED r=8 lost 0.00 F1.")
-    runs.append(fake_run("shared", order, R=worse, seed=1))
+    assert headline(html) == (
+        "NON-SHARED r=8 ends at 0.63 F1, SHARED r=8 at 0.43: 0.20 apart. "
+        "SHARED r=8 lost 0.30 F1 on the languages it had learned earlier."
+    )
+    runs += [fake_run("shared", order, R=worse, seed=1), fake_run("non-shared", order, R=kept, seed=1)]
     html = report(tmp_path, fake_scores(order, runs=runs))
-    assert headline(html).startswith("SHARED r=8 lost 0.35 F1 (0.30 to 0.40) on the languages")
-    assert "Change of F1 under SHARED r=8" in html
+    assert headline(html) == (
+        "NON-SHARED r=8 ends at 0.63 F1, SHARED r=8 at 0.40: 0.23 apart (−0.19 to 0.66) . "
+        "SHARED r=8 lost 0.35 F1 (−0.29 to 0.99) on the languages it had learned earlier."
+    )
+    assert "Do groups of languages differ? SHARED r=8" in html
     en, de, ru = (re.search(rf"(?s)<td>{m} .*?</tr>", html)[0] for m in order)
-    assert [text_of(row).split()[-2:] for row in (en, de, ru)] == [
-        ["0.300", "−0.500"],
-        ["0.400", "−0.200"],
-        ["0.500", "–"],
+    assert [text_of(row).split()[-6:] for row in (en, de, ru)] == [
+        ["0.800", "–", "–", "0.300", "−0.500", "0.375"],
+        ["0.600", "–", "–", "0.400", "−0.200", "0.667"],
+        ["0.500", "–", "–", "0.500", "–", "–"],
     ]
     gained = [[0, 0], [0.5, 0], [0.6, 0.5]]
     html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
-    assert headline(html).startswith("SHARED r=8 gained 0.10 F1")
+    assert headline(html) == "SHARED r=8 reached 0.55 F1. SHARED r=8 gained 0.10 F1 on the languages it had learned earlier."
     assert "For SHARED r=8, which has the lowest CBT" in html  # it gained: nothing was forgotten
-    gained[2][0], gained[1][0] = 0.005, 0.0
+    gained[2][0], gained[1][0] = 0.107, 0.1
     html = report(tmp_path, fake_scores(FIVE[:2], runs=[fake_run("shared", FIVE[:2], R=gained)]))
-    assert headline(html).startswith("SHARED r=8 gained 0.01 F1")
+    assert "SHARED r=8 gained 0.01 F1" in headline(html)
+
+
+def test_what_is_so_by_construction_is_no_finding(tmp_path):
+    """NON-SHARED gained less than SHARED, so its charts of changes that cannot be were drawn, empty."""
+    order, gained = FIVE[:3], [[0, 0, 0], [0.5, 0, 0], [0.6, 0.5, 0], [0.6, 0.6, 0.5]]
+    runs = [fake_run("non-shared", order, seed=seed) for seed in range(6)] + [fake_run("shared", order, R=gained)]
+    html = report(tmp_path, fake_scores(order, runs=runs))
+    row = text_of(re.search(r"(?s)<td>NON-SHARED r=8</td>.*?</tr>", html)[0])
+    assert row.count("by construction") == 3 and "0 by construction" in row and "1 by construction" in row
+    assert "NON-SHARED r=8 lost" not in text_of(html) and "SHARED r=8 gained 0.10" in headline(html)
+    assert "For SHARED r=8, which has the lowest CBT" in html
+    assert "0 there by construction: NON-SHARED r=8" in html
+    assert len(re.findall('aria-label="CBT: earlier', html)) == 1
+    html = report(tmp_path, fake_scores(order, runs=runs[:6]))  # nobody could lose anything: no chart of losses
+    assert "No learner was trained on a second language, so none could be lost" in headline(html)
+    assert 'aria-label="CBT: earlier' not in html and "F1 at the end minus" not in html and "By script" in html
+
+
+def test_nothing_learned_stands_before_everything(tmp_path):
+    R = np.zeros((6, 5))
+    R[1:] = 0.01
+    html = report(tmp_path, fake_scores(FIVE, runs=[fake_run("shared", FIVE, R=R)]))
+    assert headline(html) == "Nothing was learned , so nothing is known of what was kept or lost."
+    body = text_of(html)
+    assert body.index("no learner reached 0.05 F1") < body.index("Results")
+    runs = [fake_run("shared", FIVE, R=R), fake_run("non-shared", FIVE)]
+    html = report(tmp_path, fake_scores(FIVE, runs=runs))
+    assert "Nothing was learned" not in html
+    assert (
+        "SHARED r=8 learned nothing: it never reached 0.05 F1" in html and "At the floor nothing can be lost: SHARED r=8" in html
+    )
+
+
+def test_the_first_screen_says_what_the_run_cannot(tmp_path):
+    scores = fake_scores(FIVE, ("non-shared", "shared"), orders=1, seeds=3)
+    text = text_of(report(tmp_path, scores))
+    top = text[: text.index("Results")]
+    assert "One order: how much a language lost or destroyed also depends on its place" in top
+    assert "3 seeds: intervals of few values" in top and "which utterances were tested (300 a language)" in top
+    assert (
+        "Scored on test: settings that were chosen on the same utterances" in top
+        and "synthetic" not in top.split("cannot say")[1]
+    )
+    scores["corpus"] |= {"scored": "dev", "scored_utterances": dict.fromkeys(FIVE, 20), "synthetic": True}
+    text = text_of(report(tmp_path, scores))
+    top = text[: text.index("Results")]
+    assert "Scored on dev: for choosing settings" in top and "(20 a language)" in top and "The corpus is synthetic" in top
+    assert "400 training and 20 dev utterances each" in text
+
+
+def test_the_first_screen_says_what_was_asked_and_found(tmp_path):
+    scores = fake_scores(TWELVE, ("non-shared", "shared", "multi"), orders=1, seeds=2)
+    for run in scores["runs"]:  # SHARED keeps half of what is Latin, all of what is not
+        if run["strategy"] == "shared":
+            latin = np.array([LANGUAGES[m].script == "Latin" for m in run["order"]])
+            R = np.where(np.tri(13, 12, -1), 0.6 + 0.01 * run["seed"], 0.0)
+            R[-1] = np.where(latin, 0.3, 0.6) + np.linspace(0, 0.01, 12)
+            R[-1, -1] = 0.6
+            run["R"] = R.tolist()
+    text = text_of(report(tmp_path, scores))
+    top = text[: text.index("Results")]
+    assert "Which way of sharing learners leaves most of 12 languages at the end: NON-SHARED r=8, SHARED r=8, MULTI r=8?" in top
+    assert re.search(r"SHARED r=8 keeps 0\.8\d of what it had learned of a language \(0\.\d\d to \d\.\d\d\)\.", top)
+    assert "NON-SHARED r=8: no learner gets a second language, so nothing can be lost." in top
+    assert "8 tests at 0.05 without correction, differ in" in top and "not Latin against Latin in the share kept (+0.50)" in top
+    scores["runs"] = [fake_run("shared", FIVE[:3])]
+    assert "Scripts and ways of writing" not in text_of(
+        report(tmp_path, scores)
+    )  # two languages, both Latin, were learned before
+    scores["runs"] = [fake_run("shared", FIVE)]
+    text = text_of(report(tmp_path, scores))
+    assert "differ in none: no evidence that they matter here" in text
+    assert "Best on dev" not in text
+    scores["runs"] += [fake_run("shared", FIVE, label="SHARED r=16", R=np.full((6, 5), 0.9))]
+    scores["corpus"] |= {"scored": "dev", "scored_utterances": dict.fromkeys(FIVE, 20)}
+    top = text_of(report(tmp_path, scores)).split("Results")[0]
+    assert "Best on dev of 2 settings of shared: SHARED r=16, F1 0.900. Run it alone with --eval-split test." in top
+
+
+def test_languages_and_positions_are_told_apart_with_many_orders(tmp_path):
+    few = text_of(report(tmp_path / "few", fake_scores(FIVE, ("shared",), orders=4, seeds=1)))
+    assert "cannot be told apart" in few and "3 orders: mostly the place in the order" in few  # two of the four are equal
+    many = report(tmp_path / "many", fake_scores(FIVE, ("shared",), orders=8, seeds=1))
+    assert "cannot be told apart" not in text_of(many) and "place in the order taken out" in many
+    assert "Each language against the average one" in many
+    cells = text_of(re.search(r"(?s)<td>de-DE German</td>.*?</tr>", many)[0]).split()
+    assert cells[4] == "to" and cells[6:8] == ["t", "6"] and cells.count("t") == 3  # impact, change, share kept
+    row = text_of(re.search(r"(?s)<td>impact</td>.*?</tr>", many)[0]).split()
+    assert len(row) >= 8 and row[5:8] == ["3", "of", "5:"]
 
 
 def test_joint_training_alone_has_no_sequence(tmp_path):
     html = report(tmp_path, fake_scores(FIVE, ("multi", "lora-multi"), orders=1))
-    assert headline(html).startswith("MULTI r=8 reached 0.68 F1")
+    assert headline(html).startswith("MULTI r=8 ends at 0.68 F1")
+    assert "No two languages were learned one after the other" in headline(html)
     assert "Along the sequence" not in html and "Score matrices" not in html
 
 
@@ -226,7 +322,8 @@ def test_a_diverged_run_is_shown_and_in_no_average(tmp_path):
     assert "1 diverged" in html and "812 &lt;of 900&gt;" in html
     scores["runs"][2]["diverged"] = "too"  # all of SHARED
     html = report(tmp_path, scores)
-    assert headline(html).startswith("NON-SHARED r=8 lost 0.00") and headline(html).count("r=8") == 1
+    text = headline(html)  # nobody who could lose was measured
+    assert text.startswith("NON-SHARED r=8 reached 0.59") and "What was lost is not known" in text and text.count("r=8") == 1
     scores["runs"] += [fake_run("multi", FIVE)]
     for run in scores["runs"][:4]:
         run["diverged"] = "all"
@@ -371,7 +468,8 @@ def test_summary_rows_are_means_over_runs_with_their_interval():
     shared, multi = summary_rows(scores)
     values = [metrics.summarise(run["R"])["cbt"] for run in scores["runs"][:6]]
     assert shared["cbt"] == pytest.approx(np.mean(values)) and shared["orders"] == 2 and shared["seeds"] == 3
-    assert (shared["cbt_low"], shared["cbt_high"]) == bootstrap_interval(values)
+    table = {divmod(n, 3): value for n, value in enumerate(values)}  # orders by seeds
+    assert (shared["cbt_low"], shared["cbt_high"], shared["cbt_df"]) == crossed_interval(table)
     assert multi["cbt"] is None and multi["cbt_low"] is None and multi["f1"] == pytest.approx(0.68)
     assert json.loads(json.dumps([shared, multi], allow_nan=False)) == [shared, multi]
 

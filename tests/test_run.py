@@ -1,5 +1,6 @@
 """The command: a study end to end, killed and resumed, and one clear line for every mistake."""
 
+import csv
 import json
 import os
 import pwd
@@ -18,10 +19,11 @@ from test_files import ODD_ENTRIES, make_odd_entry
 from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
+from kloss.console import Console
 from kloss.estimate import estimated_seconds
 from kloss.models import TINY
 from kloss.presets import demo, first_five, paper
-from kloss.run import main, parse, without_effect
+from kloss.run import main, parse, prepare, without_effect
 
 SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
@@ -57,6 +59,66 @@ def test_all_strategies_end_to_end(small, capsys):
     assert main([*arguments, "--strategies", *names]) == 0  # a complete run is shown, not trained again
     assert (folder / "scores.json").read_bytes() == before
     assert "is complete already" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_table_of_scores_has_every_cells_counts(small):
+    arguments, folder = small
+    assert main([*arguments, "--strategies", "non-shared", "shared", "multi", "--orders", "2"]) == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    with open(folder / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(row) for run in scores["runs"] for row in run["R"]) == 2 * 2 * 12 + 6
+    cells = {(row["strategy"], row["order"], int(row["step"]), row["tested"]): row for row in rows}
+    assert len(cells) == len(rows)
+    for run in scores["runs"]:
+        for i, line in enumerate(run["R"]):
+            for locale, f1 in zip(run["order"], line, strict=True):
+                row = cells[run["strategy"], run["order_name"], i, locale]
+                tp, predicted, gold = (int(row[name]) for name in ("TP", "predicted", "gold"))
+                assert f1 == 2 * tp / (predicted + gold) and gold > 0
+                assert (row["rank"], float(row["rate"]), row["seed"]) == (str(run["rank"] or ""), run["lr"], "0")
+                trained = " ".join(run["order"]) if run["strategy"] == "multi" else run["order"][i - 1]
+                assert row["trained"] == (trained if i else "")
+    units = [run["unit"] for run in scores["runs"]]  # both orders of NON-SHARED are of the same learners
+    assert units == [0, 0, 1, 2, 3]
+
+
+def test_settings_are_chosen_on_dev(small, capsys):
+    arguments, folder = small
+    assert main([*arguments, "--strategies", "shared", "--eval-split", "dev", "--out", str(folder / "dev")]) == 0
+    assert main([*arguments, "--strategies", "shared", "--out", str(folder / "test")]) == 0
+    dev, test = (json.loads((folder / split / "scores.json").read_text()) for split in ("dev", "test"))
+    assert dev["corpus"]["scored"] == "dev" and set(dev["corpus"]["scored_utterances"].values()) == {8}
+    assert test["corpus"]["scored"] == "test" and "scored on dev" in (folder / "dev" / "report.html").read_text()
+    with open(folder / "dev" / "scores.csv", newline="") as file:
+        gold = {row["tested"]: int(row["gold"]) for row in csv.DictReader(file)}
+    with Console().progress() as progress:
+        corpus, _ = prepare(parse([*arguments, "--eval-split", "dev"]), progress)
+    for locale, spans in gold.items():
+        labels = corpus.sentences(locale, "dev").labels
+        assert spans == sum(corpus.labels[n].startswith("B-") for n in labels if n >= 0)
+    assert "eval_split was 'dev', is None" in one_line_error(
+        [*arguments, "--strategies", "shared", "--out", str(folder / "dev")], capsys
+    )
+
+
+def test_a_study_in_which_a_learner_diverged_does_not_end_with_0(small, capsys):
+    arguments, folder = small
+    diverging = [*arguments, "--strategies", "shared", "--lr", "1e-3", "1e25"]
+    for _ in range(2):  # trained; complete already
+        assert main(diverging) == 3
+        out = " ".join(capsys.readouterr().out.split())
+        assert "lr 1e+25: 1 of 1 runs diverged and are in no average." in out
+        assert out.index("Nothing was learned: no learner reached") < out.index("F1 in points")
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [bool(run["diverged"]) for run in scores["runs"]] == [False, True]
+
+
+def test_equal_settings_are_refused(small, capsys):
+    """`--rank 8 8` trained one learner and reported it as two runs, with an interval."""
+    assert "--rank names 8 twice" in one_line_error([*small[0], "--rank", "8", "8"], capsys)
+    assert "--strategies names shared twice" in one_line_error([*small[0], "--strategies", "shared", "shared"], capsys)
+    assert not small[1].exists()
 
 
 def test_backbone_without_warm_up(small):
@@ -125,7 +187,16 @@ def test_killed_twenty_times_and_resumed_gives_the_same_scores(cache, tmp_path):
     for i in range(runs):
         assert (tmp_path / f"killed-{i}" / "scores.json").read_bytes() == whole
         left = {file.name for file in (tmp_path / f"killed-{i}").iterdir() if not file.name.startswith(".report.html.")}
-        assert left == {".lock", "config.json", "env.json", "log.jsonl", "checkpoint.safetensors", "scores.json", "report.html"}
+        assert left == {
+            ".lock",
+            "config.json",
+            "env.json",
+            "log.jsonl",
+            "checkpoint.safetensors",
+            "scores.json",
+            "scores.csv",
+            "report.html",
+        }
 
 
 def test_a_stopped_run_goes_on_and_does_not_begin_again(small, monkeypatch, capsys):
@@ -492,7 +563,10 @@ def test_flags_override_a_preset():
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
     assert replace(Config(), **others).identity() == Config().identity()
-    assert vars(Config()).keys() - Config().identity().keys() == others.keys()
+    assert vars(Config()).keys() - Config().identity().keys() == others.keys() | {"eval_split"}
+    assert (
+        Config(eval_split="dev").identity()["eval_split"] == "dev"
+    )  # at its default it stands in no run folder: older ones lack it
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from .spans import span_f1 as span_f1  # public here
 from .statistics import Floats, measured_mean
 
 Matrix = Floats | Sequence[Sequence[float | None]]
+FLOOR = 0.05  # F1: what scores less on the language it was just trained on has learned nothing of it (our choice)
+Own = NDArray[np.bool_] | None  # [T+1, T]: the cell is scored with the learner that the language ends with; None: all are
 
 
 def _matrix(R: Matrix) -> Floats:
@@ -91,32 +93,37 @@ def gem_forward_transfer(R: Matrix) -> float:
     return float(measured_mean(np.diagonal(R[1:], offset=1) - R[0, 1:]))
 
 
-def forgetting_per_step(R: Matrix, *, include_last: bool = False) -> Floats:
+def forgetting_per_step(R: Matrix, *, include_last: bool = False, own: Own = None) -> Floats:
     """[T]: after step t, the mean over i<t of max_k R[k,i] - R[t,i]; NaN at t = 1.
 
     The maximum is over k = 1..t-1, so a language that still improves counts as negative forgetting.
     include_last: take it over k = 1..t instead; then forgetting is never negative.
+    own: leave out of the maximum what another learner scored, which this one never knew and cannot forget (our choice).
     The last entry is the forgetting of Chaudhry et al. (2018).
 
     >>> forgetting_per_step([[0, 0, 0], [.5, 0, 0], [.75, .5, 0], [.25, .75, .5]]).tolist()
     [nan, -0.25, 0.125]
     >>> forgetting_per_step([[0, 0, 0], [.5, 0, 0], [.75, .5, 0], [.25, .75, .5]], include_last=True).tolist()
     [nan, 0.0, 0.25]
+    >>> own = np.tri(4, 3, -1, dtype=bool)
+    >>> forgetting_per_step([[0, 0, 0], [.5, .75, 0], [.5, .5, 0], [.5, .5, .5]], own=own).tolist()
+    [nan, 0.0, 0.0]
     """
     R = _matrix(R)
-    best = np.fmax.accumulate(R[1:], axis=0)  # fmax ignores NaN
+    scored = R if own is None else np.where(own, R, np.nan)
+    best = np.fmax.accumulate(scored[1:], axis=0)  # fmax ignores NaN
     if not include_last:
         best = np.vstack([np.full((1, R.shape[1]), np.nan), best[:-1]])
     return measured_mean(np.where(_before(R.shape[1]), best - R[1:], np.nan), axis=1)
 
 
-def forgetting(R: Matrix, *, include_last: bool = False) -> float:
+def forgetting(R: Matrix, *, include_last: bool = False, own: Own = None) -> float:
     """Mean of `forgetting_per_step` over steps 2..T (M'hamdi et al. 2022, arXiv 2205.11152). Positive = forgotten.
 
     >>> forgetting([[0, 0], [.75, 0], [.25, .5]])
     0.5
     """
-    return float(measured_mean(forgetting_per_step(R, include_last=include_last)))
+    return float(measured_mean(forgetting_per_step(R, include_last=include_last, own=own)))
 
 
 def multi_hop_backward_transfer(R: Matrix, reading: str = "impact") -> Floats:
@@ -201,6 +208,27 @@ def retention_curve(R: Matrix, direction: str = "backward") -> Floats:
     return measured_mean(retention_by_hop(R, direction), axis=0)
 
 
+def retained(R: Matrix, floor: float = FLOOR) -> Floats:
+    """[T]: R[T,i] / R[i,i], the share of a language's F1 when learned that is left at the end; NaN for the last.
+
+    floor: a language with less F1 when learned has nothing to keep: NaN. Our choice.
+
+    >>> retained([[0, 0, 0], [.75, 0, 0], [.5, .01, 0], [.25, .01, .5]]).round(3).tolist()
+    [0.333, nan, nan]
+    """
+    R = _matrix(R)
+    learned = np.diagonal(R[1:])
+    result = np.where(learned >= floor, R[-1] / np.maximum(learned, floor), np.nan)
+    result[-1] = np.nan
+    return result
+
+
+def when_learned(R: Matrix) -> Floats:
+    """[T]: F1 on each language just after its own training: R[i,i], or the last row for joint training."""
+    R = np.array(R, dtype=np.float64)
+    return np.diagonal(R[1:]).copy() if len(R) == R.shape[1] + 1 else R[-1]
+
+
 def is_sequential(R: Matrix) -> bool:
     """Whether R is (T+1) x T with T > 1.
 
@@ -212,29 +240,31 @@ def is_sequential(R: Matrix) -> bool:
     return shape[0] == shape[1] + 1 and shape[1] > 1
 
 
-SEQUENTIAL: dict[str, Callable[[Floats], float | Floats]] = {  # by name in scores.json
-    "cft": forward_transfer,
-    "cbt": backward_transfer,
-    "bwt": backward_transfer,
-    "fwt": gem_forward_transfer,
-    "forgetting": forgetting,
-    "forgetting_last": lambda R: forgetting_per_step(R)[-1],
-    "forgetting_including_last": lambda R: forgetting(R, include_last=True),
-    "cbt_per_step": backward_transfer_per_step,
-    "mft_impact": multi_hop_forward_transfer,
-    "mbt_impact": multi_hop_backward_transfer,
-    "mft_retention": lambda R: multi_hop_forward_transfer(R, "retention"),
-    "mbt_retention": lambda R: multi_hop_backward_transfer(R, "retention"),
-    "forgetting_by_cause": forgetting_by_cause,
-    "retention_curve": retention_curve,
-    "retention_curve_forward": lambda R: retention_curve(R, "forward"),
+SEQUENTIAL: dict[str, Callable[[Floats, Own], float | Floats]] = {  # by name in scores.json
+    "cft": lambda R, own: forward_transfer(R),
+    "cbt": lambda R, own: backward_transfer(R),
+    "bwt": lambda R, own: backward_transfer(R),
+    "fwt": lambda R, own: gem_forward_transfer(R),
+    "forgetting": lambda R, own: forgetting(R, own=own),
+    "forgetting_last": lambda R, own: forgetting_per_step(R, own=own)[-1],
+    "forgetting_including_last": lambda R, own: forgetting(R, include_last=True, own=own),
+    "cbt_per_step": lambda R, own: backward_transfer_per_step(R),
+    "mft_impact": lambda R, own: multi_hop_forward_transfer(R),
+    "mbt_impact": lambda R, own: multi_hop_backward_transfer(R),
+    "mft_retention": lambda R, own: multi_hop_forward_transfer(R, "retention"),
+    "mbt_retention": lambda R, own: multi_hop_backward_transfer(R, "retention"),
+    "forgetting_by_cause": lambda R, own: forgetting_by_cause(R),
+    "retention_curve": lambda R, own: retention_curve(R),
+    "retention_curve_forward": lambda R, own: retention_curve(R, "forward"),
+    "retained": lambda R, own: retained(R),
 }
 
 
-def summarise(R: Matrix) -> dict[str, Any]:
+def summarise(R: Matrix, own: Own = None) -> dict[str, Any]:
     """Every metric of one run, JSON-ready: floats, lists by position in the order, None where undefined.
 
     R: [T+1, T], or [2, T] for joint training. The latter defines only f1, f1_per_step (one entry) and worst.
+    own: for forgetting, see `forgetting_per_step`.
 
     >>> summary = summarise([[0, 0], [.75, 0], [.25, .5]])
     >>> summary["f1"], summary["worst"], summary["worst_position"], summary["cbt"], summary["cbt_per_step"]
@@ -250,7 +280,7 @@ def summarise(R: Matrix) -> dict[str, Any]:
         "worst": None if worst is None else last[worst],
         "worst_position": None if worst is None else worst + 1,
     }
-    result |= {name: metric(R) if sequential else None for name, metric in SEQUENTIAL.items()}
+    result |= {name: metric(R, own) if sequential else None for name, metric in SEQUENTIAL.items()}
     return {name: _json(value) for name, value in result.items()}
 
 

@@ -1,15 +1,20 @@
 """scores.json: the score matrix and the metrics of every trial, what they were measured on, and what was our choice."""
 
+import csv
+import io
 import math
+from collections.abc import Hashable
 
 from ..config import Config
 from ..models import XLMRConfig
 from .corpus import Corpus
-from .metrics import summarise
+from .metrics import FLOOR, summarise
 from .runner import Outcome
+from .strategies import STRATEGIES
 from .stream import Stream
 from .study import Study
-from .summary import summary_rows
+from .summary import comparisons, summary_rows
+from .units import traits, unit_of
 
 TRIAL = ("strategy", "label", "rank", "lr", "order", "order_name", "seed", "groups")  # copied from a trial
 CLIPPED = "each learner's gradient norm clipped"
@@ -24,6 +29,10 @@ CHOICES = (
     "split into characters, with runs of ASCII kept whole.",
     "NON-SHARED and MONO: a language not yet learned is scored with the learner trained last. Partially shared: with its "
     "group's learner, or with the one trained last while its group has learned nothing.",
+    f"A learner whose best F1 on a language just after its training is below {FLOOR:.2f} has learned nothing.",
+    "Forgetting is from the best earlier score of the same learner. The share kept is F1 at the end over F1 when learned, for "
+    f"languages with {FLOOR:.2f} or more when learned.",
+    "Intervals are over final scores of different learners: Student's below five values, else a studentised bootstrap.",
     "CFT after Winata et al. 2023; multi-hop transfer in two readings of ours, impact and retention.",
     "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text: 30 % of the "
     "tokens, each to be told from tokens drawn from the text. It is not XLM-R base, and its figures are not the paper's.",
@@ -31,8 +40,13 @@ CHOICES = (
 
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
-    """The contents of scores.json, JSON-ready. parameters: number of the backbone's parameters."""
-    runs = []
+    """The contents of scores.json, JSON-ready.
+
+    parameters: number of the backbone's parameters.
+    Runs of one "unit" have the same final scores, for they are of the same learners.
+    """
+    runs: list[dict] = []
+    numbers: dict[Hashable, int] = {}
     for trial in study.trials:
         matrix = trial.matrix(outcome.scores)
         reasons = [f"{study.learners[g].name} {outcome.failed[g]}" for g in trial.learners if outcome.failed[g]]
@@ -43,9 +57,11 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
                 "steps": sum(Stream.of(corpus, study.learners[g]).steps() for g in trial.learners),
                 "diverged": "; ".join(reasons) or None,
                 "R": matrix,
-                "metrics": summarise(matrix),
             }
         )
+        run = runs[-1]
+        run["metrics"] = summarise(matrix, traits(run).own)
+        run["unit"] = numbers.setdefault((trial.label, trial.lr, *unit_of(run)), len(numbers))
     return {
         "format": 1,
         "name": config.preset,
@@ -56,6 +72,8 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
             "labels": len(corpus.labels),
             "train_utterances": _count(corpus, "train"),
             "test_utterances": _count(corpus, "test"),
+            "scored": config.eval_split,
+            "scored_utterances": _count(corpus, config.eval_split),
             "truncated": corpus.truncated,
             "tokens_per_word": {locale: round(corpus.tokens_per_word(locale), 3) for locale in corpus.locales},
         },
@@ -68,10 +86,35 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         },
         "runs": runs,
         "summary": summary_rows({"runs": runs}),
+        "comparisons": comparisons({"runs": runs}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
         ],
     }
+
+
+COLUMNS = ("strategy", "rank", "rate", "order", "seed", "step", "trained", "tested", "TP", "predicted", "gold")
+
+
+def score_table(study: Study, outcome: Outcome) -> str:
+    """The contents of scores.csv: a line for each measured cell of each R, with its span counts.
+
+    step: row of R, 0 before training. trained: the locale learned in that step, all of them for joint training. tested: the
+    locale that was scored. Cells of different runs may be the same measurement: equal learners are trained once.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for trial in study.trials:
+        joint = STRATEGIES[trial.strategy].joint
+        for step in range(trial.layout.rows):
+            trained = "" if step == 0 else " ".join(trial.order) if joint else trial.order[step - 1]
+            for column, locale in enumerate(trial.order):
+                counts = trial.counts(outcome.scores, step, column)
+                if counts is not None:
+                    run = (trial.strategy, trial.rank, trial.lr, trial.order_name, trial.seed)
+                    table.writerow((*run, step, trained, locale, *counts))
+    return text.getvalue()
 
 
 def _count(corpus: Corpus, partition: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.json (written last: it means done)."""
+"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done)."""
 
 import fcntl
 import hashlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import opened, read_json, write_json, write_tensors
+from ..files import opened, read_json, write_json, write_tensors, write_text
 from ..kernels import multi_lora_cpu
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -64,6 +64,11 @@ class RunFolder:
         """Write scores.json, after which the run is done."""
         self.check()
         write_json(self.path / "scores.json", scores)
+
+    def save_table(self, text: str) -> None:
+        """Write scores.csv."""
+        self.check()
+        write_text(self.path / "scores.csv", text)
 
     def log(self, **entry: object) -> None:
         """Append a line to log.jsonl."""

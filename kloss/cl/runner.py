@@ -66,7 +66,15 @@ def train_study(
     for number, members in enumerate(cohorts):
         if str(number) not in finished:
             learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
-            cohort = Cohort(load(), corpus, learners, to_score, pass_tokens=config.pass_tokens, exact=config.exact)
+            cohort = Cohort(
+                load(),
+                corpus,
+                learners,
+                to_score,
+                pass_tokens=config.pass_tokens,
+                exact=config.exact,
+                partition=config.eval_split,
+            )
             if saved is not None and saved.state["cohort"] == number:
                 with folder.reading_checkpoint():
                     cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)

@@ -1,8 +1,8 @@
 """Mean, confidence interval and test for values of which some were not measured: NaN, or None in JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import comb, nan
+from math import comb, nan, sqrt, tan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,25 +32,127 @@ def _measured(values: Values) -> Floats:
     return flat[~np.isnan(flat)]
 
 
-def bootstrap_interval(values: Values, *, level: float = 0.95, samples: int = 10000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron 1979).
+class Interval(NamedTuple):
+    """A confidence interval of a mean; NaN to NaN: there is none.
 
-    values: [n]; NaN are dropped. level: in (0, 1).
-    Returns (low, high), or (NaN, NaN) for fewer than two values.
+    Fewer than two values, or equal ones (F1 of 0 at the floor), do not tell how values vary: there is none.
+    """
+
+    low: float
+    high: float
+    df: int | None = None  # degrees of freedom of a t interval; None: a bootstrap, or no interval
+
+
+NO_INTERVAL = Interval(nan, nan)
+# A bootstrap of fewer values knows too little: a percentile interval of three is their range, and covers 74 %.
+FEWEST_TO_RESAMPLE = 5
+
+
+def _differ(values: Floats) -> bool:
+    return len(values) > 1 and bool(np.ptp(values) > 0)
+
+
+def t_quantile(p: float, df: float) -> float:
+    """Quantile of Student's t, to about 1e-5 of its value. p: in [0.5, 1). df: degrees of freedom, 1 to 1000.
+
+    With t = sqrt(df) tan(a) the density of a is proportional to cos(a)^(df-1), which is summed.
+
+    >>> round(t_quantile(0.975, 2), 3), round(t_quantile(0.975, 30), 3)
+    (4.303, 2.042)
+    """
+    angle = np.linspace(0, np.pi / 2, 20001)
+    density = np.cos(angle) ** (df - 1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return sqrt(df) * tan(float(np.interp(2 * p - 1, below / below[-1], angle)))
+
+
+def t_interval(values: Values, *, level: float = 0.95) -> Interval:
+    """Student's interval of a mean, with n-1 degrees of freedom. NO_INTERVAL without two different values.
+
+    >>> low, high, df = t_interval([1, 2, 3])
+    >>> round(low, 3), round(high, 3), df, t_interval([5])
+    (-0.484, 4.484, 2, Interval(low=nan, high=nan, df=None))
+    """
+    values = _measured(values)
+    n = len(values)
+    if not _differ(values):
+        return NO_INTERVAL
+    mean, half = values.mean(), t_quantile((1 + level) / 2, n - 1) * values.std(ddof=1) / sqrt(n)
+    return Interval(float(mean - half), float(mean + half), n - 1)
+
+
+def bootstrap_interval(values: Values, *, level: float = 0.95, samples: int = 10000, seed: int = 0) -> Interval:
+    """Studentised bootstrap interval of a mean (bootstrap-t; Efron & Tibshirani 1993, chapter 12).
+
+    values: [n] independent values; NaN are dropped. level: in (0, 1).
+    A resample of equal values has no standard error and is left out; where too many are such (most values are equal), the
+    interval is `t_interval`.
+    Returns NO_INTERVAL without two different values.
     Raises UserError for a level outside (0, 1).
 
-    >>> low, high = bootstrap_interval([0.1, 0.2, 0.3, 0.4])
-    >>> 0.1 <= low < 0.25 < high <= 0.4, bootstrap_interval([0.5])
-    (True, (nan, nan))
+    >>> low, high, df = bootstrap_interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    >>> low < 0.3 < high, df
+    (True, None)
     """
     if not 0 < level < 1:
         raise UserError(f"level must lie between 0 and 1, not {level}")
     values = _measured(values)
-    if len(values) < 2:
-        return nan, nan
-    draws = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    n = len(values)
+    if not _differ(values):
+        return NO_INTERVAL
+    mean, spread = values.mean(), values.std()
+    draws = values[np.random.default_rng(seed).integers(n, size=(samples, n))]
+    several = np.ptp(draws, axis=1) > 0
+    if several.mean() < (1 + level) / 2:
+        return t_interval(values, level=level)
+    draws = draws[several]
+    t = (draws.mean(axis=1) - mean) / draws.std(axis=1)
+    low, high = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean - high * spread), float(mean - low * spread))
+
+
+def interval(values: Values) -> Interval:
+    """95 % interval of the mean of independent values: t for fewer than FEWEST_TO_RESAMPLE, else bootstrap."""
+    values = _measured(values)
+    return t_interval(values) if len(values) < FEWEST_TO_RESAMPLE else bootstrap_interval(values)
+
+
+def crossed_interval(table: Mapping[tuple[Any, Any], float]) -> Interval:
+    """95 % interval of a mean over two crossed factors, such as orders and seeds.
+
+    table: (level of one factor, level of the other) -> value. Cells may be missing.
+    Values that share a level are not independent, so the means of the levels are the units. Of the two factors the one whose
+    interval is wider is given. In simulations this covers 95 % and more; all values as one sample cover 40 to 90 %.
+
+    >>> crossed_interval({("a", seed): value for seed, value in enumerate([1, 2, 3])}) == t_interval([1, 2, 3])
+    True
+    """
+    intervals = []
+    for factor in (0, 1):
+        levels: dict[Any, list[float]] = {}
+        for key, value in table.items():
+            levels.setdefault(key[factor], []).append(value)
+        if len(levels) > 1:
+            intervals.append(interval([float(measured_mean(values)) for values in levels.values()]))
+    return max(intervals, key=lambda ends: ends.high - ends.low, default=NO_INTERVAL)
+
+
+def difference_interval(a: Values, b: Values, *, level: float = 0.95) -> Interval:
+    """Welch's t interval of mean(a) - mean(b), degrees of freedom rounded down.
+
+    Returns NO_INTERVAL with fewer than two values in a or b, or where all in each are equal.
+
+    >>> difference_interval([1, 2, 3], [0, 0, 0]).df
+    2
+    """
+    a, b = _measured(a), _measured(b)
+    if min(len(a), len(b)) < 2 or not (_differ(a) or _differ(b)):
+        return NO_INTERVAL
+    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference, variance = a.mean() - b.mean(), sum(parts)
+    df = int(variance**2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)) + 1e-9)
+    half = t_quantile((1 + level) / 2, df) * sqrt(variance)
+    return Interval(float(difference - half), float(difference + half), df)
 
 
 class Comparison(NamedTuple):

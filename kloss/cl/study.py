@@ -39,14 +39,13 @@ class Trial(NamedTuple):
 
         scores: of all learners of the study. A learner that diverged leaves cells unmeasured.
         """
-        return [
-            [self._f1(scores, *self.layout.cell(i, j), locale) for j, locale in enumerate(self.order)]
-            for i in range(self.layout.rows)
-        ]
+        table = [[self.counts(scores, i, j) for j in range(len(self.order))] for i in range(self.layout.rows)]
+        return [[None if counts is None else float(f1_from_counts([counts])[0]) for counts in row] for row in table]
 
-    def _f1(self, scores: Sequence[Scores], learner: int, experience: int, locale: str) -> float | None:
-        counts = scores[self.learners[learner]].get(experience, {}).get(locale)
-        return None if counts is None else float(f1_from_counts([counts])[0])
+    def counts(self, scores: Sequence[Scores], i: int, j: int) -> list[int] | None:
+        """Return true positives, predicted and gold spans of R[i, j]; None if it was not measured."""
+        learner, experience = self.layout.cell(i, j)
+        return scores[self.learners[learner]].get(experience, {}).get(self.order[j])
 
 
 class Study(NamedTuple):

@@ -5,18 +5,20 @@ All is computed from the score matrices R, so old run folders can be reported ag
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 
 from .languages import LANGUAGES
-from .metrics import summarise
-from .statistics import Floats, bootstrap_interval, measured_mean
+from .metrics import FLOOR, is_sequential, multi_hop_backward_transfer, retained, summarise, when_learned
+from .statistics import NO_INTERVAL, Floats, Interval, Values, crossed_interval, measured_mean
+from .units import Run, paired, traits, unit_of, units
 
-Run = Mapping[str, Any]
 Row = dict[str, Any]
-AVERAGED = ("f1", "cbt", "cft", "fwt", "forgetting", "worst")
+AVERAGED = ("f1", "cbt", "kept", "cft", "fwt", "forgetting", "worst")  # kept: mean of `metrics.retained`
+AT_THE_END = ("f1", "worst")  # read from R's last row alone
+LOSSES = ("cbt", "kept", "forgetting")  # no loss by construction where no language's learner changes after its own step
 
 
 def summary_rows(scores: Mapping[str, Any]) -> list[Row]:
@@ -27,26 +29,122 @@ def summary_rows(scores: Mapping[str, Any]) -> list[Row]:
 def summary_row(label: str, runs: Sequence[Run]) -> Row:
     """Averages of the runs of one strategy, JSON-ready.
 
-    Each name of AVERAGED has three keys: NAME, its mean over runs (None: undefined or not measured);
-    NAME_low and NAME_high, the 95 % bootstrap interval over runs (None with fewer than two).
+    Each name of AVERAGED has four keys: NAME, its mean over units (None: undefined or not measured); NAME_low and NAME_high, its
+    95 % interval over units (None with fewer than two, and for what is 0 by construction); NAME_df, the degrees of freedom of a
+    t interval (None: a bootstrap). A unit is a value of its own, see `units`: copies of one learner count once.
+    units: number of different final scores.
+    can_forget: languages of a run that could be forgotten; where runs differ, of the run with most. None: no sequence.
+    learned: the best F1 of any language when learned; below `metrics.FLOOR` nothing was learned.
     """
-    summaries = [summarise(run["R"]) for run in runs if not run.get("diverged")]
+    summaries = [(run, summarise(run["R"], traits(run).own)) for run in runs if not run.get("diverged")]
+    used = [run for run, _ in summaries]
+    learned = [value for run in used for value in when_learned(run["R"]) if value == value]
     row = {
         "label": label,
         "strategy": runs[0]["strategy"],
         "runs": len(runs),
         "orders": len({run["order_name"] for run in runs}),
         "seeds": len({run["seed"] for run in runs}),
+        "units": len({unit_of(run) for run in used}),
         "diverged": len(runs) - len(summaries),
         "trainable_parameters": runs[0].get("trainable_parameters"),
         "steps": runs[0].get("steps"),
+        "languages": len(runs[0]["order"]),
+        "can_forget": max(int(traits(run).can_change[:-1].sum()) for run in runs) if is_sequential(runs[0]["R"]) else None,
+        "learned": float(max(learned)) if learned else None,
     }
     for name in AVERAGED:
-        values = [summary[name] for summary in summaries if summary[name] is not None]
-        row[name] = sum(values) / len(values) if values else None
-        low, high = bootstrap_interval(values)
-        row[name + "_low"], row[name + "_high"] = (None, None) if isnan(low) else (low, high)
+        measured = [_kept(run) if name == "kept" else summary[name] for run, summary in summaries]
+        values = units(used, measured, end=name in AT_THE_END)
+        row[name] = sum(values.values()) / len(values) if values else None
+        constructed = name in LOSSES and row["can_forget"] == 0
+        row |= _named(name, NO_INTERVAL if constructed else crossed_interval(values))
     return row
+
+
+def _kept(run: Run) -> float | None:
+    """Mean share kept of the languages that could lose any."""
+    kept = mean(lost(retained)(run)) if is_sequential(run["R"]) else nan
+    return None if isnan(kept) else kept
+
+
+def _named(name: str, interval: Interval) -> Row:
+    low, high, df = interval
+    return (
+        {f"{name}_low": None, f"{name}_high": None, f"{name}_df": None}
+        if isnan(low)
+        else {f"{name}_low": low, f"{name}_high": high, f"{name}_df": df}
+    )
+
+
+def comparisons(scores: Mapping[str, Any]) -> list[Row]:
+    """The strategy with the best final F1 against each other one: "comparisons" of scores.json, JSON-ready.
+
+    Each has label, other, units (pairs of runs of one seed and order, copies counted once), the mean difference in F1 with its
+    95 % interval: difference, difference_low, difference_high, difference_df; as in `summary_row`.
+    """
+    strategies = {label: [run for run in runs if not run.get("diverged")] for label, runs in by_label(scores["runs"]).items()}
+    ends = {label: [_final(run) for run in runs] for label, runs in strategies.items()}
+    means = {label: mean(list(units(runs, ends[label]).values())) for label, runs in strategies.items()}
+    measured = [label for label in means if not isnan(means[label])]
+    best = max(measured, key=means.__getitem__, default=None)
+    rows = []
+    for other in measured:
+        if best is not None and other != best:
+            pairs = paired(strategies[best], strategies[other], ends[best], ends[other])
+            row = {
+                "label": best,
+                "other": other,
+                "units": len(pairs),
+                "difference": mean(list(pairs.values())) if pairs else None,
+            }
+            rows.append(row | _named("difference", crossed_interval(pairs)))
+    return rows
+
+
+def _final(run: Run) -> float | None:
+    f1 = mean(final(run))
+    return None if isnan(f1) else f1
+
+
+def nothing_learned(rows: Sequence[Row]) -> bool:
+    """Whether runs were measured, but no learner of any strategy reached `FLOOR` on a language it was trained on."""
+    learned = [row["learned"] for row in rows if row["learned"] is not None]
+    return bool(learned) and max(learned) < FLOOR
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """What must be read before any figure: nothing was learned, learners diverged. In the order of weight."""
+    best = max((row["learned"] for row in rows if row["learned"] is not None), default=0.0)
+    floor = f"{FLOOR:.2f} F1 on a language just after its own training"
+    lines = []
+    if nothing_learned(rows):
+        lines.append(
+            f"Nothing was learned: no learner reached {floor} (the best: {best:.3f}). So nothing can be said of what was kept or "
+            "lost; try another learning rate, more epochs or more utterances."
+        )
+    else:
+        for row in rows:
+            if row["learned"] is not None and row["learned"] < FLOOR:
+                lines.append(f"{row['label']} learned nothing: it never reached {floor}; its other figures mean nothing.")
+    for row in rows:
+        if row["diverged"]:
+            lines.append(f"{row['label']}: {row['diverged']} of {row['runs']} runs diverged and are in no average.")
+    return lines
+
+
+def chosen_on_dev(scores: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Of each strategy with several ranks or rates, the one with the best F1, if dev was scored: to be measured on test."""
+    lines = []
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        several = [row for row in rows if row["strategy"] == strategy and row["f1"] is not None]
+        if scores["corpus"].get("scored") == "dev" and len(several) > 1:
+            best = max(several, key=lambda row: row["f1"])
+            lines.append(
+                f"Best on dev of {len(several)} settings of {strategy}: {best['label']}, F1 {best['f1']:.3f}. Run it alone with "
+                "--eval-split test."
+            )
+    return lines
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -63,16 +161,39 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def matrices(runs: Sequence[Run]) -> list[tuple[list[str], Floats]]:
     """(order, R) of each run that did not diverge."""
-    return [(run["order"], np.array(run["R"], dtype=np.float64)) for run in runs if not run.get("diverged")]
+    return [(run["order"], _matrix(run)) for run in runs if not run.get("diverged")]
 
 
-def by_language(runs: Sequence[Run], metric: Callable[[Floats], Floats]) -> dict[str, list[float]]:
-    """Locale -> one value per run. metric: R -> [T], by position in the order."""
+Measure = Callable[[Run], Floats]  # a run -> [T], by position in its order
+
+
+def by_language(runs: Sequence[Run], measure: Measure) -> dict[str, list[float]]:
+    """Locale -> one value per run that did not diverge."""
     result: dict[str, list[float]] = {}
-    for order, R in matrices(runs):
-        for locale, value in zip(order, metric(R), strict=True):
-            result.setdefault(locale, []).append(float(value))
+    for run in runs:
+        if not run.get("diverged"):
+            for locale, value in zip(run["order"], measure(run), strict=True):
+                result.setdefault(locale, []).append(float(value))
     return result
+
+
+def lost(metric: Callable[[Floats], Floats]) -> Measure:
+    """A metric of what later training did to each language; NaN where it could do nothing (a group of one language)."""
+    return lambda run: np.where(traits(run).can_change, metric(_matrix(run)), nan)
+
+
+def impact(run: Run) -> Floats:
+    """MBT of reading "impact"; NaN for a language whose step trains no earlier language's learner."""
+    return np.where(traits(run).can_destroy, multi_hop_backward_transfer(run["R"]), nan)
+
+
+def final(run: Run) -> Floats:
+    """[T]: F1 at the end."""
+    return _matrix(run)[-1]
+
+
+def _matrix(run: Run) -> Floats:
+    return np.array(run["R"], dtype=np.float64)
 
 
 def change(R: Floats) -> Floats:
@@ -82,7 +203,7 @@ def change(R: Floats) -> Floats:
     return result
 
 
-def mean(values: Sequence[float | None]) -> float:
+def mean(values: Values) -> float:
     """`measured_mean` as a float."""
     return float(measured_mean(values))
 
@@ -95,14 +216,3 @@ def script(locale: str) -> str:
 def spaced(locale: str) -> bool:
     """Whether the language is written with spaces between words; True outside MASSIVE."""
     return locale not in LANGUAGES or LANGUAGES[locale].spaced
-
-
-def script_contrasts(locales: Sequence[str]) -> list[tuple[str, list[str], str, list[str]]]:
-    """(name, locales, name, locales) of the comparisons that tell the effect of script from that of word segmentation."""
-    latin, other = [m for m in locales if script(m) == "Latin"], [m for m in locales if script(m) != "Latin"]
-    spaces, none = [m for m in locales if spaced(m)], [m for m in locales if not spaced(m)]
-    return [
-        ("not Latin", other, "Latin", latin),
-        ("no spaces between words", none, "spaces", spaces),
-        ("not Latin, but spaces", [m for m in other if spaced(m)], "Latin", latin),
-    ]

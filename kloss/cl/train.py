@@ -25,6 +25,7 @@ class Cohort:
     learners: all of them LoRA, or one that trains the whole model.
     to_score: for each learner, experiences completed -> locales to score.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
+    partition: dev or test, what is scored.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
     Attributes: scores, one per learner; failed, {learner: why its training ended early}.
     """
@@ -38,9 +39,10 @@ class Cohort:
         *,
         pass_tokens: int = Config.pass_tokens,
         exact: bool = False,
+        partition: str = "test",
     ):
         self.model, self.corpus, self.learners, self.to_score = model, corpus, learners, to_score
-        self.pass_tokens, self.exact = pass_tokens, exact
+        self.pass_tokens, self.exact, self.partition = pass_tokens, exact, partition
         weight = model.classifier.weight
         self.device = weight.device
         self.bank: Rows
@@ -136,7 +138,9 @@ class Cohort:
             for locale in self.to_score[g].get(experience, ()):
                 pairs.append((row, locale))
                 cells.append((table, locale))
-        counts = evaluate(self.model, bank, self.corpus, pairs, pass_tokens=self.pass_tokens, graphs=graphs)
+        counts = evaluate(
+            self.model, bank, self.corpus, pairs, partition=self.partition, pass_tokens=self.pass_tokens, graphs=graphs
+        )
         for (table, locale), count in zip(cells, counts.tolist(), strict=True):
             table[locale] = count
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..cl.effects import FEWEST_ORDERS
 from ..cl.metrics import is_sequential
 from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
-from ..cl.summary import by_label, summary_rows
+from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
 from ..errors import UserError
 from ..files import opened, read_json, write_text
 from . import sections
+from .languages import languages
 from .sections import Log
 
 
@@ -43,7 +45,8 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
     """
     strategies, rows = by_label(scores["runs"]), summary_rows(scores)
     sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
-    headline = sections.headline(rows)
+    compared, focus = comparisons(scores), next((row["label"] for row in sections.losing(rows)), None)
+    section = languages(scores["corpus"], sequential, focus) if sequential else {}
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("page.html.j2").render(
@@ -51,12 +54,20 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         env=env,
         count=sections.count,
         counted=sections.counted,
-        headline=headline,
+        warnings=warnings(rows),
+        nothing_learned=nothing_learned(rows),
+        could_forget=any(row["can_forget"] for row in rows),
+        fewest_orders=FEWEST_ORDERS,
+        headline=sections.headline(rows, compared),
+        asked=sections.asked(scores, strategies),
+        findings=[*sections.findings(rows, section), *chosen_on_dev(scores, rows)],
+        limits=sections.limits(scores, rows, strategies[focus] if focus else []),
+        compared=sections.paired_differences(compared),
         results=sections.results(rows, strategies),
         paper=sections.beside_the_paper(scores, rows),
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
-        languages=sections.languages(scores["corpus"], sequential, headline["losses"][0][0]) if headline["losses"] else None,
+        languages=section or None,
         training=sections.training(log) if log else None,
         setting=sections.setting(scores.get("choices", []), config, env),
     )

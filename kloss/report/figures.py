@@ -160,10 +160,17 @@ def lines(caption: str, series: Iterable[Line], xlabel: str, ylabel: str, names:
     return _panel(caption, figure)
 
 
-def bars(caption: str, values: Mapping[str, Sequence[float]], ylabel: str) -> Panel:
-    """Mean per locale as bars, range over runs as thin lines. * marks languages without spaces.
+def bars(
+    caption: str,
+    values: Mapping[str, Sequence[float]],
+    ylabel: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    warning: str = "",
+) -> Panel:
+    """Mean per locale as bars, range over runs or an interval as thin lines. * marks languages without spaces.
 
     values: locale -> one value per run. A locale that was not measured has no bar.
+    intervals: locale -> (low, high), instead of the range of its values.
     """
     means = {locale: mean(runs) for locale, runs in values.items()}
     locales = sorted((locale for locale in means if not np.isnan(means[locale])), key=means.__getitem__)
@@ -172,11 +179,12 @@ def bars(caption: str, values: Mapping[str, Sequence[float]], ylabel: str) -> Pa
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.bar(range(n), [means[m] for m in locales], color=[colour_of(m) for m in locales], width=0.76)
-    low, high = ([float(extreme(values[m])) for m in locales] for extreme in (np.nanmin, np.nanmax))
+    ends = intervals or {m: (float(np.nanmin(values[m])), float(np.nanmax(values[m]))) for m in locales}
+    low, high = ([ends[m][end] for m in locales] for end in (0, 1))
     axes.vlines(range(n), low, high, color=INK, linewidth=0.9)
     axes.axhline(0, color=MUTED, linewidth=0.8)
     ticks = [m if spaced(m) else f"{m} *" for m in locales]
     axes.set_xticks(range(n), ticks, fontsize=7 if n > 30 else 8, rotation=0 if n <= 6 else 90)
     axes.margins(x=0.01)
     axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
-    return _panel(caption, figure)
+    return _panel(caption, figure, warning)

@@ -4,17 +4,20 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import isnan
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..cl import metrics
-from ..cl.languages import LANGUAGES
-from ..cl.statistics import Floats, measured_mean, permutation_test
-from ..cl.summary import Row, Run, by_language, change, matrices, mean, script, script_contrasts, summary_row
+from ..cl.effects import FEWEST_ORDERS
+from ..cl.metrics import FLOOR
+from ..cl.statistics import FEWEST_TO_RESAMPLE, Floats, measured_mean
+from ..cl.summary import LOSSES, Row, matrices, mean, summary_row
+from ..cl.units import Run, traits
 from . import figures
-from .figures import DOTTED, WRITING, Line, Panel, colour_of, look
+from .cells import NONE, Cell, between, count, counted, extent, number
+from .figures import DOTTED, Line, Panel, look
+from .languages import COLUMNS
 
 PAPER_TABLE = (  # strategy, its name in the paper, F1 x 100, parameters
     ("multi", "MULTI", "75.03", "278 M"),
@@ -23,79 +26,138 @@ PAPER_TABLE = (  # strategy, its name in the paper, F1 x 100, parameters
     ("shared", "SHARED LoRA", "60–61", "5–43 M"),
 )
 MASSIVE = (52, 11514, 2974)  # languages, training and test utterances of each
-COLUMNS, PHASES, POINTS = 4, 12, 120  # limits: strategies in the table of languages, curves, points per curve
-NONE = "–"
+PHASES, POINTS = 12, 120  # limits: curves, points per curve
 
 JSON = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]  # label -> its runs
 Log = Mapping[str, Sequence[JSON]]  # phase -> its entries in log.jsonl
 
 
-class Cell(NamedTuple):
-    """Text with, if given: small print below, a warning in red, the colour of a swatch in front."""
-
-    text: str
-    interval: str = ""
-    warning: str = ""
-    colour: str = ""
-
-
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """Fixed digits and a true minus sign; a dash for what was not measured."""
-    if value is None or isnan(value):
-        return NONE
-    value = round(value, digits) + 0.0  # no -0
-    return f"{value:{'+' if sign and value else ''}.{digits}f}".replace("-", "−")
-
-
-def count(value: float | None) -> str:
-    """Three digits and a unit: 1.23 M"""
-    if value is None:
-        return NONE
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= 0.9995 * unit:  # the smaller unit would print 1e+03
-            return f"{value / unit:.3g}{name}"
-    return f"{value:g}"
-
-
-def counted(amount: int, noun: str) -> str:
-    """1 run, 2 runs"""
-    return f"{amount} {noun}{'' if amount == 1 else 's'}"
-
-
-def extent(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """Smallest and largest value as text; once if they read the same."""
-    return "–".join(dict.fromkeys((text(min(values)), text(max(values))))) if values else NONE
-
-
 def averages(row: Row, *names: str) -> list[Cell]:
-    """Averages of a summary row with their intervals; CBT with its sign."""
+    """Averages of a summary row with their intervals; CBT with its sign. What could not be lost says so."""
     cells = []
     for name in names:
-        low, high = row[name + "_low"], row[name + "_high"]
-        interval = "" if low is None else f"{number(low)} to {number(high)}"
-        cells.append(Cell(number(row[name], sign=name == "cbt"), interval))
+        could, others = row["can_forget"], row["languages"] - 1
+        if name in LOSSES and could == 0 and row["cbt"] is not None:
+            cells.append(Cell("1" if name == "kept" else "0", "by construction"))
+        else:
+            interval = between(*(row[f"{name}_{end}"] for end in ("low", "high", "df")))
+            if name == "cbt" and could is not None and 0 < could < others:
+                interval = f"{interval}{interval and '; '}{could} of {others} could change"
+            cells.append(Cell(number(row[name], sign=name == "cbt"), interval))
     return cells
 
 
-def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """The finding: largest and smallest loss as (label, words, ends of the interval), and the row with the best F1."""
-    losses = []
-    for row in sorted((row for row in rows if row["cbt"] is not None), key=lambda row: row["cbt"]):
-        sign, verb = (1, "gained") if round(row["cbt"], 2) > 0 else (-1, "lost")
-        ends = [] if row["cbt_low"] is None else sorted((sign * row["cbt_low"], sign * row["cbt_high"]))
-        losses.append((row["label"], f"{verb} {abs(row['cbt']):.2f} F1", [number(end, 2) for end in ends]))
+def losing(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose learners could forget and were measured, the largest loss first."""
+    return sorted((row for row in rows if row["cbt"] is not None and row["can_forget"]), key=lambda row: row["cbt"])
+
+
+def headline(rows: Sequence[Row], compared: Sequence[Row]) -> dict[str, Any]:
+    """The finding: the best strategy against the one that ends lowest, and the largest loss.
+
+    compared: `comparisons`. Numbers have two digits, ends of intervals are a list, empty without one.
+    """
     scored = [row for row in rows if row["f1"] is not None]
-    return {"losses": losses[:1] + losses[1:][-1:], "best": max(scored, key=lambda row: row["f1"], default=None)}
+    best = max(scored, key=lambda row: row["f1"], default=None)
+    far = min((row for row in scored if row is not best), key=lambda row: row["f1"], default=None)
+    gap = next((row for row in compared if far is not None and row["other"] == far["label"] and row["units"]), None)
+    worst, loss = next(iter(losing(rows)), None), None
+    if worst is not None:
+        sign, verb = (1, "gained") if round(worst["cbt"], 2) > 0 else (-1, "lost")
+        ends = [] if worst["cbt_low"] is None else sorted((sign * worst["cbt_low"], sign * worst["cbt_high"]))
+        loss = worst["label"], f"{verb} {abs(worst['cbt']):.2f} F1", [number(end, 2) for end in ends]
+    ends = [] if gap is None or gap["difference_low"] is None else [gap["difference_low"], gap["difference_high"]]
+    difference = None if gap is None else (number(gap["difference"], 2), [number(end, 2) for end in ends])
+    return {"best": best, "far": far, "gap": difference, "loss": loss}
+
+
+def asked(scores: JSON, strategies: Runs) -> str:
+    """The question of the study."""
+    names, locales = ", ".join(strategies), scores["corpus"]["locales"]
+    if len(locales) == 1:
+        return f"How well does each learn one language: {names}?"
+    if len(strategies) == 1:
+        return f"How much of {len(locales)} languages is left in the end: {names}?"
+    return f"Which way of sharing learners leaves most of {len(locales)} languages at the end: {names}?"
+
+
+def findings(rows: Sequence[Row], languages: JSON) -> list[str]:
+    """What was found beside the headline: shares kept, groups of languages. languages: data of that section, empty without."""
+    lines = []
+    for row in losing(rows)[:COLUMNS]:
+        if row["kept"] is not None:
+            ends = between(row["kept_low"], row["kept_high"], None, 2)
+            lines.append(f"{row['label']} keeps {row['kept']:.2f} of what it had learned of a language{ends and f' ({ends})'}.")
+    free = [row["label"] for row in rows if row["can_forget"] == 0 and row["cbt"] is not None]
+    if free:
+        lines.append(f"{', '.join(free)}: no learner gets a second language, so nothing can be lost. That is no finding.")
+    if languages.get("tests"):
+        differ = languages["differ"]
+        what = f"differ in {len(differ)}: {'; '.join(differ)}" if differ else "differ in none: no evidence that they matter here"
+        lines.append(f"Scripts and ways of writing, {languages['tests']} tests at 0.05 without correction, {what}.")
+    return lines
+
+
+def limits(scores: JSON, rows: Sequence[Row], losers: Sequence[Run]) -> list[str]:
+    """What the run cannot say: split, orders, seeds, utterances, floor. losers: runs of the strategy whose loss is shown."""
+    corpus, lines = scores["corpus"], []
+    split, sizes = scored_on(corpus)
+    if split == "dev":
+        lines.append("Scored on dev: for choosing settings. What was chosen is to be measured once on test.")
+    else:
+        lines.append(
+            "Scored on test: settings that were chosen on the same utterances look better than they are (--eval-split dev)."
+        )
+    orders = len({tuple(run["order"]) for run in losers})
+    if 0 < orders < FEWEST_ORDERS:
+        few = "One order" if orders == 1 else f"Only {orders} orders"
+        lines.append(
+            f"{few}: how much a language lost or destroyed also depends on its place in the order. Which languages destroy "
+            f"others is not known; that takes --orders {FEWEST_ORDERS} or more."
+        )
+    seeds = max((row["seeds"] for row in rows), default=1)
+    if seeds == 1:
+        lines.append("One seed: the chance of a draw of adapters and batches is in no figure.")
+    elif seeds < FEWEST_TO_RESAMPLE:
+        lines.append(f"{seeds} seeds: intervals of few values are wide, and take the values to be normally distributed.")
+    lines.append(
+        f"Intervals know orders and seeds only, not which utterances were tested ({extent(sizes, str)} a language): that needs "
+        "the counts of each utterance, which are not kept."
+    )
+    low = [row["label"] for row in rows if row["learned"] is not None and row["learned"] < FLOOR]
+    if low:
+        lines.append(f"At the floor nothing can be lost: {', '.join(low)} learned nothing.")
+    if corpus.get("synthetic"):
+        lines.append("The corpus is synthetic: what holds between strategies may hold for real languages, levels do not.")
+    return lines
+
+
+def scored_on(corpus: JSON) -> tuple[str, list[int]]:
+    """The partition that was scored, and its utterances per language."""
+    return corpus.get("scored", "test"), list((corpus.get("scored_utterances") or corpus["test_utterances"]).values())
+
+
+def paired_differences(compared: Sequence[Row]) -> list[Sequence[str | Cell]]:
+    """Rows of the table of final F1, best against each other strategy."""
+    rows: list[Sequence[str | Cell]] = []
+    for row in compared:
+        interval = between(*(row[f"difference_{end}"] for end in ("low", "high", "df")))
+        rows.append(
+            (f"{row['label']} minus {row['other']}", Cell(number(row["difference"], sign=True), interval), str(row["units"]))
+        )
+    return rows
 
 
 def results(rows: Sequence[Row], strategies: Runs) -> dict[str, Any]:
     """Averages by strategy, and by strategy and order. rows: summary rows of `strategies`."""
     cells, by_order = [], []
     for row in rows:
-        means, sizes = averages(row, "f1", "cbt", "cft", "forgetting"), (count(row["trainable_parameters"]), count(row["steps"]))
+        means = averages(row, "f1", "cbt", "kept", "cft", "forgetting")
+        sizes = count(row["trainable_parameters"]), count(row["steps"])
         warning = f"{row['diverged']} diverged" if row["diverged"] else ""
-        runs = Cell(f"{row['runs']} ({row['orders']} × {row['seeds']})", warning=warning)
+        different = "" if row["units"] == row["runs"] - row["diverged"] else f"{row['units']} different"
+        runs = Cell(f"{row['runs']} ({row['orders']} × {row['seeds']})", different, warning)
         cells.append((row["label"], *means, number(row["worst"]), *sizes, runs))
     for label, members in strategies.items():
         for order in dict.fromkeys(run["order_name"] for run in members):
@@ -108,7 +170,7 @@ def results(rows: Sequence[Row], strategies: Runs) -> dict[str, Any]:
 def beside_the_paper(scores: JSON, rows: Sequence[Row]) -> dict[str, Any]:
     """The paper's table with this run's figures beside, and whether the two compare."""
     backbone, corpus = scores["backbone"], scores["corpus"]
-    train, test = (list(corpus[name].values()) for name in ("train_utterances", "test_utterances"))
+    train, (split, test) = list(corpus["train_utterances"].values()), scored_on(corpus)
     encoder = (backbone["layers"], backbone["hidden"], backbone["vocabulary"] >= 250002) == (12, 768, True)
     cells = []
     for strategy, name, f1, size in PAPER_TABLE:
@@ -116,7 +178,7 @@ def beside_the_paper(scores: JSON, rows: Sequence[Row]) -> dict[str, Any]:
         sizes = [row["trainable_parameters"] for row in ours if row["trainable_parameters"]]
         cells.append((name, f1, size, extent([100 * row["f1"] for row in ours], "{:.1f}".format), extent(sizes, count)))
     comparable = encoder and "massive" in corpus["name"].lower() and (len(train), min(train), min(test)) == MASSIVE
-    return {"comparable": comparable, "rows": cells, "train": extent(train, str), "test": extent(test, str)}
+    return {"comparable": comparable, "rows": cells, "train": extent(train, str), "test": extent(test, str), "split": split}
 
 
 def along_the_sequence(strategies: Runs, sequential: Runs) -> dict[str, Any]:
@@ -141,13 +203,23 @@ def along_the_sequence(strategies: Runs, sequential: Runs) -> dict[str, Any]:
     since, until = "hops since the language was learned", "hops until the language is learned"
     later = "Multi-hop, backward: what later training did to a language"
     earlier = "Multi-hop, forward: what earlier training gave a language"
+    open_ = {label: runs for label, runs in sequential.items() if any(traits(run).can_change[:-1].any() for run in runs)}
     panels = [
         chart("Mean F1 over the languages seen so far", strategies, f1, steps, "F1", names=order),
-        chart("CBT: earlier languages against when learned", sequential, cbt, steps, "CBT", names=order, zero=True),
-        chart(later, sequential, backward, since, "change of F1", zero=True),
         chart(earlier, sequential, forward, until, "F1 above untrained", zero=True),
     ]
-    return {"joint": len(strategies) > len(sequential), "legend": looks.items(), "panels": panels}
+    if open_:
+        panels[1:1] = [
+            chart("CBT: earlier languages against when learned", open_, cbt, steps, "CBT", names=order, zero=True),
+            chart(later, open_, backward, since, "change of F1", zero=True),
+        ]
+    constructed = [label for label in sequential if label not in open_]
+    return {
+        "joint": len(strategies) > len(sequential),
+        "legend": looks.items(),
+        "panels": panels,
+        "constructed": ", ".join(constructed),
+    }
 
 
 def heat_maps(sequential: Runs) -> list[Panel]:
@@ -163,53 +235,6 @@ def heat_maps(sequential: Runs) -> list[Panel]:
         caption = f"{label} · {runs[0]['order_name']}, {counted(len(runs), 'run')}"
         panels.append(figures.heat_map(caption, R, runs[0]["order"], largest, "diverged" if runs[0].get("diverged") else ""))
     return panels
-
-
-def languages(corpus: JSON, sequential: Runs, focus: str) -> dict[str, Any]:
-    """Change of F1 by language and by script under the strategy `focus`, and whether scripts differ by more than chance."""
-    locales, tokens = corpus["locales"], corpus.get("tokens_per_word") or {}
-    changes = by_language(sequential[focus], change)
-    impacts = by_language(sequential[focus], metrics.multi_hop_backward_transfer)
-
-    columns = list(sequential)[:COLUMNS]
-    kinds = ((lambda R: R[-1], False), (change, True))
-    scores = [(by_language(sequential[label], metric), sign) for label in columns for metric, sign in kinds]
-
-    def cells(members: Sequence[str]) -> list[str]:
-        """Subwords per word, then F1 and its change under each strategy of `columns`: means over locales."""
-        f1 = [number(mean([mean(score.get(m, [])) for m in members]), sign=sign) for score, sign in scores]
-        return [number(mean([tokens.get(m) for m in members]), 2), *f1]
-
-    scripts: dict[str, list[str]] = {}
-    for locale in locales:
-        scripts.setdefault(script(locale), []).append(locale)
-    by_script = [
-        (Cell(name, colour=colour_of(members[0])), str(len(members)), *cells(members))
-        for name, members in sorted(scripts.items(), key=lambda item: (-len(item[1]), item[0]))
-    ]
-    means = {m: mean(values) for m, values in changes.items() if not isnan(mean(values))}
-    contrasts = []
-    for name_a, a, name_b, b in script_contrasts(list(means)):
-        values = [means[m] for m in a], [means[m] for m in b]
-        test = permutation_test(*values)
-        title = f"{name_a} ({len(a)}) against {name_b} ({len(b)})"
-        signed = (number(value, sign=True) for value in (*map(mean, values), test.difference))
-        contrasts.append((title, *signed, "< 0.001" if test.p_value < 0.001 else number(test.p_value)))
-    names = {m: LANGUAGES[m].name if m in LANGUAGES else "" for m in locales}
-    colours = {colour_of(m) for m in locales}
-    return {
-        "focus": focus,
-        "writing": [(kind, colour) for kind, colour, _ in WRITING if colour in colours],
-        "panels": [
-            figures.bars("F1 at the end minus F1 when learned", changes, "change of F1"),
-            figures.bars("What training each did to those before it (MBT, impact)", impacts, "mean change of F1"),
-        ],
-        "columns": columns,
-        "by_script": by_script,
-        "contrasts": contrasts,
-        "one_order": len({tuple(order) for order, _ in matrices(sequential[focus])}) == 1,
-        "by_locale": [(f"{m} {name}", script(m), *cells([m])) for m, name in names.items()],
-    }
 
 
 def _numbers(entries: Iterable[JSON], *names: str) -> Floats:
