@@ -15,14 +15,15 @@ from bench.compiled import BLOCK_SHARED, Launch, Resources, faults
 # Triton decides when it is imported whether it interprets; these need the compiler, so they have a process of their own.
 PROGRAM = """
 import json, sys
-from bench.compiled import compile_launch, faults, launches_of, more_variants
+from bench.compiled import binary_of, compile_launch, faults, launches_of, more_variants
 rows = []
 for arch, variant, kernel in json.loads(sys.argv[1]):
     for launch in launches_of(arch, **variant).values():
         if launch.kernel == kernel:
             used = compile_launch(launch, arch)
             wrong = faults(launch, arch, used)
-            rows.append([arch, kernel, used.registers, used.spills, used.copies, list(used.tensor_core), wrong])
+            asserts = "__assertfail" in binary_of(launch, arch).asm["ptx"]
+            rows.append([arch, kernel, used.registers, used.spills, used.copies, list(used.tensor_core), wrong, asserts])
             break
 every = [launch for variant in more_variants() for launch in launches_of(90, **variant).values()]
 unsaid = {launch.kernel for launch in every if launch.arguments.get("enable_fp_fusion") is not True}
@@ -41,6 +42,7 @@ KERNELS = [
     (100, QKV, "expand_kernel"),
     (90, QKV, "sum_kernel"),
     (90, dict(op="add_norm", width=768), "add_norm_backward_kernel"),
+    (90, dict(op="embed", width=768), "embed_backward_kernel"),
     (90, dict(op="loss"), "token_loss_kernel"),
 ]
 MULTIPLY = 12  # so many of them
@@ -65,7 +67,7 @@ def resources(compiled_kernels):
 
 def test_no_faults_and_tensor_cores_in_every_product(resources):
     assert len(resources) == len(KERNELS)
-    for index, (arch, kernel, registers, spills, _, instructions, wrong) in enumerate(resources):
+    for index, (arch, kernel, registers, spills, _, instructions, wrong, _) in enumerate(resources):
         assert not wrong and 0 < registers <= 255
         assert spills == 0 or arch != 90
         if kernel == "attend_backward_kernel":  # its smallest tiles are too low for wgmma
@@ -78,6 +80,10 @@ def test_mixed_ranks_keep_the_loads_of_16_bytes(resources):
     """A mask by the exact rank splits them: 16 loads of 2 bytes in the kernel for y, and 48 copies of 4 bytes."""
     copies = [row[4] for row in resources]
     assert copies[:3] == copies[3:6] and all(copies[:6])
+
+
+def test_only_a_lookup_by_ids_asserts(resources):
+    assert {kernel for _, kernel, *_, asserts in resources if asserts} == {"embed_backward_kernel"}
 
 
 def test_the_report_fails_for_spills_shared_memory_and_missing_tensor_cores():

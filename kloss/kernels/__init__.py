@@ -14,6 +14,7 @@ from .eager import (
     span_counts,
     token_loss,
 )
+from .embed import embed
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
 
@@ -29,6 +30,7 @@ __all__ = [
     "add_norm",
     "apply_dropout",
     "attention_lists",
+    "embed",
     "gelu",
     "lora_linear",
     "make_segments",

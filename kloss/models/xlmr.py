@@ -26,6 +26,7 @@ from ..kernels import (
     add_norm,
     apply_dropout,
     attention_lists,
+    embed,
     gelu,
     multi_lora_linear,
     packed_attention,
@@ -163,18 +164,19 @@ class XLMRForTokenClassification(nn.Module):
             raise ValueError("a bank needs segments, which say which adapter each row has")
         row = torch.arange(input_ids.shape[0], device=input_ids.device)
         position = row - cu_seqlens[torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)]
-        max_length = self.config.max_length
-        _check_lengths(cu_seqlens, max_length)
-        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + self.config.first_position)
-        x = F.layer_norm(
-            embedded,
-            (embedded.shape[-1],),
+        _check_lengths(cu_seqlens, self.config.max_length)
+        x = embed(
+            input_ids,
+            position,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight[0],
             self.embedding_norm.weight,
             self.embedding_norm.bias,
             self.embedding_norm.eps,
+            first_position=self.config.first_position,
+            dropout=None if dropout is None else dropout.at("hidden", self.num_sites - 2),
         )
-        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 2))
         lists = attention_lists(cu_seqlens, x)
         for layer in self.layers:
             x = layer(x, cu_seqlens, lists, segments, bank, dropout)
