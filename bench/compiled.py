@@ -105,15 +105,20 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches_of(arch: int, *, op: str = "linear", **variant) -> dict[str, Launch]:
-    """Different launches of forward and backward of an op at the study's batch, by identity. variant: arguments of `run_<op>`."""
+def all_launches(arch: int, *, op: str = "linear", **variant) -> list[Launch]:
+    """Launches of forward and backward of an op at the study's batch, in order. variant: arguments of `run_<op>`."""
     adapters, rows = cases.STUDY.adapters, cases.STUDY.total
     with recorded(arch) as launches, torch.device("meta"):
         ends = torch.empty(adapters + 1, dtype=torch.int64)
         lists = torch.empty(adapters + 1, dtype=torch.int32), torch.empty(adapters, dtype=torch.int32)
         rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64), None, None, ends
         globals()[f"run_{op}"](with_work(Segments(*lists, adapters, *rest)), **variant)
-    return {repr((launch.kernel, *specialise(launch))): launch for launch in launches}
+    return launches
+
+
+def launches_of(arch: int, **variant) -> dict[str, Launch]:
+    """Those of `all_launches` that differ in how they are compiled, by identity."""
+    return {repr((launch.kernel, *specialise(launch))): launch for launch in all_launches(arch, **variant)}
 
 
 # Each `run_<op>` calls the launchers of an op, forward and backward, on random tensors of the default device, and returns what
@@ -262,8 +267,8 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict, dict]:
         else:
             signature[name] = "i64" if value >= 1 << 31 else "i32"
             aligned &= value % 16 == 0
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if not (parameter.do_not_specialize or isinstance(value, float)):  # empty ones count: the cache's keys hold them
+            attributes[(index,)] = [["tt.divisibility", 16]] if aligned else []
     return signature, constants, attributes, options
 
 

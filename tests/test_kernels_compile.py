@@ -29,6 +29,49 @@ every = [launch for variant in more_variants() for launch in launches_of(90, **v
 unsaid = {launch.kernel for launch in every if launch.arguments.get("enable_fp_fusion") is not True}
 print(json.dumps([rows, len(every), sorted(unsaid)]))
 """
+SUITE = """
+import json
+import torch
+from unittest import mock
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime import driver
+from bench import cases, compiled, gpu_suite
+
+gpu_suite.FIRST, gpu_suite.LATER, cases.STUDY_RANKS = gpu_suite.FIRST[-1:], (), (32,)
+jobs = gpu_suite.compile_jobs(90, cases.XLMR_BASE[:1] * 3)
+sums = [job for job in jobs if "'sum_kernel'" in job[3]]
+faults = [gpu_suite.compile_job(job) for job in sums]
+
+class Driver:  # of an H100 that is not there
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+class Asked(Exception):
+    pass
+
+def asked(source, target=None, options=None, **more):
+    options = compiler.make_backend(target).parse_options(dict(options or {}, **source.parse_options()))
+    raise Asked(source.hash() + options.hash())
+
+driver.set_active(Driver())
+differing = []
+for arch, settings, variant, identity in jobs:
+    with gpu_suite.changed(settings, arch):
+        launch = compiled.launches_of(arch, **variant)[identity]
+    kernel, keys = compiled.KERNELS[launch.kernel], []
+    given = {k: torch.empty(64, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for k, v in launch.arguments.items()}
+    with mock.patch.object(compiled.triton, "compile", asked), mock.patch("triton.compiler.compile", asked):
+        for ask in (lambda: compiled.binary_of(launch, arch), lambda: kernel.run(grid=(1,), warmup=True, **given)):
+            try:
+                ask()
+            except Asked as key:
+                keys.append(str(key))
+    if len(keys) != 2 or keys[0] != keys[1]:
+        differing.append(launch.kernel)
+print(json.dumps([[job[3] for job in jobs], [job[1] for job in sums], faults, differing]))
+"""
 QKV = dict(k=768, n=2304, rank=32, slices=3, exact=True)
 LINEAR = ("shrink_kernel", "expand_kernel", "reduce_kernel")
 KERNELS = [
@@ -49,15 +92,18 @@ MULTIPLY = 12  # so many of them
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-@pytest.fixture(scope="module")
-def compiled_kernels():
+def with_the_compiler(program, *arguments):
+    """What a program prints in a process where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(KERNELS)], cwd=Path(__file__).parents[1], env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels():
+    return with_the_compiler(PROGRAM, json.dumps(KERNELS))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +130,15 @@ def test_mixed_ranks_keep_the_loads_of_16_bytes(resources):
 
 def test_only_a_lookup_by_ids_asserts(resources):
     assert {kernel for _, kernel, *_, asserts in resources if asserts} == {"embed_backward_kernel"}
+
+
+def test_the_suite_compiles_ahead_what_it_launches():
+    """Under the very keys of Triton's cache that a launch asks for, or it would compile everything again."""
+    identities, settings, faults, differing = with_the_compiler(SUITE)
+    assert len(identities) == len(set(identities)) > 15 and not differing
+    assert {} in settings and {"lora_tiles.SUM_STEP": 1} in settings and not any(faults)
+    kernels = "".join(identities)
+    assert all(f"'{kernel}_kernel'" in kernels for kernel in ("shrink", "expand", "attend", "embed", "token_loss_backward"))
 
 
 def test_the_report_fails_for_spills_shared_memory_and_missing_tensor_cores():
