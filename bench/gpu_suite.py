@@ -35,6 +35,7 @@ from .profiled import STEPS, step_targets, targets
 from .timing import ROOT, environment
 
 SHARES = {"tests": 0.30, "first": 0.16, "steps": 0.14, "kernels": 0.14, "baselines": 0.12, "decisions": 0.14}
+LAST_LINES = 40  # of the tests' output that are printed
 WORKERS = 8  # processes of the tests, and as many that compile: most of the tests' time is Triton compiling too
 
 
@@ -245,14 +246,20 @@ def files_for_a_gpu() -> list[str]:
 
 def pytest_command(parallel: bool) -> list[str]:
     """The tests that need a GPU, without the project's options for pytest: these name plugins that may be absent."""
-    options = ["-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
+    options = ["-v", "-o", "addopts=-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
     return [sys.executable, "-m", "pytest", *options, *(["-n", str(WORKERS)] if parallel else []), *files_for_a_gpu()]
 
 
-def run_tests(command: Sequence[str], seconds: float) -> str:
-    """Run a command and kill all its processes after that many seconds. Returns "passed", or "FAILED" and the reason."""
+def run_tests(command: Sequence[str], seconds: float, log: Path) -> str:
+    """Run a command and kill all its processes after that many seconds. Returns "passed", or "FAILED" and the reason.
+
+    log: the file that gets its output, a line for each test as it ends, so that those of a killed command are known.
+    """
     threads = {"OMP_NUM_THREADS": "2"}  # of each of the tests' processes
-    process = subprocess.Popen(command, cwd=ROOT, process_group=0, env=os.environ | threads)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, process_group=0, env=os.environ | threads, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         code = process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
@@ -290,8 +297,13 @@ def main(arguments: list[str] | None = None) -> int:
         suite.about["tests"] = "FAILED: could not start"
         command = pytest_command(bool(installed["pytest-xdist"]))
         print("tests marked for a GPU in", *files_for_a_gpu(), flush=True)
-        suite.about["tests"] = run_tests(command, suite.until - time.monotonic())
-        print(f"tests {suite.about['tests']}", flush=True)
+        log = suite.file.with_suffix(".tests.txt")
+        suite.about["tests"] = run_tests(command, suite.until - time.monotonic(), log)
+        print(
+            *log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:],
+            f"tests {suite.about['tests']}: {log}",
+            sep="\n",
+        )
 
     def first() -> None:
         suite.vendor()

@@ -48,8 +48,8 @@ def test_a_slow_section_does_not_starve_the_next(suite):
     ("code", "seconds", "outcome"),
     [("", 60, "passed"), ("raise SystemExit(3)", 60, "FAILED: exit code 3"), ("", 0, "FAILED: not finished after 0 s")],
 )
-def test_the_outcome_of_the_tests(code, seconds, outcome):
-    assert gpu_suite.run_tests([sys.executable, "-c", code], seconds) == outcome
+def test_the_outcome_of_the_tests(code, seconds, outcome, tmp_path):
+    assert gpu_suite.run_tests([sys.executable, "-c", code], seconds, tmp_path / "log") == outcome
 
 
 def test_tests_that_take_too_long_end_with_all_their_processes(tmp_path):
@@ -58,8 +58,11 @@ def test_tests_that_take_too_long_end_with_all_their_processes(tmp_path):
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 open({str(pid)!r}, "w").write(str(child.pid))
+print("one PASSED", flush=True)
 time.sleep(100)"""
-    assert gpu_suite.run_tests([sys.executable, "-c", code], 2.0) == "FAILED: not finished after 2 s"
+    log = tmp_path / "log"
+    assert gpu_suite.run_tests([sys.executable, "-c", code], 2.0, log) == "FAILED: not finished after 2 s"
+    assert log.read_text() == "one PASSED\n", "what had ended is known"
     state, until = Path(f"/proc/{pid.read_text()}/stat"), time.monotonic() + 10
 
     def lives() -> bool:
@@ -147,8 +150,14 @@ def test_the_command_runs_the_sections_in_order_of_worth_and_ends_with_the_targe
     monkeypatch.setattr(gpu_suite, "Suite", lambda out, about: (suite.about.update(about), suite)[1])
     monkeypatch.setattr(gpu_suite.tuned, "arch_of", lambda device: 90)
     started, given = [], []
+
+    def tests(command, seconds, log):
+        given.append(seconds)
+        log.write_text("".join(f"test {i} PASSED\n" for i in range(50)))
+        return outcome
+
     monkeypatch.setattr(gpu_suite, "beside", lambda command: started.append(command) or nullcontext())
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda command, seconds: (given.append(seconds), outcome)[1])
+    monkeypatch.setattr(gpu_suite, "run_tests", tests)
     assert gpu_suite.main(["--minutes", "2"]) == code
     first, later = len(gpu_suite.FIRST) * ["first"], len(gpu_suite.LATER) * ["later"]
     assert [name for name, *_ in done] == ["vendor", *first, "steps", "kernels", "peft_step", "baselines", *later]
@@ -156,6 +165,7 @@ def test_the_command_runs_the_sections_in_order_of_worth_and_ends_with_the_targe
     assert {tests for *_, tests in done} == {outcome} and started[0][-2:] == ["--compile", "90"]
     assert given[0] == pytest.approx(120 * gpu_suite.SHARES["tests"], abs=5)
     out = capsys.readouterr().out
+    assert "test 9 " not in out and "test 10 PASSED" in out and "test 49 PASSED" in out
     assert "absent: peft, pytest-xdist\n" in out and "tests marked for a GPU in tests/test_fuzz" not in out
     assert f"tests marked for a GPU in {' '.join(gpu_suite.files_for_a_gpu())}\n" in out
     assert "forward + backward, r=4: at most 1.5 x the base products alone" in out and "not measured (0 of 4 linears)" in out
