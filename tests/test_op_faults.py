@@ -259,6 +259,8 @@ HOSTILE = {  # (op, argument, what is wrong) -> change, message
     ("embed", "token_type", "of two rows"): (lambda t: t.expand(2, 32), "token_type has shape"),
     ("embed", "weight", "of one value"): (lambda t: t[:1], "weight has shape"),
     ("embed", "bias", "of another width"): (lambda t: t[:31], "bias has shape"),
+    ("embed", "weight", "in double"): (T.double, "weight is of torch.float64, expected torch.float32"),
+    ("embed", "bias", "in half"): (T.half, "bias is of torch.float16, expected torch.float32"),
     ("embed", "first_position", "-1"): (lambda n: -1, "first_position must be"),
     ("keys", "step", "below 0"): (at(0, -1), "step must lie in"),
     ("keys", "step", "of 2^31"): (at(0, 2**31), "step must lie in"),

@@ -27,7 +27,8 @@ def embed(
 
     input_ids: int64 or int32 [T].
     position: int64 or int32 [T], within the token's sequence; one behind the table's end gets its last row.
-    words: [V, H]. positions: [P, H]. token_type, weight, bias: [H].
+    words: [V, H]. positions: [P, H]. token_type: [H]. All of one dtype.
+    weight, bias: [H], of the tables' dtype or fp32.
     first_position: the row of `positions` that a sequence's first token has.
     Returns [T, H] in the tables' dtype, differentiable in the five tables and weights.
     Raises ValueError for tensors that do not fit each other, on a CPU also for ids or positions out of range. On a GPU an
@@ -39,8 +40,9 @@ def embed(
     check("words", words, tuple(words.shape), FLOATS, input_ids.device)
     check("positions", positions, (P, H), (words.dtype,), words.device)
     check("token_type", token_type, (H,), (words.dtype,), words.device)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        check(name, tensor, (H,), FLOATS, words.device)
+    single = () if words.dtype == torch.float64 else (torch.float32,)
+    check("weight", weight, (H,), tuple(dict.fromkeys((words.dtype, *single))), words.device)
+    check("bias", bias, (H,), (weight.dtype,), words.device)
     for name, tensor in (("input_ids", input_ids), ("position", position)):
         check(name, tensor, (input_ids.numel(),), (torch.int64, torch.int32), words.device)
     if not 0 <= first_position < P:
