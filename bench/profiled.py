@@ -31,7 +31,7 @@ PARTS = {
     "embeddings": r"^embed_",
     "heads, loss": r"^(adapter_linear|bias_gradient|token_loss)_",
     "AdamW": r"\b(squares|finish|update)_kernel\b",
-    "lists, keys": r"\b(phases|entries)_kernel\b",
+    "lists, keys": r"^(keys|limits)_kernel|\b(phases|entries)_kernel\b",
     "GELU": r"Gelu",
     "copies, fills": r"^Mem(cpy|set)",
 }

@@ -26,7 +26,7 @@ KERNELS = {
     "heads, loss": ["adapter_linear_kernel", "bias_gradient_kernel", "token_loss_kernel", "token_loss_backward_kernel"],
     "AdamW": ["void (anonymous namespace)::squares_kernel<float>(AdamW)", "(anonymous namespace)::finish_kernel(AdamW)",
               "void (anonymous namespace)::update_kernel<c10::BFloat16, 4>(AdamW)"],
-    "lists, keys": ["(anonymous namespace)::phases_kernel(Lists)", "(anonymous namespace)::entries_kernel(Lists)"],
+    "lists, keys": ["keys_kernel", "limits_kernel", "(anonymous namespace)::phases_kernel(Lists)", "(anonymous namespace)::entries_kernel(Lists)"],
     "GELU": ["void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(at::TensorIteratorBase&)::x>"],
     "copies, fills": ["Memcpy DtoH (Device -> Pageable)", "Memset (Device)"],
     "rest": ["void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "fill", "at::native::radix_sort"],
