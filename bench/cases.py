@@ -1,13 +1,15 @@
-"""The cases that are compiled, timed and estimated: linears of XLM-R, batches of a study, their work, their data."""
+"""The cases that are compiled, timed and estimated: linears of XLM-R and its other ops, batches, their work, data and checks."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kloss.kernels import Dropout, Segments, make_segments, multi_lora_linear, reference
+from kloss import kernels
+from kloss.kernels import Dropout, Segments, attention_lists, make_segments, multi_lora_linear, reference
+from kloss.models import XLMRConfig
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured: bf16 products of random data; a copy, read and written
 DROPOUT = 0.1
@@ -43,6 +45,11 @@ class Batch(NamedTuple):
     @property
     def total(self) -> int:
         return self.adapters * self.rows
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it has the study's number of rows within 5 %, so that their costs per row compare."""
+        return abs(self.total - STUDY.total) <= 0.05 * STUDY.total
 
 
 STUDY = Batch(52, 384)
@@ -81,6 +88,29 @@ def lora_work(linear: Linear, batch: Batch, rank: int, size: int = 2) -> list[Ke
         KernelWork("dS", flops_b, y + b + s), KernelWork("dx", flops_w + flops_a, y + w + s + a + x),
         KernelWork("dA", flops_a, x + s + a), KernelWork("dB", flops_b, y + s + b),
     ]  # fmt: skip
+
+
+def step_work(config: XLMRConfig, tokens: int, adapters: int, rank: int, parameters: int, size: int = 2) -> dict[str, float]:
+    """Seconds at the roofline of the parts of a step, as `profiled.PARTS` names them. parameters: of all adapters' bank.
+
+    Linears as in `lora_work`; of all else the bytes that must move, for AdamW 28 a parameter: its moments are fp32, gradient
+    and copy have 16 bits.
+    """
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    linears = (Linear("qkv", width, 3 * width, 3), Linear("out", width, width), Linear("up", width, inner))
+    linears += (Linear("down", inner, width),)
+    batch = Batch(adapters, tokens // adapters)
+    lora = [work for linear in linears for work in lora_work(linear, batch, rank, size)]
+    row = size * tokens * width / PEAK_BYTES  # seconds to move [T, H] once
+    pairs = {part: sum(work.seconds for work in lora if work.name in part.split(", ")) for part in ("S, dS", "y, dx", "dA, dB")}
+    return {
+        **{part: layers * seconds for part, seconds in pairs.items()},
+        "attention": layers * (4 + 7) * row,  # qkv, out; qkv, dout, dqkv
+        "add_norm": layers * 2 * (3 + 5) * row,  # x, residual, y; dy, x, residual, dx, dresidual
+        "GELU": layers * (2 + 3) * row * inner / width,
+        "embeddings": 2 * row,
+        "AdamW": 28 * parameters / PEAK_BYTES,
+    }
 
 
 def roofline() -> list[dict]:
@@ -170,6 +200,12 @@ def base_alone(problem: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
     return lambda: (torch.addmm(problem.bias, problem.x, problem.weight.t()), problem.dy @ problem.weight)
 
 
+def base_on_top(problem: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The same products, added to what is there: what the vendor does where the LoRA term comes first."""
+    y, dx = (torch.zeros_like(side) for side in (problem.dy, problem.x))
+    return lambda: (y.addmm_(problem.x, problem.weight.t()), dx.addmm_(problem.dy, problem.weight))
+
+
 def base_forward(problem: Problem) -> Callable[[], Tensor]:
     """The floor of inference: the base product alone, by the vendor."""
     return lambda: torch.addmm(problem.bias, problem.x, problem.weight.t())
@@ -185,30 +221,117 @@ def on_cpu(problem: Problem, dtype: torch.dtype) -> Problem:
     return problem._replace(**floats, scaling=problem.scaling.cpu(), segments=segments, dropout=masks)
 
 
-def check(linear: Linear, batch: Batch, rank: int, *, device: str, dtype: torch.dtype) -> None:
-    """Check every timed form of the op at this linear, with at most 4 adapters and 1100 rows of each.
+@lru_cache(maxsize=64)
+def expected(
+    linear: Linear, batch: Batch, rank: int, device: str, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]:
+    """What the reference says of a problem in dtype and in fp64: y, dx, dA, dB of both; y of inference of both."""
+    problem = make_problem(linear, batch, rank, device=device, dtype=dtype)
+    sides = [on_cpu(problem, kind) for kind in (dtype, torch.float64)]
+    both = (forward_backward(side, op=reference.multi_lora_linear)() for side in sides)
+    return *both, *(forward_only(side, op=reference.multi_lora_linear)() for side in sides)
+
+
+ALL_FORMS = ("chosen", "exact", "forward only")
+
+
+def check(linear: Linear, batch: Batch, rank: int, *, device: str, dtype: torch.dtype, forms: Sequence[str] = ALL_FORMS) -> None:
+    """Check forms of the op at this linear, with at most 4 adapters and 1100 rows of each.
 
     y and all gradients may be off from fp64 at most twice as far as plain torch, by the norm of each adapter's share.
     Raises AssertionError before anything of that shape is timed.
     """
     few = Batch(min(4, batch.adapters), min(batch.rows, 1100))
-    problem = make_problem(linear, few, rank, device=device, dtype=dtype)
-    plain, exact = (on_cpu(problem, kind) for kind in (dtype, torch.float64))
+    plain, truth, plain_y, true_y = expected(linear, few, rank, device, dtype)
+    problem = make_problem(
+        linear, few, rank, device=device, dtype=dtype
+    )  # anew: lists follow from settings that may have changed
+    for form in forms:
+        where = f"{linear.name}, r={rank}, {form}"
+        if form == "forward only":
+            compare(("y",), where, [forward_only(problem)()], [plain_y], [true_y], few.adapters)
+        else:
+            ours = forward_backward(problem, exact=form == "exact")()
+            compare(("y", "dx", "dA", "dB"), where, ours, plain, truth, few.adapters)
 
-    def compare(form: str, ours: tuple[Tensor, ...], same: tuple[Tensor, ...], fp64: tuple[Tensor, ...]) -> None:
-        for name, *values in zip(("y", "dx", "dA", "dB"), ours, same, fp64, strict=False):
-            result, plain, truth = (value.detach().cpu().double().reshape(few.adapters, -1) for value in values)
-            size = truth.norm(dim=1)
-            error, allowed = ((value - truth).norm(dim=1) for value in (result, plain))
-            allowed = 2 * allowed + torch.finfo(dtype).eps * size
-            g = int((error / allowed).argmax())  # the first NaN, where there is one
-            assert error[g] <= allowed[g], (
-                f"{name} at {linear.name}, r={rank}, {form}: adapter {g} is off by {error[g] / size[g]:.1e}, "
-                f"allowed {allowed[g] / size[g]:.1e}"
-            )
 
-    same, fp64 = (forward_backward(side, op=reference.multi_lora_linear)() for side in (plain, exact))
-    compare("chosen", forward_backward(problem)(), same, fp64)
-    compare("exact", forward_backward(problem, exact=True)(), same, fp64)
-    same, fp64 = (forward_only(side, op=reference.multi_lora_linear)() for side in (plain, exact))
-    compare("forward only", (forward_only(problem)(),), (same,), (fp64,))
+def compare(
+    names: Sequence[str], where: str, ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], groups: int = 1
+) -> None:
+    """Raise AssertionError for a result that is further from `truth` than twice plain torch and eps, by the norm of each group.
+
+    plain: in our dtype. truth: in fp64. groups: equal parts of the first dimension.
+    """
+    for name, *values in zip(names, ours, plain, truth, strict=True):
+        result, same, right = (value.detach().cpu().double().reshape(groups, -1) for value in values)
+        size = right.norm(dim=1)
+        error, allowed = ((value - right).norm(dim=1) for value in (result, same))
+        allowed = 2 * allowed + torch.finfo(values[0].dtype).eps * size
+        g = int((error / allowed).argmax())  # the first NaN, where there is one
+        assert error[g] <= allowed[g], (
+            f"{name} at {where}: adapter {g} is off by {error[g] / size[g]:.1e}, allowed {allowed[g] / size[g]:.1e}"
+        )
+
+
+class Part(NamedTuple):
+    """A call of an op of the encoder beside its linears. run: of `kernels` or `reference`, on the leaves. dy: of its output."""
+
+    run: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    dy: Tensor
+
+    def forward_backward(self, home: Any = kernels, dtype: torch.dtype | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that returns the output and the gradients of the leaves. dtype: None leaves the leaves' own."""
+        leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in self.leaves]
+
+        def call() -> tuple[Tensor, ...]:
+            y = self.run(home, *leaves)
+            return y, *torch.autograd.grad(y, leaves, self.dy.to(y.dtype))
+
+        return call
+
+
+PARTS = ("attention", "add_norm", "loss")
+
+
+def make_part(
+    op: str, config: XLMRConfig, lengths: Tensor, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Part:
+    """Random data of an op of PARTS: the same on every device. lengths: int64 [S], one learner for every 32 sequences."""
+    generator, width = torch.Generator().manual_seed(seed), config.hidden_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device, torch.int32)
+    T, learner = int(lengths.sum()), torch.arange(len(lengths), dtype=torch.int32) // 32
+    adapters = int(learner[-1]) + 1
+    segments = make_segments(cu_seqlens, learner.to(device), adapters, rows=T)
+    labels = torch.randint(0, config.num_labels, (T,), generator=generator).to(device)
+    p, numbers = torch.full((adapters,), DROPOUT, device=device), torch.arange(T, device=device)
+    dropout = Dropout(p, numbers[:adapters], numbers, 3, segments.row_adapter)
+    if op == "attention":
+        qkv, heads = normal(T, 3 * width), config.num_attention_heads
+        lists = attention_lists(cu_seqlens, qkv)
+
+        def attend(home: Any, qkv: Tensor) -> Tensor:
+            own = {"lists": lists} if home is kernels else {}
+            return home.packed_attention(qkv, cu_seqlens, heads, dropout=dropout, **own)
+
+        return Part(attend, (qkv,), normal(T, width))
+    if op == "add_norm":
+        weight, bias = normal(width), normal(width)
+        return Part(
+            lambda home, x, y: home.add_norm(x, y, weight.to(x.dtype), bias.to(x.dtype), 1e-5, dropout=dropout),
+            (normal(T, width), normal(T, width)), normal(T, width),
+        )  # fmt: skip
+    assert op == "loss", op
+    return Part(lambda home, x: home.token_loss(x, labels, segments)[0], (normal(T, config.num_labels),), normal(adapters))
+
+
+def check_part(op: str, config: XLMRConfig, *, device: str, dtype: torch.dtype) -> None:
+    """Check an op of PARTS, with sequences of every class of attention. Raises AssertionError."""
+    lengths = torch.tensor([3, 16, 17, 33, 64, 65, 97, 12])
+    part, plain = (make_part(op, config, lengths, device=where, dtype=dtype) for where in (device, "cpu"))
+    sides = part.forward_backward(), *(plain.forward_backward(reference, kind) for kind in (dtype, torch.float64))
+    compare(("y", "dx", "dresidual")[: 1 + len(part.leaves)], op, *(side() for side in sides))

@@ -36,6 +36,7 @@ from kloss.kernels import (
     add_norm_triton,
     attention_triton,
     dropout_triton,
+    embed_triton,
     lora_tiles,
     lora_triton,
     token_loss_triton,
@@ -48,7 +49,9 @@ from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-MODULES = (lora_tiles, attention_triton, add_norm_triton, adapter_linear_triton, token_loss_triton, dropout_triton)
+MODULES = (
+    lora_tiles, attention_triton, add_norm_triton, embed_triton, adapter_linear_triton, token_loss_triton, dropout_triton
+)  # fmt: skip
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
@@ -105,15 +108,20 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches_of(arch: int, *, op: str = "linear", **variant) -> dict[str, Launch]:
-    """Different launches of forward and backward of an op at the study's batch, by identity. variant: arguments of `run_<op>`."""
+def all_launches(arch: int, *, op: str = "linear", **variant) -> list[Launch]:
+    """Launches of forward and backward of an op at the study's batch, in order. variant: arguments of `run_<op>`."""
     adapters, rows = cases.STUDY.adapters, cases.STUDY.total
     with recorded(arch) as launches, torch.device("meta"):
         ends = torch.empty(adapters + 1, dtype=torch.int64)
         lists = torch.empty(adapters + 1, dtype=torch.int32), torch.empty(adapters, dtype=torch.int32)
         rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64), None, None, ends
         globals()[f"run_{op}"](with_work(Segments(*lists, adapters, *rest)), **variant)
-    return {repr((launch.kernel, *specialise(launch))): launch for launch in launches}
+    return launches
+
+
+def launches_of(arch: int, **variant) -> dict[str, Launch]:
+    """Those of `all_launches` that differ in how they are compiled, by identity."""
+    return {repr((launch.kernel, *specialise(launch))): launch for launch in all_launches(arch, **variant)}
 
 
 # Each `run_<op>` calls the launchers of an op, forward and backward, on random tensors of the default device, and returns what
@@ -160,6 +168,18 @@ def run_add_norm(
     return [y, mean, rstd, *gradients, *([add_norm_triton.dropout(x, drops)] if drops else [])]
 
 
+def run_embed(
+    segments: Segments, *, width: int, vocabulary: int = 250_002, dtype: torch.dtype = torch.bfloat16, dropout: bool = True
+) -> list[Tensor]:
+    """The embeddings, with the lookup of 514 positions that XLM-R has."""
+    rows, drops = segments.order.numel(), _drops(segments, dropout)
+    ids, position = torch.randint(vocabulary, (rows,)), torch.randint(600, (rows,), dtype=torch.int32)
+    tables = [torch.randn(*shape, width).to(dtype).contiguous() for shape in ((vocabulary,), (514,), ())]
+    weight, bias, dy = torch.randn(width).to(dtype), torch.randn(width).to(dtype), torch.randn(rows, width).to(dtype)
+    y, mean, rstd = embed_triton.forward(ids, position, *tables, weight, bias, 1e-5, 2, drops)
+    return [y, mean, rstd, *embed_triton.backward(dy, ids, position, *tables, weight, mean, rstd, 2, drops)]
+
+
 def run_heads(segments: Segments, *, width: int, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """The tagging heads."""
     G, rows = segments.num_adapters, segments.order.numel()
@@ -202,6 +222,7 @@ def variants() -> Iterator[dict]:
     yield dict(k=768, n=768, rank=32, dtype=torch.float32)
     yield dict(op="attention", heads=12, width=64)
     yield dict(op="add_norm", width=768)
+    yield dict(op="embed", width=768)
     yield dict(op="heads", width=768)
     yield dict(op="loss")
     yield dict(op="dropout")
@@ -232,6 +253,8 @@ def more_variants() -> Iterator[dict]:
     for width in (128, 384, 768):
         yield dict(op="add_norm", width=width, weights=True)
     yield dict(op="add_norm", width=768, dropout=False, **fp32)
+    yield dict(op="embed", width=384, dropout=False)
+    yield dict(op="embed", width=1001, **fp32)
     yield dict(op="heads", width=128, labels=9, **fp32)
     yield dict(op="loss", labels=9, **fp32)
 
@@ -255,8 +278,8 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict, dict]:
         else:
             signature[name] = "i64" if value >= 1 << 31 else "i32"
             aligned &= value % 16 == 0
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        if not (parameter.do_not_specialize or isinstance(value, float)):  # empty ones count: the cache's keys hold them
+            attributes[(index,)] = [["tt.divisibility", 16]] if aligned else []
     return signature, constants, attributes, options
 
 

@@ -1,44 +1,35 @@
-"""The sections of the GPU suite (kernels, baselines, profile, tiles), and the targets beside their measurements."""
+"""What the sections of the GPU suite do: linears, decisions, whole steps, other libraries. `gpu_suite.py` says in which order."""
 
 import json
 import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 
-from kloss.kernels import tuned
+from kloss.kernels import lora_tiles, tuned
 from kloss.models import XLMRConfig
 
 from . import baselines, cases, profiled, whole_step
 from .cases import Batch, Linear, Problem
 from .timing import Clock, Times, gpu_clock, measure, rotation
 
-BOUNDS = {32: 1.15, 256: 1.8}  # rank -> time as a multiple of the frozen base products alone
-FASTER = {"grouped_mm": 2.0, "peft in turn": 10.0}  # library -> its time as a multiple of ours
-FLAT_RANK, FLAT = 32, 0.10
-# What each op's entry in the table is tried with.
-CANDIDATES: dict[str, list[dict]] = {
-    "fused": [dict(BC=256), dict(BC=256, num_stages=4), dict(num_stages=4), dict(BC=64, num_warps=4)],
-    "shrink": [dict(num_stages=4), dict(BK=128, num_stages=2), dict(num_warps=8)],
-    "reduce": [dict(num_stages=3), dict(BK=32, num_stages=3), dict(num_warps=8)],
-    "expand": [dict(num_stages=3), dict(num_warps=8)],
-}
-PASSES = 10  # of forward and backward in one profile
-Record = Callable[[Callable[[], object]], list[profiled.Event]]
+NOW, NOISE = "now", 0.01  # the candidate that is set; smaller differences are none
 REFUSED = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-STEP: dict[str, Any] = dict(
-    config=XLMRConfig(vocab_size=1000, num_hidden_layers=4, num_labels=111), adapters=52, rank=32, utterances=32
-)
+BASE = XLMRConfig(vocab_size=30_000, num_labels=111)  # XLM-R base, but for words that no batch would hold
+Record = Callable[[Callable[[], object]], list[profiled.Event]]
 
 
 class Form(NamedTuple):
@@ -56,18 +47,50 @@ FORMS = {
     "exact": Form(partial(cases.forward_backward, exact=True), cases.base_alone, "base alone", ALL_WORK),
     "forward only": Form(cases.forward_only, cases.base_forward, "base forward alone", ALL_WORK[:2]),
 }
+# Kernels that are timed by themselves, in a pass forward and backward: their names, and whether the base product is in them.
+ALONE = {
+    "fused": ("expand_kernel", True), "expand": ("expand_kernel", False), "shrink": ("shrink_kernel", False),
+    "reduce": ("reduce_kernel", False), "sum": ("sum_kernel", False),
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """Where a decision is timed. linear: index into the section's linears."""
+
+    linear: int
+    rank: int
+    batch: Batch | None = None  # None: the study's
+
+
+class Decision(NamedTuple):
+    """A choice that waits for hardware.
+
+    name: what is set.
+    decides: what follows from it.
+    timed: "linear" (forward and backward), a key of ALONE, or one of `cases.PARTS`.
+    shapes: of "linear" and ALONE; their times are added up.
+    candidates: what it could be -> the settings that make it so, as `changed` takes them. What is set now needs no entry.
+    given: settings for all of them and for what is set now.
+    """
+
+    name: str
+    decides: str
+    timed: str
+    shapes: tuple[Shape, ...]
+    candidates: Mapping[str, Mapping[str, object]]
+    given: Mapping[str, object] = {}
 
 
 def kernel_plan(
     batches: Sequence[Batch], ranks: Sequence[int], linears: Sequence[Linear]
 ) -> Iterator[tuple[Linear, Batch, int, tuple[str, ...]]]:
     """What the kernels section measures, in order, a target's needs first: linear, batch, rank, forms."""
-    shapes = [(cases.STUDY, rank) for rank in ranks if rank in BOUNDS]
-    shapes += [(batch, FLAT_RANK) for batch in batches if comparable(batch) and batch != cases.STUDY]
-    shapes += [(cases.STUDY, rank) for rank in ranks if rank not in BOUNDS]
+    shapes = [(cases.STUDY, rank) for rank in ranks if rank in profiled.BOUNDS]
+    shapes += [(batch, profiled.FLAT_RANK) for batch in batches if batch.comparable and batch != cases.STUDY]
+    shapes += [(cases.STUDY, rank) for rank in ranks if rank not in profiled.BOUNDS]
     for (batch, rank), linear in product(shapes, linears):
         yield linear, batch, rank, tuple(FORMS) if batch == cases.STUDY else ("chosen",)
-    yield from ((linears[0], batch, FLAT_RANK, tuple(FORMS)) for batch in batches if not comparable(batch))
+    yield from ((linears[0], batch, profiled.FLAT_RANK, tuple(FORMS)) for batch in batches if not batch.comparable)
 
 
 class Suite:
@@ -77,7 +100,7 @@ class Suite:
         self, out: Path, about: dict, clock: Clock = gpu_clock, device: str = "cuda", seconds: float = 0.25,
         dtype: torch.dtype = torch.bfloat16,
     ):  # fmt: skip
-        self.clock, self.device, self.seconds, self.dtype = clock, device, seconds, dtype
+        self.clock, self.device, self.seconds, self.dtype, self.config = clock, device, seconds, dtype, BASE
         self.section, self.until, self.about = "", math.inf, about
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / f"gpu_suite-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
@@ -105,7 +128,7 @@ class Suite:
             print(f"FAILED {self.failed[-1]}", flush=True)
 
     def check(self, linear: Linear, batch: Batch, rank: int) -> None:
-        """`cases.check`, once for each case that passes."""
+        """`cases.check` of all forms, once for each case that passes."""
         if (linear, batch, rank) not in self._checked:
             cases.check(linear, batch, rank, device=self.device, dtype=self.dtype)
             self._checked.add((linear, batch, rank))
@@ -128,7 +151,10 @@ class Suite:
 
     def time(self, problems: list[Problem], make: Callable[[Problem], Callable[[], object]]) -> Times:
         """Times of the calls that `make` gives."""
-        calls = [make(problem) for problem in problems]
+        return self.time_calls([make(problem) for problem in problems])
+
+    def time_calls(self, calls: list[Callable[[], object]]) -> Times:
+        """Times of the calls, which are made in turn."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return measure(calls, self.clock, self.seconds)
@@ -164,10 +190,10 @@ class Suite:
                     }  # fmt: skip
                     self.write_times(f"{case}, {name}", times, baseline=form.baseline, floor=floors[form.baseline], **more)
 
-    def baselines(self, ranks: Sequence[int] = tuple(BOUNDS), linears: Sequence[Linear] = cases.XLMR_BASE) -> None:
+    def baselines(self, ranks: Sequence[int] = tuple(profiled.BOUNDS), linears: Sequence[Linear] = cases.XLMR_BASE) -> None:
         """grouped_mm and peft as multiples of our time in the same run."""
         named, further = baselines.baselines()
-        if len(named) < len(FASTER):
+        if len(named) < len(profiled.FASTER):
             self.left_out.append("baselines: peft's, because peft or transformers is not installed")
         for rank, library, linear in (*product(ranks, named, linears), *product(ranks[:1], further, linears)):
             case = f"{case_name(linear, cases.STUDY, rank)}: {library.label}"
@@ -181,177 +207,176 @@ class Suite:
                 more = {"library": library.name, "linear": linear.name, "rank": rank, **cases.STUDY._asdict()}
                 self.write_times(case, theirs, baseline="kloss", floor=ours, **more)
 
-    def profile(
-        self, ranks: Sequence[int] = tuple(BOUNDS), linears: Sequence[Linear] = cases.XLMR_BASE, record: Record = profiled.record
-    ) -> None:
-        """Time by kernel and share of the ceiling of each linear's forward and backward; also the whole training step."""
-        for rank in ranks:
-            columns = {}
-            for linear in linears:
-                case = f"profile of {case_name(linear, cases.STUDY, rank)}"
-                if self.late(case):
-                    continue
-                with self.attempt(case):
-                    self.check(linear, cases.STUDY, rank)
-                    work = cases.lora_work(linear, cases.STUDY, rank)
-                    rows = profiled.kernel_rows(record(self.passes(linear, cases.STUDY, rank)), PASSES, work)
-                    columns[linear.name] = rows, work
-                    for row in rows:
-                        self.write({"case": case, "linear": linear.name, "rank": rank, **cases.STUDY._asdict(), **row})
-            if columns:
-                print(f"GPU µs a pass and share of the ceiling, {cases.STUDY.adapters} x {cases.STUDY.rows} rows, r={rank}")
-                print("\n".join(profiled.work_table(columns)), flush=True)
-            if rank == ranks[0] and not self.late("training step"):
-                with self.attempt("training step"):
-                    self.training_step(record)
-
-    def passes(self, linear: Linear, batch: Batch, rank: int) -> Callable[[], None]:
-        """PASSES of forward and backward over rotating inputs."""
-        calls = [cases.forward_backward(problem) for problem in self.problems(linear, batch, rank)]
-
-        def run() -> None:
-            for index in range(PASSES):
-                calls[index % len(calls)]()
-
-        return run
-
-    def training_step(
-        self, record: Record = profiled.record, waits: Callable[..., Counter] = profiled.waits_by_line, **changes: object
-    ) -> None:
-        """The trainer's step with all adapters in one pass: the GPU's time, the wall's, launches, and the host's waits."""
-        sizes = STEP | changes
-        whole_step.check_step(sizes["config"], sizes["rank"], device=self.device, dtype=self.dtype)
-        step = whole_step.make_step(**sizes, dropout=0.1, device=self.device, dtype=self.dtype)
-        walls = []
-        for _ in range(8):  # the first ones compile
-            began = time.perf_counter()
-            step.run()
-            walls.append(1e6 * (time.perf_counter() - began))
-        events = record(step.run)
-        summary, top = profiled.summary(events, sorted(walls[3:])[2]), profiled.top_kernels(events)
-        summary["waits_by_line"] = dict(waits(step.run).most_common(20))
-        shape = {name: sizes[name] for name in ("adapters", "rank", "utterances")}
-        shape |= {"layers": sizes["config"].num_hidden_layers, "tokens": len(step.sentences.input_ids)}
-        self.write({"case": "training step", **shape, **summary})
-        for row in top:
-            self.write({"case": "kernel of a training step", **shape, **row})
-        print("training step, " + ", ".join(f"{name} {value}" for name, value in shape.items()))
-        print("\n".join(profiled.summary_lines(summary, top)))
-        for line, count in summary["waits_by_line"].items():
-            print(f"  {count:4d} waits at {line}")
-
-    def tiles(self, linears: Sequence[Linear] = cases.XLMR_BASE, rank: int = cases.STUDY_RANKS[0]) -> None:
-        """Candidates for the table, each against the entry it would replace; one that the chip refuses is left out."""
+    def decide(self, decision: Decision, linears: Sequence[Linear] = cases.XLMR_BASE) -> None:
+        """Time a decision's candidates beside what is set now."""
         arch = tuned.arch_of(torch.device(self.device))
-        for op, linear in product(CANDIDATES, linears[:: len(linears) - 1 or 1]):
-            if self.late(f"{op} at {linear.name}"):
-                continue
-            with self.attempt(f"{op} at {linear.name}"):
-                self.check(linear, cases.STUDY, rank)
-                problems = self.problems(linear, cases.STUDY, rank)
-                make = partial(cases.forward_backward, exact=op == "fused")
-                floor = self.time(problems, make)
-                for change in CANDIDATES[op]:
-                    case = f"{op} {change} at {linear.name}"
-                    if self.late(case):
+        now = set_now(decision, arch)
+        for shape in decision.shapes or (Shape(0, 0),):
+            floor: Times | None = None
+            for label, settings in {NOW: {}, **decision.candidates}.items():
+                case = f"{decision.name}, {label}: {decision.timed}"
+                if decision.shapes:
+                    case += f" at {case_name(linears[shape.linear], shape.batch or cases.STUDY, shape.rank)}"
+                if (label != NOW and floor is None) or self.late(case):
+                    continue
+                with self.attempt(case), changed({**decision.given, **settings}, arch):
+                    try:
+                        times = self.time_calls(self.calls(decision.timed, shape, linears))
+                    except REFUSED as error:
+                        self.left_out.append(f"{self.section}: {case}: {error}")
                         continue
-                    with self.attempt(case), table_entry(op, arch, change):
-                        try:
-                            cases.check(linear, cases.STUDY, rank, device=self.device, dtype=self.dtype)
-                            times = self.time(problems, make)
-                        except REFUSED as error:
-                            self.left_out.append(f"{self.section}: {case}: {error}")
-                            continue
-                        more = {"op": op, "linear": linear.name, "rank": rank, **change}
-                        self.write_times(case, times, baseline="the table's", floor=floor, **more)
+                    floor = floor or times
+                    more = {"decision": decision.name, "candidate": label, "now": now, **shape._asdict()}
+                    self.write_times(case, times, baseline=NOW, floor=floor, **more)
+
+    def calls(self, timed: str, shape: Shape, linears: Sequence[Linear]) -> list[Callable[[], object]]:
+        """What a decision times, checked, on enough data that none starts in the cache."""
+        where = {"device": self.device, "dtype": self.dtype}
+        if timed in cases.PARTS:
+            cases.check_part(timed, self.config, **where)
+            lengths = whole_step.massive_lengths(32 * cases.STUDY.adapters, torch.Generator().manual_seed(0))
+            return [cases.make_part(timed, self.config, lengths, **where, seed=seed).forward_backward() for seed in range(2)]
+        linear, batch = linears[shape.linear], shape.batch or cases.STUDY
+        kernel, exact = ALONE.get(timed, ("", False))
+        cases.check(linear, batch, shape.rank, **where, forms=("exact",) if exact else ("chosen",))
+        calls = [cases.forward_backward(problem, exact=exact) for problem in self.problems(linear, batch, shape.rank)]
+        return [alone(call, kernel) for call in calls] if kernel else calls
+
+    def vendor(self, linears: Sequence[Linear] = cases.XLMR_BASE) -> None:
+        """The vendor's base products, forward and dx: alone, and on top of what is there."""
+        for linear in linears[::2]:
+            for name, make in (("alone", cases.base_alone), ("on top, beta = 1", cases.base_on_top)):
+                case = f"{linear.name}, {cases.STUDY.adapters} x {cases.STUDY.rows} rows, base products {name}"
+                if not self.late(case):
+                    with self.attempt(case):
+                        times = self.time(self.problems(linear, cases.STUDY, profiled.FLAT_RANK), make)
+                        self.write_times(case, times, baseline="itself", floor=times, linear=linear.name, form=name)
+
+    def steps(
+        self,
+        sizes: Sequence[profiled.StepSize],
+        record: Record = profiled.record,
+        waits: Callable[..., Counter] = profiled.waits_by_line,
+    ) -> None:
+        """The trainer's whole step, packing included: the wall's time, the GPU's by part and kernel, launches and waits."""
+        for size in sizes:
+            case = f"whole step, {size.adapters} x {size.utterances} utterances, r={size.rank}"
+            if self.late(case):
+                continue
+            with self.attempt(case):
+                few = replace(self.config, num_hidden_layers=min(2, self.config.num_hidden_layers))
+                whole_step.check_step(few, size.rank, device=self.device, dtype=self.dtype)
+                step = whole_step.make_step(self.config, **size._asdict(), dropout=0.1, device=self.device, dtype=self.dtype)
+                for way, call in whole_step.ways_of_a_step(step).items():
+                    with self.attempt(f"{case}, {way}"):
+                        self.step(case, way, step, call, size, record, waits)
+
+    def step(
+        self, case: str, way: str, step: whole_step.TrainingStep, call: Callable[[], object], size: profiled.StepSize,
+        record: Record, waits: Callable[..., Counter],
+    ) -> None:  # fmt: skip
+        """One way to run a step: time it, then profile it."""
+        shape = {**size._asdict(), "layers": self.config.num_hidden_layers, "tokens": len(step.sentences.input_ids), "way": way}
+        walls = whole_step.quantiles([whole_step.wall(call) for _ in range(10)][3:])  # the first ones compile
+        self.write({"case": "whole step", **shape, **walls})
+        events = record(call)
+        least = cases.step_work(self.config, shape["tokens"], size.adapters, size.rank, step.bank.param.numel())
+        parts, top = profiled.step_parts(events, least), profiled.top_kernels(events)
+        summary = profiled.summary(events, walls["p50"])
+        summary["waits_by_line"] = dict(waits(call).most_common(20))
+        self.write({"case": "profile of a step", **shape, **summary})
+        for row in parts:
+            self.write({"case": "part of a step", **shape, **row})
+        for row in top:
+            self.write({"case": "kernel of a step", **shape, **row})
+        print(f"{case}, {way}, {shape['tokens']} tokens")
+        print("\n".join(profiled.summary_lines(summary, top)[:3] + profiled.parts_lines(parts)))
+        print("\n".join(profiled.summary_lines(summary, top)[3:]))
+        for line, count in summary["waits_by_line"].items():
+            print(f"  {count:4d} waits at {line}", flush=True)
+
+    def peft_step(self, size: profiled.StepSize) -> None:
+        """peft's whole step, one adapter at a time, as a multiple of ours."""
+        case = "peft's whole step"
+        if self.late(case):
+            return
+        with self.attempt(case):
+            ours, theirs, count = whole_step.beside_peft(self.config, **size._asdict(), device=self.device, dtype=self.dtype)
+            row = {
+                **size._asdict(),
+                "layers": self.config.num_hidden_layers,
+                "library": "peft whole step",
+                "timed_adapters": count,
+            }
+            self.write({"case": case, **row, "p50": theirs, "baseline": "kloss", "baseline_p50": ours, "ratio": theirs / ours})
+            print(f"{case}: {theirs / 1e3:.0f} ms, ours {ours / 1e3:.1f} ms: {theirs / ours:.1f} x", flush=True)
+
+
+def set_now(decision: Decision, arch: int) -> str:
+    """What is set now of the first candidate's setting, in words; of a table's entry the fields that any candidate changes."""
+    setting = next(iter(next(iter(decision.candidates.values()))))
+    path, _, key = setting.partition(" ")
+    if path == "tuned.TABLE":
+        fields = dict.fromkeys(field for change in decision.candidates.values() for field in change[setting])  # type: ignore
+        return ", ".join(f"{field}={getattr(entry_of(key, arch), field)}" for field in fields)
+    value = _value(path)
+    return str(value[key] if key else value)
+
+
+def entry_of(op: str, arch: int) -> tuned.Launch:
+    """The table's entry for an op in 16 bits on an architecture; a wide one that has none is the op's."""
+    found = tuned.TABLE.get((op, arch, "half")) or tuned.DEFAULT.get((op, "half"))
+    return found or entry_of(op.split()[-1], arch)
+
+
+def _value(path: str) -> Any:
+    module, name = path.split(".")
+    return getattr(import_module(f"kloss.kernels.{module}"), name)
+
+
+@contextmanager
+def changed(settings: Mapping[str, Any], arch: int) -> Iterator[None]:
+    """Within it settings of kloss.kernels have other values; nothing else may run meanwhile.
+
+    settings: "module.NAME" -> its value; "module.NAME key" -> the value of an entry of a mapping; "tuned.TABLE op" -> the fields
+        that change in an op's entry for `arch`.
+    """
+    with ExitStack() as stack:
+        for setting, value in settings.items():
+            path, _, key = setting.partition(" ")
+            if path == "tuned.TABLE":
+                patch: Any = mock.patch.dict(tuned.TABLE, {(key, arch, "half"): entry_of(key, arch)._replace(**value)})
+            elif key:
+                patch = mock.patch.dict(_value(path), {key: value})
+            else:
+                patch = mock.patch(f"kloss.kernels.{path}", value)
+            stack.enter_context(patch)
+        yield
+
+
+def alone(call: Callable[[], object], kernel: str) -> Callable[[], object]:
+    """A call that launches only this Triton kernel of the linear, as often as `call` does and with the same arguments.
+
+    Raises ValueError where `call` launches none.
+    """
+    listed: list[Callable[[], object]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(**arguments: Any) -> None:
+                listed.append(partial(real[grid], **arguments))
+                real[grid](**arguments)
+
+            return launch
+
+    real = getattr(lora_tiles, kernel)
+    with mock.patch.object(lora_tiles, kernel, Recorder()):
+        call()
+    if not listed:
+        raise ValueError(f"no {kernel} was launched")
+    return lambda: [launch() for launch in listed]
 
 
 def case_name(linear: Linear, batch: Batch, rank: int) -> str:
     """A case in words."""
     return f"{linear.name}, {batch.adapters} x {batch.rows} rows, r={rank}"
-
-
-@contextmanager
-def table_entry(op: str, arch: int, change: dict) -> Iterator[None]:
-    """Within it the table has other values for an op on an architecture; nothing else may run meanwhile."""
-    key = (op, arch, "half")
-    before = tuned.TABLE.get(key)
-    tuned.TABLE[key] = tuned.launch(op, arch, torch.bfloat16)._replace(**change)
-    try:
-        yield
-    finally:
-        del tuned.TABLE[key]
-        if before is not None:
-            tuned.TABLE[key] = before
-
-
-class Target(NamedTuple):
-    """One target. met: None where it was not measured; `measured` then says what is missing."""
-
-    goal: str
-    measured: str
-    met: bool | None
-
-    @property
-    def line(self) -> str:
-        return f"{self.goal:72} {self.measured} {({None: '', True: 'yes', False: 'NO'})[self.met]}".rstrip()
-
-
-def comparable(batch: Batch) -> bool:
-    """Whether a batch has the study's number of rows within 5 %, so that their costs per row compare."""
-    return abs(batch.total - cases.STUDY.total) <= 0.05 * cases.STUDY.total
-
-
-def layer_rows(rows: Sequence[dict], linears: Sequence[Linear], /, **fields: object) -> list[dict]:
-    """The latest row with these fields of each linear that has one."""
-    by_linear = {row["linear"]: row for row in rows if all(row.get(name) == value for name, value in fields.items())}
-    return [by_linear[linear.name] for linear in linears if linear.name in by_linear]
-
-
-def costs(rows: Sequence[dict], linears: Sequence[Linear], batches: Sequence[Batch]) -> dict[int, float]:
-    """Adapters -> ns per row of a layer, forward and backward, for comparable batches with all linears measured."""
-    per_row = {}
-    for batch in sorted(filter(comparable, batches)):
-        layer = layer_rows(rows, linears, section="kernels", form="chosen", rank=FLAT_RANK, **batch._asdict())
-        if len(layer) == len(linears):
-            per_row[batch.adapters] = 1e3 * sum(row["p50"] for row in layer) / batch.total
-    return per_row
-
-
-def flatness(per_row: dict[int, float]) -> tuple[int, float] | None:
-    """The number of adapters whose cost per row is farthest from one adapter's, and the signed relative difference."""
-    differences = {adapters: ns / per_row[1] - 1 for adapters, ns in per_row.items() if adapters != 1 and 1 in per_row}
-    return max(differences.items(), key=lambda item: abs(item[1]), default=None)
-
-
-def targets(
-    rows: Sequence[dict], linears: Sequence[Linear] = cases.XLMR_BASE, batches: Sequence[Batch] = cases.BATCHES
-) -> list[Target]:
-    """All targets. One needs measurements of all linears, else it counts as not measured."""
-    answers: list[Target] = []
-
-    def add(goal: str, at_most: float = math.inf, at_least: float = 0.0, **fields: object) -> None:
-        layer = layer_rows(rows, linears, **fields, **cases.STUDY._asdict())
-        if len(layer) < len(linears):
-            answers.append(Target(goal, f"not measured ({len(layer)} of {len(linears)} linears)", None))
-        else:
-            ratio = sum(row["p50"] for row in layer) / sum(row["baseline_p50"] for row in layer)
-            host_bound = any(row["host_bound"] for row in layer)
-            answers.append(Target(goal, f"{ratio:.2f} x" + ", launch-bound" * host_bound, at_least <= ratio <= at_most))
-
-    for rank, bound in BOUNDS.items():
-        goal = f"forward + backward, r={rank}: at most {bound} x the base products alone"
-        add(goal, at_most=bound, section="kernels", form="chosen", rank=rank)
-    for (name, times), rank in product(FASTER.items(), BOUNDS):
-        goal = f"at least {times:g} x as fast as {name}, r={rank}"
-        add(goal, at_least=times, section="baselines", library=name, rank=rank)
-    adapters = [batch.adapters for batch in sorted(filter(comparable, batches))]
-    per_row = costs(rows, linears, batches)
-    worst = flatness(per_row)
-    goal = f"cost per row of {', '.join(map(str, adapters))} adapters flat within {FLAT:.0%}, r={FLAT_RANK}"
-    if worst is None or [*per_row] != adapters:
-        answers.append(Target(goal, f"not measured ({', '.join(map(str, per_row)) or 'none'} of them)", None))
-    else:
-        each = ", ".join(f"{adapters}: {ns:.1f}" for adapters, ns in per_row.items())
-        answers.append(Target(goal, f"{worst[1]:+.1%} at {worst[0]} adapters; ns: {each}", abs(worst[1]) <= FLAT))
-    return answers

@@ -1,23 +1,44 @@
-"""Where the time goes: events of torch's profiler, and the rows and tables that are made of them.
+"""What measurements say: from the profiler's events to the parts of a step, from the suite's rows to the targets.
 
-`record` and `waits_by_line` need CUDA; all else is a function of a list of events.
+`record` and `waits_by_line` need CUDA; all else is a function of a list of events or rows.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 
-from .cases import KernelWork
+from . import cases
+from .cases import Batch, Linear
 from .timing import ROOT
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize", "cuEventSynchronize")
 LAUNCHES = ("cudaLaunch", "cuLaunch")  # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernelEx, ...
 MEMORY = ("Memcpy", "Memset")
+# Parts of a step by the names of kernels: Triton's are whole names, csrc's stand within C++ ones, the vendor's vary.
+PARTS = {
+    "S, dS": r"^shrink_kernel",
+    "y, dx": r"^expand_kernel|gemm|nvjet|cutlass|splitK",  # LoRA's terms and the base products, in one kernel where fused
+    "dA, dB": r"^(reduce|sum)_kernel",
+    "attention": r"^(attend_|zero_behind)",
+    "add_norm": r"^(add_norm|dropout_kernel)",
+    "embeddings": r"^embed_",
+    "heads, loss": r"^(adapter_linear|bias_gradient|token_loss)_",
+    "AdamW": r"\b(squares|finish|update)_kernel\b",
+    "lists, keys": r"^(keys|limits)_kernel|\b(phases|entries)_kernel\b",
+    "GELU": r"Gelu",
+    "copies, fills": r"^Mem(cpy|set)",
+}
+
+BOUNDS = {32: 1.15, 256: 1.8}  # rank -> time as a multiple of the frozen base products alone
+FASTER = {"grouped_mm": 2.0, "peft in turn": 10.0}  # library -> its time as a multiple of ours
+FLAT_RANK, FLAT = 32, 0.10
 
 
 class Event(NamedTuple):
@@ -50,77 +71,38 @@ def record(call: Callable[[], object]) -> list[Event]:
     return events_of(profiler.events())
 
 
-def assign(kernels: Sequence[str]) -> list[str | None]:
-    """The entry of `cases.lora_work` that each kernel belongs to; None: no entry.
-
-    kernels: names of all kernels of passes forward and backward, in order of time. The vendor's product precedes the expand
-    kernel that adds to it.
-    """
-    entries: list[str | None] = []
-    entry, open_ = None, False  # open_: inside a y or dx block until its expand kernel ends it
-    for name in kernels:
-        if name.startswith("shrink_kernel"):
-            entry, open_ = ("dS" if entry in ("S", "y") else "S"), True
-        elif open_ and entry in ("S", "dS"):
-            entry, open_ = ("y" if entry == "S" else "dx"), not name.startswith("expand_kernel")
-        elif open_ and entry in ("y", "dx"):
-            open_ = not name.startswith("expand_kernel")
-        elif name.startswith("reduce_kernel"):
-            entry = "dB" if entry == "dA" else "dA"
-        elif not (name.startswith("sum_kernel") and entry in ("dA", "dB")):
-            entries.append(None)
-            continue
-        entries.append(entry)
-    return entries
+def part_of(kernel: str) -> str:
+    """The part of a step that a kernel, a copy or a fill belongs to, of PARTS; "rest" for all else."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, kernel)), "rest")
 
 
-def kernel_rows(events: Sequence[Event], passes: int, work: Sequence[KernelWork]) -> list[dict]:
-    """A row for each kernel and entry of `work`, longest first.
+def step_parts(events: Sequence[Event], least: Mapping[str, float]) -> list[dict]:
+    """A row for each part of a step that the GPU spent time on, longest first.
 
-    share: of the GPU's time.
-    work: the entry or None.
-    ceiling_share: time of the entry at the roofline, as a share of the time of all its kernels.
+    least: seconds of a part at the roofline (`cases.step_work`).
+    us, share: of the GPU's time. kernels: launches. ceiling_share: time at the roofline as a share of the time; None without one.
     Raises ValueError where no event is the GPU's.
     """
     gpu = _on_gpu(events)
-    least = {item.name: item.seconds * 1e6 for item in work}
-    spent: Counter[str | None] = Counter()
-    kernels: dict[tuple[str | None, str], list[float]] = {}
-    for event, entry in zip(gpu, assign([event.name for event in gpu]), strict=True):
-        spent[entry] += event.us
-        kernels.setdefault((entry, event.name), []).append(event.us)
-    total = sum(spent.values())
-    rows = []
-    for (entry, name), us in kernels.items():
-        share = least[entry] * passes / spent[entry] if entry in least else None
-        rows.append({
-            "kernel": name, "work": entry, "us_per_call": sum(us) / len(us), "calls_per_pass": len(us) / passes,
-            "us_per_pass": sum(us) / passes, "share": sum(us) / total, "ceiling_share": share,
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: -row["us_per_pass"])
+    us, kernels = Counter(), Counter(part_of(event.name) for event in gpu)
+    for event in gpu:
+        us[part_of(event.name)] += event.us
+    total = sum(us.values())
+    return [
+        {
+            "part": part, "us": spent, "share": spent / total, "kernels": kernels[part],
+            "ceiling_share": 1e6 * least[part] / spent if least.get(part) else None,
+        }
+        for part, spent in us.most_common()
+    ]  # fmt: skip
 
 
-def work_table(columns: Mapping[str, tuple[list[dict], Sequence[KernelWork]]]) -> list[str]:
-    """Lines of a table, work by linear, with sums: microseconds per pass and share of the ceiling.
-
-    columns: for each linear its `kernel_rows` and its work.
-    """
-    entries = [item.name for item in next(iter(columns.values()))[1]]
-    least = {linear: {item.name: item.seconds * 1e6 for item in work} for linear, (_, work) in columns.items()}
-    spent: dict[str, Counter] = {linear: Counter() for linear in columns}
-    for linear, (rows, _) in columns.items():
-        for row in rows:
-            spent[linear][row["work"]] += row["us_per_pass"]
-
-    def cell(linears: Iterable[str], entries: Sequence[str | None]) -> str:
-        us = sum(spent[linear][entry] for linear in linears for entry in entries)
-        at_best = sum(least[linear].get(entry, 0.0) for linear in linears for entry in entries)
-        return f"{us:9.1f} {at_best / us:5.0%}" if us and at_best else f"{us:9.1f}      "
-
-    lines = ["work  " + " ".join(f"{name[:17]:>17}" for name in (*columns, "all"))]
-    for label, summed in (*((entry, [entry]) for entry in entries), ("other", [None]), ("all", [*entries, None])):
-        cells = [cell(linears, summed) for linears in (*([linear] for linear in columns), list(columns))]
-        lines.append(f"{label:6}" + " ".join(f"{text:>17}" for text in cells))
+def parts_lines(parts: Sequence[dict]) -> list[str]:
+    """The rows of `step_parts` as lines of a table."""
+    lines = [f"{'part':16} {'µs':>10} {'share':>6} {'kernels':>8} {'of the ceiling':>15}"]
+    for row in parts:
+        ceiling = "" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}"
+        lines.append(f"{row['part']:16} {row['us']:10.1f} {row['share']:6.0%} {row['kernels']:8d} {ceiling:>15}".rstrip())
     return lines
 
 
@@ -193,3 +175,123 @@ def _on_gpu(events: Sequence[Event]) -> list[Event]:
     if not gpu:
         raise ValueError("the profiler saw no kernel on the GPU")
     return gpu
+
+
+class StepSize(NamedTuple):
+    """A whole step: utterances of each adapter."""
+
+    adapters: int
+    rank: int
+    utterances: int
+
+
+# Milliseconds that a step may take, by what a GPU's name says.
+STEP_BOUNDS: dict[StepSize, dict[str, float]] = {
+    StepSize(52, 32, 32): {"H200": 18, "H100": 21},
+    StepSize(1, 32, 32): {"H200": 1.5},
+    StepSize(52, 256, 32): {"H200": 42},
+}
+STEPS = tuple(STEP_BOUNDS)
+PEFT_STEP = 50.0  # peft's whole step as a multiple of ours
+
+
+class Target(NamedTuple):
+    """One target.
+
+    met: None where it was not measured, or where there is no bound for this GPU; `measured` then says so.
+    distance: measured as a multiple of the bound, so that below 1 is met; None with met.
+    """
+
+    goal: str
+    measured: str
+    met: bool | None
+    distance: float | None = None
+
+    @property
+    def line(self) -> str:
+        answer = {None: "", True: "yes", False: "NO"}[self.met]
+        if self.distance is not None:
+            answer += f", {abs(1 - self.distance):.0%} {'to spare' if self.met else 'off'}"
+        return f"{self.goal:76} {self.measured} {answer}".rstrip()
+
+
+def layer_rows(rows: Sequence[dict], linears: Sequence[Linear], /, **fields: object) -> list[dict]:
+    """The latest row with these fields of each linear that has one."""
+    by_linear = {row["linear"]: row for row in rows if all(row.get(name) == value for name, value in fields.items())}
+    return [by_linear[linear.name] for linear in linears if linear.name in by_linear]
+
+
+def costs(rows: Sequence[dict], linears: Sequence[Linear], batches: Sequence[Batch]) -> dict[int, float]:
+    """Adapters -> ns per row of a layer, forward and backward, for comparable batches with all linears measured."""
+    per_row = {}
+    for batch in sorted(batch for batch in batches if batch.comparable):
+        layer = layer_rows(rows, linears, section="kernels", form="chosen", rank=FLAT_RANK, **batch._asdict())
+        if len(layer) == len(linears):
+            per_row[batch.adapters] = 1e3 * sum(row["p50"] for row in layer) / batch.total
+    return per_row
+
+
+def flatness(per_row: dict[int, float]) -> tuple[int, float] | None:
+    """The number of adapters whose cost per row is farthest from one adapter's, and the signed relative difference."""
+    differences = {adapters: ns / per_row[1] - 1 for adapters, ns in per_row.items() if adapters != 1 and 1 in per_row}
+    return max(differences.items(), key=lambda item: abs(item[1]), default=None)
+
+
+def step_targets(rows: Sequence[dict], device: str) -> list[Target]:
+    """Whole steps against STEP_BOUNDS, by the fastest way, and against peft's."""
+    answers = []
+    for size, bounds in STEP_BOUNDS.items():
+        bound = next((bound for name, bound in bounds.items() if name in device), None)
+        allowed = " or ".join(f"{ms:g} ms on an {name}" for name, ms in bounds.items())
+        goal = f"whole step, {size.adapters} x {size.utterances} utterances, r={size.rank}: at most {allowed}"
+        own = [row for row in rows if row.get("case") == "whole step" and size._asdict().items() <= row.items()]
+        if not own:
+            answers.append(Target(goal, "not measured", None))
+            continue
+        fastest = min(own, key=lambda row: row["p50"])
+        ms, measured = 1e-3 * fastest["p50"], f"{1e-3 * fastest['p50']:.2f} ms {fastest['way']}"
+        if bound is None:
+            answers.append(Target(goal, f"{measured}; no bound for this GPU", None))
+        else:
+            answers.append(Target(goal, measured, ms <= bound, ms / bound))
+    goal = f"whole step at least {PEFT_STEP:g} x as fast as peft one adapter at a time, r={STEPS[0].rank}"
+    peft = [row["ratio"] for row in rows if row.get("library") == "peft whole step"]
+    if peft:
+        answers.append(Target(goal, f"{peft[-1]:.1f} x", peft[-1] >= PEFT_STEP, PEFT_STEP / peft[-1]))
+    else:
+        answers.append(Target(goal, "not measured", None))
+    return answers
+
+
+def targets(
+    rows: Sequence[dict], linears: Sequence[Linear] = cases.XLMR_BASE, batches: Sequence[Batch] = cases.BATCHES
+) -> list[Target]:
+    """The targets of the linears. One needs measurements of all linears, else it counts as not measured."""
+    answers: list[Target] = []
+
+    def add(goal: str, distance: Callable[[float], float], **fields: object) -> None:
+        layer = layer_rows(rows, linears, **fields, **cases.STUDY._asdict())
+        if len(layer) < len(linears):
+            answers.append(Target(goal, f"not measured ({len(layer)} of {len(linears)} linears)", None))
+        else:
+            ratio = sum(row["p50"] for row in layer) / sum(row["baseline_p50"] for row in layer)
+            host_bound = any(row["host_bound"] for row in layer)
+            measured = f"{ratio:.2f} x" + ", launch-bound" * host_bound
+            answers.append(Target(goal, measured, distance(ratio) <= 1, distance(ratio)))
+
+    for rank, bound in BOUNDS.items():
+        goal = f"forward + backward, r={rank}: at most {bound} x the base products alone"
+        add(goal, lambda ratio, bound=bound: ratio / bound, section="kernels", form="chosen", rank=rank)
+    for (name, times), rank in product(FASTER.items(), BOUNDS):
+        goal = f"at least {times:g} x as fast as {name}, r={rank}"
+        add(goal, lambda ratio, times=times: times / ratio, section="baselines", library=name, rank=rank)
+    adapters = [batch.adapters for batch in sorted(batch for batch in batches if batch.comparable)]
+    per_row = costs(rows, linears, batches)
+    worst = flatness(per_row)
+    goal = f"cost per row of {', '.join(map(str, adapters))} adapters flat within {FLAT:.0%}, r={FLAT_RANK}"
+    if worst is None or [*per_row] != adapters:
+        answers.append(Target(goal, f"not measured ({', '.join(map(str, per_row)) or 'none'} of them)", None))
+    else:
+        each = ", ".join(f"{adapters}: {ns:.1f}" for adapters, ns in per_row.items())
+        answers.append(Target(goal, f"{worst[1]:+.1%} at {worst[0]} adapters; ns: {each}", abs(worst[1]) <= FLAT))
+    return answers

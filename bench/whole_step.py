@@ -132,7 +132,7 @@ class PeftStep:
             task_type="TOKEN_CLS", r=rank, lora_alpha=rank, lora_dropout=dropout,
             target_modules=r".*\.layer\.\d+\..*(query|key|value|dense)", modules_to_save=["classifier"],
         )  # fmt: skip
-        base = _transformers_model(ours.model, dropout).to(dtype)
+        base = _transformers_model(ours.model, dropout).to(device=ours.bank.param.device, dtype=dtype)
         self.names = [f"a{g}" for g in range(count)]
         self.model = get_peft_model(base, lora, adapter_name=self.names[0], autocast_adapter_dtype=autocast)
         for name in self.names[1:]:
@@ -273,6 +273,51 @@ def compare(options: argparse.Namespace) -> dict:
         "ratio": quantiles(ratios), "gate_relative_error": dict(zip(("loss", "gradient_norm"), errors, strict=True)),
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }  # fmt: skip
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Microseconds of a call that waits for its own results."""
+    began = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - began)
+
+
+def ways_of_a_step(step: TrainingStep) -> dict[str, Callable[[], object]]:
+    """Ways to run a whole training step -> a call that returns when its losses are on the host. A captured one belongs here."""
+    return {"eager": step.run}
+
+
+def beside_peft(
+    config: XLMRConfig, adapters: int, rank: int, utterances: int, *, device: str, dtype: torch.dtype, count: int = 2
+) -> tuple[float, float, int]:
+    """Check, then time a step of ours, the fastest way, and peft's of `count` adapters, scaled to all, its faster setting.
+
+    Returns microseconds of ours and of peft's, and count.
+    Raises AssertionError for losses or gradient norms that are off.
+    """
+    count = min(count, adapters)
+    build = partial(make_step, config, adapters, rank, utterances, device=device, dtype=dtype)
+    ours = build(dropout=0.0)
+    padded = [
+        {name: tensor.to(device) for name, tensor in pad(ours.sentences, index, config.pad_token_id).items()}
+        for index in ours.batches[:count]
+    ]
+    peer, truth = (PeftStep(ours, 0.0, False, kind, count).losses_and_norms(padded).cpu() for kind in (dtype, torch.float32))
+    assert_no_worse(torch.stack(ours.run())[:, :count], peer, truth, dtype)
+    ours = build(dropout=0.1)
+    mine = min(statistics.median([wall(call) for _ in range(8)][2:]) for call in ways_of_a_step(ours).values())
+    theirs = []
+    for autocast in (False, True):
+        peft = PeftStep(ours, 0.1, autocast, dtype, count)
+
+        def in_turn(peft: PeftStep = peft) -> None:
+            for g, inputs in enumerate(padded):
+                peft.step(g, inputs)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        theirs.append(statistics.median([wall(in_turn) for _ in range(4)][1:]) * adapters / count)
+    return mine, min(theirs), count
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

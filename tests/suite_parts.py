@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from bench import cases, kernels, timing
+from bench import cases, kernels, profiled, timing
 from bench.profiled import Event
 from bench.timing import Sample
 from kloss.models import XLMRConfig
@@ -35,8 +35,9 @@ def small_suite(tmp_path, monkeypatch):
     """A suite that writes into tmp_path, with the small shapes instead of the study's."""
     monkeypatch.setattr(timing, "L2_BYTES", 1)
     monkeypatch.setattr(cases, "STUDY", BATCH)
-    monkeypatch.setattr(kernels, "BOUNDS", {4: 1.5})
-    monkeypatch.setattr(kernels, "FLAT_RANK", 4)
+    monkeypatch.setattr(profiled, "BOUNDS", {4: 1.5})
+    monkeypatch.setattr(profiled, "FLAT_RANK", 4)
+    monkeypatch.setattr(kernels, "BASE", TOY)
     about = {**timing.environment("cpu"), "tests": "passed"}
     return kernels.Suite(tmp_path, about, clock=Clock(), device="cpu", seconds=0, dtype=torch.float32)
 

@@ -141,6 +141,9 @@ CASES = {
     "add_norm": (ODD, "add_norm", dict(width=23, weights=True, **FP32)),
     "add_norm, half": (ODD, "add_norm", dict(width=130, **FP16)),
     "add_norm, no rows": (EMPTY, "add_norm", dict(width=23, weights=True, **FP32)),
+    "embed": (ODD, "embed", dict(width=23, vocabulary=9, **FP32)),
+    "embed, half": (ODD, "embed", dict(width=130, vocabulary=9, dropout=False, **FP16)),
+    "embed, no rows": (EMPTY, "embed", dict(width=23, vocabulary=9, **FP32)),
     "heads": (FULL, "heads", dict(width=41, labels=23, **FP32)),
     "heads, odd rows": (ODD, "heads", dict(width=16, labels=5, **FP16)),
     "heads, nobody": (NONE, "heads", dict(width=16, labels=5, **FP16)),
@@ -191,6 +194,8 @@ BROKEN = {
     "attention, keys": ("attention_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),
     "attention, width": ("attention_triton", "m_d, o_h = o_d < D", "m_d, o_h = o_d <= D", "outside", "attention"),
     "add_norm, width": ("add_norm_triton", "o_h < H\n", "o_h <= H\n", "outside", "add_norm"),
+    "embed, width": ("embed_triton", "m_t, m_h = o_t < T, o_h < H", "m_t, m_h = o_t < T, o_h <= H", "outside", "embed"),
+    "embed, positions": ("embed_triton", "tl.minimum(position + first, P - 1)", "position + first", "outside", "embed"),
     "heads, outputs": ("adapter_linear_triton", "m_n, m_t = o_n < N", "m_n, m_t = o_n <= N", "outside", "heads"),
     "dropout, rows": (
         "dropout_triton",

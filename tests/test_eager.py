@@ -203,7 +203,7 @@ def test_the_other_ops_are_as_good_as_the_reference(dropped, dtype):
     adapters = make_segments(OFFSETS, torch.tensor([2, 0, -1, 1, 2, 0], dtype=torch.int32), 4)
     owner = F.pad(adapters.row_adapter, (0, 2), value=-1)
     owner, whole = torch.where(owner < 0, 4, owner), torch.zeros(49)
-    labels = torch.randint(0, 5, (49,), generator=generator)
+    labels, ids = (torch.randint(0, end, (49,), generator=generator) for end in (5, 9))
 
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
@@ -213,6 +213,10 @@ def test_the_other_ops_are_as_good_as_the_reference(dropped, dtype):
         "add_norm": (
             lambda op, *tensors: op(*tensors, 1e-5, dropout=keys), [normal(49, 8), normal(49, 8), normal(8), normal(8)],
             [owner, owner, owner, whole[:8], whole[:8]],
+        ),
+        "embed": (
+            lambda op, *tables: op(ids, ids // 2, *tables, 1e-5, first_position=2, dropout=keys),
+            [normal(9, 8), normal(5, 8), normal(8), normal(8), normal(8)], [owner, *(whole[:n] for n in (9, 5, 8, 8, 8))],
         ),
         "gelu": (lambda op, x: op(x), [normal(49, 8)], [owner, owner]),
         "adapter_linear": (

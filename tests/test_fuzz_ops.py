@@ -172,6 +172,26 @@ def counts(draw):
     return Case(lambda home, **arguments: [home.span_counts(**arguments)], arguments)
 
 
+@st.composite
+def embeddings(draw):
+    # In rows of one or two numbers the norm leaves constants, whose gradients are differences of rounding.
+    rows, width, words, first = (draw(st.integers(*ends)) for ends in ((0, 9), (5, 20), (1, 5), (0, 3)))
+    generator, low = torch.Generator().manual_seed(draw(st.integers(0, 99))), draw(LOW)
+    shapes = {"words": (words, width), "positions": (first + draw(st.integers(1, 4)), width)}
+    shapes |= {name: (width,) for name in ("token_type", "weight", "bias")}
+    tables = {name: torch.randn(*shape, generator=generator).to(low) for name, shape in shapes.items()}
+    whole = draw(st.sampled_from([torch.int64, torch.int32]))
+    arguments = {"input_ids": torch.randint(0, words, (rows,), generator=generator).to(whole)}
+    arguments |= {"position": torch.randint(0, 6, (rows,), generator=generator), **tables, "eps": 1e-5, "first_position": first}
+    if draw(st.booleans()):
+        arguments |= {"p": torch.tensor([0.5]), "seed": torch.tensor([7]), "row_key": torch.arange(rows)}
+
+    def run(home, p=None, seed=None, row_key=None, **rest):
+        return [home.embed(**rest, dropout=None if p is None else Dropout(p, seed, row_key, 3))]
+
+    return Case(run, arguments, tuple(tables), True)
+
+
 def strided(tensor: Tensor) -> Tensor:
     wide = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
     wide[..., 0] = tensor
@@ -228,7 +248,7 @@ def refused_or_right(case: Case) -> bool:
 
 @pytest.mark.parametrize(
     ("cases", "number"),
-    [(linears, 100), (attentions, 50), (updates, 50), (losses, 50), (counts, 50)],
+    [(linears, 100), (attentions, 50), (updates, 50), (losses, 50), (counts, 50), (embeddings, 50)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_calls_are_right_and_hostile_ones_are_refused_or_right(cases, number):

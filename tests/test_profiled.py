@@ -1,66 +1,74 @@
 """From events of a profile to rows and tables, and the section profile of the GPU suite."""
 
+import re
 import warnings
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from suite_parts import PLAIN, SMALL, TOY, events, written
+from suite_parts import TOY, events, written
 from torch.autograd import DeviceType
 
-from bench import cases, kernels, profiled, whole_step
+from bench import cases, compiled, profiled, timing, whole_step
 from bench.profiled import Event
 from kloss.cl import step as trainer
 from kloss.cl import train
+from kloss.models import XLMRConfig
+
+KERNELS = {
+    "S, dS": ["shrink_kernel"],
+    "y, dx": ["expand_kernel", "sm90_xmma_gemm_bf16", "nvjet_tst_128x256", "void cutlass::Kernel2<x>", "splitKreduce_kernel"],
+    "dA, dB": ["reduce_kernel", "sum_kernel"],
+    "attention": ["attend_kernel", "attend_backward_kernel", "attend_dq_kernel", "attend_dkv_kernel", "zero_behind_kernel"],
+    "add_norm": ["add_norm_kernel", "add_norm_backward_kernel", "dropout_kernel"],
+    "embeddings": ["embed_kernel", "embed_backward_kernel"],
+    "heads, loss": ["adapter_linear_kernel", "bias_gradient_kernel", "token_loss_kernel", "token_loss_backward_kernel"],
+    "AdamW": ["void (anonymous namespace)::squares_kernel<float>(AdamW)", "(anonymous namespace)::finish_kernel(AdamW)",
+              "void (anonymous namespace)::update_kernel<c10::BFloat16, 4>(AdamW)"],
+    "lists, keys": ["keys_kernel", "limits_kernel", "(anonymous namespace)::phases_kernel(Lists)",
+                    "(anonymous namespace)::entries_kernel(Lists)"],
+    "GELU": ["void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(at::TensorIteratorBase&)::x>"],
+    "copies, fills": ["Memcpy DtoH (Device -> Pageable)", "Memset (Device)"],
+    "rest": ["void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "fill", "at::native::radix_sort"],
+}  # fmt: skip
 
 
-def test_kernels_are_matched_to_the_work_they_do():
-    products = ["shrink_kernel", "gemm", "splitk", "expand_kernel", "copy"]
-    whole = [*products, *products, "reduce_kernel", "sum_kernel", "reduce_kernel", "sum_kernel"]
-    entries = ["S", "y", "y", "y", None, "dS", "dx", "dx", "dx", None, "dA", "dA", "dB", "dB"]
-    assert profiled.assign(["fill", *whole, *whole]) == [None, *entries, *entries]
-    fused = ["shrink_kernel", "expand_kernel", "shrink_kernel", "expand_kernel", "reduce_kernel", "reduce_kernel"]
-    assert profiled.assign(fused * 2) == ["S", "y", "dS", "dx", "dA", "dB"] * 2
-    forward = ["shrink_kernel", "expand_kernel"]
-    assert profiled.assign([*forward, "add", "sum_kernel"]) == ["S", "y", None, None]
+def test_every_kernel_of_kloss_belongs_to_a_part():
+    assert {name: part for part, names in KERNELS.items() for name in names} == {
+        name: profiled.part_of(name) for names in KERNELS.values() for name in names
+    }
+    assert all(profiled.part_of(kernel) != "rest" for kernel in compiled.KERNELS)
+    sources = "".join(path.read_text() for path in (timing.ROOT / "csrc/cuda").glob("*.cu"))
+    in_steps = set(re.findall(r"\b(\w+_kernel)\(const __grid", sources)) - {"spans_kernel"}  # spans: evaluation
+    assert in_steps and all(profiled.part_of(f"(anonymous namespace)::{kernel}(X)") != "rest" for kernel in in_steps)
 
 
-WORK = [cases.KernelWork("S", 0, 4.3e6), cases.KernelWork("y", 0, 8.6e6)]  # 1 and 2 microseconds at the ceiling
-
-
-def test_rows_of_a_profile():
-    one_pass = [("shrink_kernel", 2.0), ("gemm", 6.0), ("expand_kernel", 2.0), ("fill", 10.0)]
+def test_the_parts_of_a_step():
     host = [Event("cudaLaunchKernel", False, 0, 5.0)]
-    one_pass.append(("reduce_kernel", 0.0))  # behind a reduction the next shrink begins a pass, not backward
-    rows = profiled.kernel_rows(host + events(*one_pass, *one_pass), 2, WORK)
-    by_name = {row["kernel"]: row for row in rows}
-    assert [row["kernel"] for row in rows][:2] == ["fill", "gemm"], "longest first"
-    gemm, shrink = by_name["gemm"], by_name["shrink_kernel"]
-    assert (gemm["work"], gemm["us_per_call"], gemm["calls_per_pass"], gemm["us_per_pass"]) == ("y", 6.0, 1.0, 6.0)
-    assert gemm["share"] == 12 / 40 and shrink["ceiling_share"] == pytest.approx(0.5)
-    assert gemm["ceiling_share"] == by_name["expand_kernel"]["ceiling_share"] == pytest.approx(2 / 8)
-    assert by_name["fill"]["work"] is None and by_name["fill"]["ceiling_share"] is None
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    step = events(("shrink_kernel", 2.0), ("gemm", 6.0), ("expand_kernel", 2.0), ("fill", 10.0), ("shrink_kernel", 5.0))
+    parts = profiled.step_parts(host + step, {"S, dS": 3.5e-6, "y, dx": 6e-6, "AdamW": 1.0})
+    assert parts == [
+        {"part": "rest", "us": 10.0, "share": 0.4, "kernels": 1, "ceiling_share": None},
+        {"part": "y, dx", "us": 8.0, "share": 0.32, "kernels": 2, "ceiling_share": pytest.approx(0.75)},
+        {"part": "S, dS", "us": 7.0, "share": 0.28, "kernels": 2, "ceiling_share": pytest.approx(0.5)},
+    ]
+    header, rest, products, _ = profiled.parts_lines(parts)
+    assert header.split() == ["part", "µs", "share", "kernels", "of", "the", "ceiling"]
+    assert rest.split() == ["rest", "10.0", "40%", "1"] and products.split() == ["y,", "dx", "8.0", "32%", "2", "75%"]
     with pytest.raises(ValueError, match="saw no kernel on the GPU"):
-        profiled.kernel_rows(host, 1, WORK)
+        profiled.step_parts(host, {})
 
 
-def test_a_kernel_that_works_twice_in_a_pass_has_two_rows():
-    rows = profiled.kernel_rows(events(("shrink_kernel", 1.0), ("expand_kernel", 1.0), ("shrink_kernel", 3.0)), 1, WORK)
-    assert {(row["work"], row["kernel"]): row["us_per_call"] for row in rows} == {
-        ("S", "shrink_kernel"): 1.0, ("y", "expand_kernel"): 1.0, ("dS", "shrink_kernel"): 3.0,
-    }  # fmt: skip
-
-
-def test_the_table_of_work_adds_linears_and_kernels():
-    rows = profiled.kernel_rows(events(("shrink_kernel", 2.0), ("gemm", 6.0), ("expand_kernel", 2.0), ("fill", 10.0)), 1, WORK)
-    header, s, y, other, total = profiled.work_table({"one": (rows, WORK), "two": (rows, WORK)})
-    assert header.split() == ["work", "one", "two", "all"]
-    assert s.split() == ["S", "2.0", "50%", "2.0", "50%", "4.0", "50%"]
-    assert y.split() == ["y", "8.0", "25%", "8.0", "25%", "16.0", "25%"]
-    assert other.split() == ["other", "10.0", "10.0", "20.0"]
-    assert total.split() == ["all", "20.0", "15%", "20.0", "15%", "40.0", "15%"]
+def test_the_least_work_of_a_step():
+    """By hand, XLM-R base, 52 learners of 384 rows, r=32: 31 MB a matrix [T, H]."""
+    config, row = XLMRConfig(vocab_size=1000, num_labels=111), 2 * 19_968 * 768 / 4.3e12
+    least = cases.step_work(config, 19_968, 52, 32, parameters=10**9)
+    linears = [work for linear in cases.XLMR_BASE for work in cases.lora_work(linear, cases.STUDY, 32)]
+    assert sum(least[part] for part in ("S, dS", "y, dx", "dA, dB")) == pytest.approx(12 * sum(w.seconds for w in linears))
+    moved = {"attention": 12 * 11, "add_norm": 12 * 16, "GELU": 12 * 20, "embeddings": 2}
+    assert {part: least[part] / row for part in moved} == pytest.approx(moved)
+    assert least["AdamW"] == pytest.approx(28e9 / 4.3e12) and set(least) - set(moved) <= set(profiled.PARTS)
 
 
 def function_event(name, device, start, end, annotation=False):
@@ -132,34 +140,34 @@ def test_waits_are_counted_by_line(monkeypatch):
     assert profiled.waits_by_line(call) == {f"tests/test_profiled.py:{line}": 3} and modes == ["warn", "default"]
 
 
-def test_profile_writes_a_row_per_kernel_and_then_the_step(suite, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "training_step", lambda record: suite.write({"case": "training step"}))
-    monkeypatch.setattr(kernels, "PASSES", 2)
-    calls = []
-
-    def record(call):
-        calls.append(call())
-        return events(("shrink_kernel", 2.0), ("expand_kernel", 2.0))
-
-    suite.section = "profile"
-    suite.profile(ranks=(4,), linears=(SMALL, PLAIN), record=record)
-    rows = written(suite)
-    assert [(row.get("linear"), row.get("kernel")) for row in rows] == [
-        ("small", "shrink_kernel"), ("small", "expand_kernel"), ("plain", "shrink_kernel"), ("plain", "expand_kernel"),
-        (None, None),
-    ]  # fmt: skip
-    assert len(calls) == 2 and rows[0]["calls_per_pass"] == 1 / kernels.PASSES
-    assert "share of the ceiling, 2 x 4 rows, r=4\nwork" in capsys.readouterr().out and not suite.failed
+SIZE = profiled.StepSize(3, 4, 2)
 
 
-def test_a_whole_step_is_profiled(suite, capsys):
-    suite.training_step(
-        record=lambda call: (call(), STEP)[1], waits=lambda call: Counter(here=2), config=TOY, adapters=3, rank=4, utterances=2
-    )
-    first, *rest = written(suite)
-    assert first["gpu_us"] == 50.0 and first["wall_us"] > 0 and first["waits_by_line"] == {"here": 2}
-    assert first["adapters"] == 3 and first["tokens"] > 0 and len(rest) == 5
-    assert "2 waits at here" in capsys.readouterr().out
+def test_a_whole_step_is_timed_and_profiled(suite, capsys):
+    suite.section = "steps"
+    suite.steps([SIZE], record=lambda call: (call(), STEP)[1], waits=lambda call: Counter(here=2))
+    timed, profile, *rest = written(suite)
+    assert timed["case"] == "whole step" and timed["way"] == "eager" and 0 < timed["p20"] <= timed["p50"] <= timed["p80"]
+    assert profile["gpu_us"] == 50.0 and profile["wall_us"] == timed["p50"] and profile["waits_by_line"] == {"here": 2}
+    assert SIZE._asdict().items() <= timed.items() and timed["tokens"] > 0 and timed["layers"] == 1
+    parts = {row["part"]: row["us"] for row in rest if row["case"] == "part of a step"}
+    assert parts == {"y, dx": 40.0, "rest": 5.0, "copies, fills": 5.0}
+    assert sum(row["case"] == "kernel of a step" for row in rest) == 5 and len(rest) == 8 and not suite.failed
+    out = capsys.readouterr().out
+    assert "whole step, 3 x 2 utterances, r=4, eager" in out and "2 waits at here" in out and "y, dx                  40.0" in out
+
+
+def test_every_way_to_run_a_step_has_its_turn(suite, monkeypatch):
+    """One that breaks, such as a capture, does not take the next one's."""
+
+    def broken():
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(whole_step, "ways_of_a_step", lambda step: {"captured": broken, "eager": step.run})
+    suite.section = "steps"
+    suite.steps([SIZE], record=lambda call: STEP, waits=lambda call: Counter())
+    assert {row["way"] for row in suite.rows} == {"eager"}
+    assert suite.failed == ["steps: whole step, 3 x 2 utterances, r=4, captured: RuntimeError: no capture"]
 
 
 def toy_step():
@@ -176,10 +184,10 @@ def test_the_profiled_step_is_that_of_whole_step(suite, monkeypatch):
     for name in ("pack", "train_step"):
         function = getattr(whole_step, name)
         monkeypatch.setattr(whole_step, name, lambda *args, name=name, function=function: calls.update([name]) or function(*args))
-    suite.training_step(lambda call: (call(), STEP)[1], lambda call: Counter(), config=TOY, adapters=3, rank=4, utterances=2)
-    assert calls["pack"] == calls["train_step"] == 3 + 8 + 1, "the check's three, the timed, the profiled"
+    suite.steps([SIZE], lambda call: (call(), STEP)[1], lambda call: Counter())
+    assert calls["pack"] == calls["train_step"] == 3 + 10 + 1, "the check's three, the timed, the profiled"
     step, before = made[-1], toy_step().bank.param
-    assert (step.bank.param != before).any(1).all() and step.bank.steps.tolist() == [9, 9, 9]
+    assert (step.bank.param != before).any(1).all() and step.bank.steps.tolist() == [11, 11, 11]
 
 
 def test_a_step_with_dropout_is_the_same_step_again():

@@ -1,4 +1,4 @@
-"""The GPU suite's sections kernels and tiles, with a clock that counts and the kernels in the interpreter."""
+"""The GPU suite's sections, with a clock that counts and the kernels in the interpreter."""
 
 from collections import Counter
 from functools import partial
@@ -9,9 +9,11 @@ import torch.nn.functional as F
 import triton
 from suite_parts import BATCH, PLAIN, SMALL, TOY, events, small_problem, written
 
-from bench import baselines, cases, kernels, timing, whole_step
+import kloss.kernels as kloss_kernels
+from bench import baselines, cases, kernels, profiled, timing, whole_step
+from bench.kernels import Decision, Shape
 from bench.timing import Times
-from kloss.kernels import tuned
+from kloss.kernels import lora_tiles, segments, tuned
 
 
 def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite):
@@ -59,27 +61,24 @@ def test_nothing_is_timed_after_a_failed_check(suite, monkeypatch, part, name):
     assert suite.failed[0].startswith(f"kernels: small, 2 x 4 rows, r=4: AssertionError: {name} at small, r=4, chosen")
 
 
-@pytest.mark.parametrize("name", ["kernels", "baselines", "profile", "training step", "tiles"])
+@pytest.mark.parametrize("name", ["kernels", "baselines", "step", "peft's step", "linear decision", "other decision"])
 def test_no_section_writes_a_row_of_an_op_that_failed_its_check(suite, monkeypatch, name):
     def check(*shape, **more):
         raise AssertionError("dx is off")
 
-    def record(call):
-        return events(("shrink_kernel", 1.0))
-
-    monkeypatch.setattr(cases, "check", check)
-    monkeypatch.setattr(whole_step, "check_step", check)
+    for home, checked in ((cases, "check"), (cases, "check_part"), (whole_step, "check_step"), (whole_step, "assert_no_worse")):
+        monkeypatch.setattr(home, checked, check)
     library = baselines.Baseline("a", "a", cases.forward_backward, cases.forward_backward)
     monkeypatch.setattr(baselines, "baselines", lambda: ([library], []))
-    monkeypatch.setattr(kernels, "PASSES", 1)
-    with suite.attempt(name):
-        {
-            "kernels": partial(suite.kernels, ranks=(4,), linears=(PLAIN,), batches=()),
-            "baselines": partial(suite.baselines, ranks=(4,), linears=(PLAIN,)),
-            "profile": partial(suite.profile, ranks=(4,), linears=(PLAIN,), record=record),
-            "training step": partial(suite.training_step, record, Counter, config=TOY, adapters=3, rank=4, utterances=2),
-            "tiles": partial(suite.tiles, linears=(PLAIN,), rank=4),
-        }[name]()
+    size, other = profiled.StepSize(3, 4, 2), SPAN._replace(timed="add_norm", shapes=())
+    {
+        "kernels": partial(suite.kernels, ranks=(4,), linears=(PLAIN,), batches=()),
+        "baselines": partial(suite.baselines, ranks=(4,), linears=(PLAIN,)),
+        "step": partial(suite.steps, [size], lambda call: events(("shrink_kernel", 1.0)), lambda call: Counter()),
+        "peft's step": partial(suite.peft_step, size),
+        "linear decision": partial(suite.decide, SPAN, (PLAIN,)),
+        "other decision": partial(suite.decide, other),
+    }[name]()
     assert not suite.rows and suite.failed and all("dx is off" in failure for failure in suite.failed)
 
 
@@ -151,32 +150,120 @@ def test_a_spent_budget_is_said(suite):
     assert suite.left_out == ["kernels: small, 2 x 4 rows, r=4"] and not suite.rows
 
 
-def test_tiles_try_candidates_and_put_the_table_back(suite, monkeypatch):
-    before = dict(tuned.TABLE)
-    with kernels.table_entry("shrink", 0, {"BK": 32}):
-        assert tuned.launch("shrink", 0, torch.bfloat16).BK == 32
+CONTRACTIONS = {str(value): {"tuned.FUSED_CONTRACTION": value} for value in (0, 9)}
+SPAN = Decision("tuned.FUSED_CONTRACTION", "", "linear", (Shape(0, 4),), CONTRACTIONS)
+
+
+def test_settings_change_and_come_back():
+    before, wide = dict(tuned.TABLE), dict(tuned.WIDE)
+    settings = {"tuned.TABLE shrink": {"BK": 32}, "tuned.WIDE reduce": 7, "tuned.FUSED_CONTRACTION": 9, "segments.CHUNK": 512}
+    with kernels.changed(settings, 0):
+        assert tuned.launch("shrink", 0, torch.bfloat16) == tuned.DEFAULT["shrink", "half"]._replace(BK=32)
         assert tuned.launch("shrink", 80, torch.bfloat16) == tuned.DEFAULT["shrink", "half"]
-    assert before == tuned.TABLE
-    tried = []
-    monkeypatch.setattr(kernels, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 128}], "fused": [{"BC": 16}]})
-    monkeypatch.setattr(cases, "check", lambda *shape, **more: tried.append(dict(tuned.TABLE)))
-    suite.tiles(linears=(PLAIN,), rank=4)
-    assert before == tuned.TABLE and tried[0] == before, "what is to be replaced is checked too"
-    assert [table["shrink", 0, "half"].BK for table in tried[1:3]] == [16, 128] and tried[3]["fused", 0, "half"].BC == 16
-    assert len(written(suite)) == 3 and all(row["baseline"] == "the table's" for row in written(suite))
+        assert wide | {"reduce": 7} == tuned.WIDE and (tuned.FUSED_CONTRACTION, segments.CHUNK) == (9, 512)
+    assert (before, wide) == (tuned.TABLE, tuned.WIDE) and (tuned.FUSED_CONTRACTION, segments.CHUNK) == (1536, 1024)
+    with pytest.raises(AttributeError), kernels.changed({"tuned.NOTHING": 1}, 0):
+        pass
 
 
-def test_a_tile_that_the_chip_refuses_is_left_out_and_a_wrong_one_fails(suite, monkeypatch):
-    before = dict(tuned.TABLE)
+def test_a_decision_is_checked_and_timed_under_its_settings(suite, monkeypatch):
+    """Also what is set now, which each candidate is compared with in the same run."""
+    seen = []
 
-    def check(*shape, **more):
-        changed = tuned.TABLE.get(("shrink", 0, "half"))
-        if changed and changed.BK == 16:
-            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
-        assert not changed or changed.BK != 32, "dx is off"
+    def check(linear, batch, rank, *, forms, **where):
+        seen.append((linear.name, batch, rank, forms, tuned.FUSED_CONTRACTION, tuned.FUSED_ROWS_PER_ADAPTER))
 
-    monkeypatch.setattr(kernels, "CANDIDATES", {"shrink": [{"BK": 16}, {"BK": 32}, {"BK": 128}]})
     monkeypatch.setattr(cases, "check", check)
-    suite.tiles(linears=(PLAIN,), rank=4)
-    assert "shared memory" in suite.left_out[0] and "dx is off" in suite.failed[0]
-    assert [row["BK"] for row in suite.rows] == [128] and before == tuned.TABLE
+    shapes = Shape(1, 4), Shape(0, 8, cases.Batch(1, 3))
+    suite.section = "first"
+    suite.decide(SPAN._replace(shapes=shapes, given={"tuned.FUSED_ROWS_PER_ADAPTER": 5}), (SMALL, PLAIN))
+    where = ("plain", BATCH, 4, ("chosen",)), ("small", cases.Batch(1, 3), 8, ("chosen",))
+    assert seen == [(*case, value, 5) for case in where for value in (1536, 0, 9)]
+    rows = written(suite)
+    assert [(row["rank"], row["candidate"]) for row in rows] == [(r, label) for r in (4, 8) for label in ("now", "0", "9")]
+    assert all(row["decision"] == SPAN.name and row["now"] == "1536" and row["section"] == "first" for row in rows)
+    assert [row["baseline_p50"] for row in rows] == [rows[0]["p50"]] * 3 + [rows[3]["p50"]] * 3 and not suite.failed
+
+
+def test_a_candidate_that_the_chip_refuses_is_left_out_and_a_wrong_one_fails(suite, monkeypatch):
+    def check(*shape, **more):
+        if tuned.FUSED_CONTRACTION == 0:
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+        assert tuned.FUSED_CONTRACTION != 9, "dx is off"
+
+    monkeypatch.setattr(cases, "check", check)
+    suite.decide(SPAN, (PLAIN,))
+    assert "shared memory" in suite.left_out[0] and "dx is off" in suite.failed[0] and tuned.FUSED_CONTRACTION == 1536
+    assert [row["candidate"] for row in suite.rows] == ["now"]
+
+
+def test_without_a_time_of_what_is_set_now_no_candidate_is_timed(suite, monkeypatch):
+    def check(*shape, **more):
+        assert tuned.FUSED_CONTRACTION != 1536, "y is off"
+
+    monkeypatch.setattr(cases, "check", check)
+    suite.decide(SPAN, (PLAIN,))
+    assert not suite.rows and len(suite.failed) == 1
+
+
+@pytest.mark.parametrize(("timed", "launches"), [("fused", 2), ("expand", 2), ("shrink", 2), ("reduce", 2)])
+def test_a_kernel_is_timed_by_itself(suite, monkeypatch, timed, launches):
+    """With the arguments of the pass that it is taken from, and without the other kernels."""
+    kernel, exact = kernels.ALONE[timed]
+    problem = small_problem()
+    pass_of = cases.forward_backward(problem, exact=exact)
+    real, call, seen = getattr(lora_tiles, kernel), kernels.alone(pass_of, kernel), []
+    assert getattr(lora_tiles, kernel) is real, "the recorder is gone"
+    honest = type(real).__getitem__
+    monkeypatch.setattr(type(real), "__getitem__", lambda self, grid: seen.append(self) or honest(self, grid))
+    again = kernels.alone(pass_of, kernel)
+    assert len(seen) > launches
+    seen.clear()
+    assert len(call()) == len(again()) == launches and not seen, "the launches are made already"
+    with pytest.raises(ValueError, match="no sum_kernel was launched"):
+        kernels.alone(pass_of, "sum_kernel")
+
+
+@pytest.mark.parametrize("op", cases.PARTS)
+def test_the_other_ops_are_checked_and_timed(suite, monkeypatch, op):
+    monkeypatch.setattr(whole_step, "massive_lengths", lambda count, generator: torch.tensor([3, 17, 1]).repeat(count // 32))
+    suite.decide(Decision("add_norm_triton.BLOCK", "", op, (), {"64": {"add_norm_triton.BLOCK": 64}}))
+    assert [(row["candidate"], row["now"]) for row in suite.rows] == [("now", "2048"), ("64", "2048")] and not suite.failed
+    name = {"attention": "packed_attention", "add_norm": "add_norm", "loss": "token_loss"}[op]
+    honest = getattr(kloss_kernels, name)
+
+    def wrong(*arguments, **more):
+        result = honest(*arguments, **more)
+        return (1.01 * result[0], result[1]) if op == "loss" else 1.01 * result
+
+    monkeypatch.setattr(kloss_kernels, name, wrong)
+    with pytest.raises(AssertionError, match=f"y at {op}: adapter 0 is off"):
+        cases.check_part(op, TOY, device="cpu", dtype=torch.float32)
+
+
+def test_the_vendors_products_are_timed_first(suite):
+    suite.section = "first"
+    suite.vendor((SMALL, PLAIN))
+    assert [(row["linear"], row["form"]) for row in written(suite)] == [("small", "alone"), ("small", "on top, beta = 1")]
+    problem = small_problem()
+    call = cases.base_on_top(problem)
+    call()
+    y, dx = call()
+    torch.testing.assert_close(y, 2 * problem.x @ problem.weight.t())
+    torch.testing.assert_close(dx, 2 * problem.dy @ problem.weight)
+
+
+def test_pefts_step_is_a_row_with_the_ratio(suite, monkeypatch, capsys):
+    size, given = profiled.StepSize(3, 4, 2), []
+    monkeypatch.setattr(whole_step, "beside_peft", lambda config, **more: given.append((config, more)) or (2e3, 90e3, 2))
+    suite.section = "baselines"
+    suite.peft_step(size)
+    row = written(suite)[0]
+    assert (row["library"], row["p50"], row["baseline_p50"], row["ratio"], row["timed_adapters"]) == (
+        "peft whole step", 90e3, 2e3, 45.0, 2,
+    )  # fmt: skip
+    assert given == [(TOY, {**size._asdict(), "device": "cpu", "dtype": torch.float32})]
+    assert "peft's whole step: 90 ms, ours 2.0 ms: 45.0 x" in capsys.readouterr().out
+    suite.until = 0
+    suite.peft_step(size)
+    assert suite.left_out == ["baselines: peft's whole step"]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import DEVICES, PLACES, assert_no_worse
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 from kloss.kernels import Dropout, make_segments, reference, row_keys, triton_ops
 from kloss.kernels.buckets import CLASSES, attention_tiles
@@ -148,6 +150,61 @@ def test_frozen_norms_get_no_gradient(device):
     torch.testing.assert_close(bias.grad, torch.full_like(bias, 5.0))
 
 
+def embed_tables(width, rows, *, first=2, dtype=torch.float32, device="cpu"):
+    """Ids; positions, some behind the table's end; tables of 11 words and of first + 4 positions; type, weight, bias."""
+    ids, position = (torch.randint(0, end, (rows,), generator=torch.Generator().manual_seed(end)) for end in (11, 7))
+    shapes = (11, width), (first + 4, width), (width,), (width,), (width,)
+    tables = [normal(*shape, dtype=dtype, device=device, seed=seed) for seed, shape in enumerate(shapes)]
+    return ids.to(device), position.to(device, torch.int32), tables
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("width", [21, 48])
+def test_embed(width, p, device, dtype):
+    _, dropout, rows, _ = batch(LENGTHS, behind=3, p=p, device=device)
+    ids, position, tables = embed_tables(width, rows, dtype=dtype, device=device)
+    dy = normal(rows, width, dtype=dtype, device=device)
+    whole = torch.zeros(width)
+    assert_as_good(
+        lambda *args: triton_ops.embed(ids, position, *args, eps=1e-5, first=2, dropout=dropout),
+        lambda *args: reference.embed(ids.cpu(), position.cpu(), *args, 1e-5, first_position=2, dropout=cpu(dropout)),
+        tables, dy, [torch.arange(rows), torch.arange(11), torch.arange(6), whole, whole, whole],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_embed_of_ids_in_32_bits_strided_tables_and_no_rows(device):
+    for rows in (0, 5):
+        ids, position, (words, positions, *vectors) = embed_tables(20, rows, first=0, device=device)
+        tables = words[:, ::2], positions[:, :10], *(vector[::2] for vector in vectors)
+        y = triton_ops.embed(ids.int(), position.long(), *tables, eps=1e-5, first=0, dropout=None)
+        torch.testing.assert_close(y, reference.embed(ids, position, *tables, 1e-5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_frozen_tables_get_no_gradient_and_a_frozen_model_saves_nothing(device):
+    ids, position, tables = embed_tables(40, 5, device=device)
+    assert triton_ops.embed(ids, position, *tables, eps=1e-5, first=2, dropout=None).grad_fn is None
+    tables[1].requires_grad_()
+    triton_ops.embed(ids, position, *tables, eps=1e-5, first=2, dropout=None).square().sum().backward()
+    assert [table.grad is not None for table in tables] == [False, True, False, False, False]
+    used = (position.long() + 2).clamp(max=5).unique()
+    assert tables[1].grad[used].count_nonzero(1).all() and tables[1].grad.count_nonzero(1).count_nonzero() == len(used)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: a GPU's assertion ends its process")
+@pytest.mark.parametrize(("name", "value"), [("ids", 11), ("ids", -1), ("position", -1)])
+def test_the_kernel_asserts_ids_within_their_tables(name, value, monkeypatch):
+    """The launch asks for assertions, which the interpreter makes only under an option of its own."""
+    ids, position, tables = embed_tables(20, 5)
+    {"ids": ids, "position": position}[name][3] = value
+    monkeypatch.setattr(interpreter, "interpreter_builder", interpreter.interpreter_builder)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    with pytest.raises(InterpreterError, match="a token id or a position is out of range"):
+        triton_ops.embed(ids, position, *tables, eps=1e-5, first=2, dropout=None)
+
+
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_dropout_keeps_the_same_elements(device, dtype):
     _, dropout, rows, _ = batch(LENGTHS, behind=3, device=device)
@@ -251,6 +308,7 @@ def test_opcheck():
         "attention": (leaf(rows, 96), 2, [*tiles.short, tiles.longer, tiles.cu_seqlens], lists),
         "add_norm": (leaf(rows, 48), leaf(rows, 48), leaf(48), leaf(48), 1e-5, lists),
         "dropout": (leaf(rows, 48), *lists),
+        "embed": (*embed_tables(48, rows)[:2], *(t.requires_grad_() for t in embed_tables(48, rows)[2]), 1e-5, 2, lists),
         "adapter_linear": (leaf(rows, 48), leaf(2, 7, 48), leaf(2, 7), triton_ops._segment_lists(segments)),
         "token_loss": (leaf(rows, 7), labels, segments.order, segments.ends, segments.row_adapter),
     }

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import suite_parts
 import torch
 
+from bench import whole_step
 from bench.whole_step import main, make_sentences, massive_lengths, pad
 from kloss.cl import step as trainer
 from kloss.models import TINY
@@ -13,6 +15,7 @@ SIZES = {
     "layers": 1, "hidden": 32, "heads": 2, "vocabulary": 60, "labels": 5, "adapters": 3, "rank": 4, "utterances": 2,
     "rounds": 2, "checked": 2,
 }  # fmt: skip
+TOY_MODEL = suite_parts.TOY
 TOY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
@@ -51,3 +54,14 @@ def test_a_wrong_result_is_not_recorded(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="losses and gradient norms are off"):
         main([*TOY, "--dtype", "fp32", "--out", str(tmp_path / "rows.jsonl")])
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_step_beside_pefts_is_checked_and_scaled_to_all_adapters(monkeypatch):
+    walls, made = iter([1.0, 1.0, *[4.0] * 6, 9.0, *[10.0] * 3, 9.0, *[8.0] * 3]), []
+    monkeypatch.setattr(whole_step, "wall", lambda call: made.append(call()) or next(walls))
+    sizes = dict(adapters=3, rank=4, utterances=2, device="cpu", dtype=torch.float32)
+    assert whole_step.beside_peft(TOY_MODEL, **sizes) == (4.0, 8.0 * 3 / 2, 2) and len(made) == 16
+    right = trainer.token_loss
+    monkeypatch.setattr(trainer, "token_loss", lambda *args: (right(*args)[0] * 1.001, None))
+    with pytest.raises(AssertionError, match="losses and gradient norms are off"):
+        whole_step.beside_peft(TOY_MODEL, **sizes)

@@ -14,6 +14,7 @@ from .eager import (
     span_counts,
     token_loss,
 )
+from .embed import embed
 from .lists import BatchLists, batch_lists
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
@@ -32,6 +33,7 @@ __all__ = [
     "apply_dropout",
     "attention_lists",
     "batch_lists",
+    "embed",
     "gelu",
     "lora_linear",
     "make_segments",

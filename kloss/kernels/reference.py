@@ -19,6 +19,7 @@ __all__ = [
     "adapter_linear",
     "add_norm",
     "apply_dropout",
+    "embed",
     "gelu",
     "lora_linear",
     "multi_lora_linear",
@@ -116,6 +117,15 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
     z = apply_dropout(x, dropout) + residual
     centred = z - z.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def embed(
+    input_ids: Tensor, position: Tensor, words: Tensor, positions: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    eps: float, *, first_position: int = 0, dropout: Dropout | None = None,
+) -> Tensor:  # fmt: skip
+    """drop(LayerNorm(words[id] + positions[first_position + position] + token_type)), the last position for those behind it."""
+    rows = (position.long() + first_position).clamp(max=len(positions) - 1)
+    return apply_dropout(add_norm(words[input_ids.long()] + token_type, positions[rows], weight, bias, eps), dropout)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -181,6 +181,68 @@ def dropout(x: Tensor, rows: RowDropout) -> Tensor:
     return _dropout(x, *(tensor.contiguous() for tensor in rows))
 
 
+# Embeddings, LayerNorm and dropout. first: the position table's row of a sequence's first token.
+
+
+@custom_op("kloss::embed", mutates_args=())
+def _embed(
+    input_ids: Tensor, position: Tensor, words: Tensor, positions: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    eps: float, first: int, dropout: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (tensor.contiguous() for tensor in (input_ids, position, words, positions, token_type, weight, bias))
+    return _run("embed", "forward", *tensors, eps, first, _rows(dropout))
+
+
+@_embed.register_fake
+def _(input_ids: Tensor, position: Tensor, words: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = words.new_empty(input_ids.shape[0], dtype=torch.float32)
+    return words.new_empty(input_ids.shape[0], words.shape[1]), statistics, torch.empty_like(statistics)
+
+
+@custom_op("kloss::embed_backward", mutates_args=())
+def _embed_backward(
+    dy: Tensor, input_ids: Tensor, position: Tensor, words: Tensor, positions: Tensor, token_type: Tensor, weight: Tensor,
+    mean: Tensor, rstd: Tensor, first: int, dropout: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (tensor.contiguous() for tensor in (input_ids, position, words, positions, token_type, weight))
+    return _run("embed", "backward", _with_rows(dy), *tensors, mean, rstd, first, _rows(dropout))
+
+
+@_embed_backward.register_fake
+def _(dy: Tensor, input_ids: Tensor, position: Tensor, words: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = words.new_empty(words.shape[1], dtype=torch.float32)
+    return words.new_empty(dy.shape), dweight, torch.empty_like(dweight)
+
+
+def _save_embed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, bias, _, ctx.first, dropout = inputs
+    ctx.save_for_backward(*tensors, *output[1:], *dropout)
+    ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _embed_gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | list | None, ...]:
+    (*tensors, mean, rstd), dropout = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    nothing = None, None, [None] * len(dropout)
+    if dy is None:
+        return *(None,) * 7, *nothing
+    input_ids, position, words, positions, _, weight = tensors
+    de, dweight, dbias = _embed_backward(dy, *tensors, mean, rstd, ctx.first, dropout)
+    rows, need = (position + ctx.first).clamp(max=len(positions) - 1), ctx.needs_input_grad
+    d_words = torch.ops.aten.embedding_dense_backward(de, input_ids, len(words), -1, False) if need[2] else None
+    d_positions = torch.ops.aten.embedding_dense_backward(de, rows, len(positions), -1, False) if need[3] else None
+    d_type = de.sum(0) if need[4] else None
+    return None, None, d_words, d_positions, d_type, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), *nothing
+
+
+_embed.register_autograd(_embed_gradient, setup_context=_save_embed)
+
+
+def embed(*tensors: Tensor, eps: float, first: int, dropout: Dropout | None) -> Tensor:
+    """`embed`. tensors: its tensors, in their order."""
+    return _embed(*tensors, eps, first, _lists(dropout))[0]
+
+
 # A linear layer per adapter. lists: order, ends, row_adapter and the fields of Work.
 
 

@@ -27,6 +27,7 @@ from ..kernels import (
     add_norm,
     apply_dropout,
     attention_lists,
+    embed,
     gelu,
     multi_lora_linear,
     packed_attention,
@@ -176,19 +177,20 @@ class XLMRForTokenClassification(nn.Module):
         """Last hidden states [T, H] of packed token ids [T]; arguments and errors as in `forward`."""
         if bank is not None and segments is None:
             raise ValueError("a bank needs segments, which say which adapter each row has")
-        max_length = self.config.max_length
-        _check_lengths(cu_seqlens, None if lists is None else lists.longest, max_length)
+        _check_lengths(cu_seqlens, None if lists is None else lists.longest, self.config.max_length)
         position = positions(cu_seqlens, input_ids.shape[0]) if lists is None else lists.position
-        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        embedded = embedded + self.position_embeddings(position.clamp(max=max_length - 1) + self.config.first_position)
-        x = F.layer_norm(
-            embedded,
-            (embedded.shape[-1],),
+        x = embed(
+            input_ids,
+            position,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight[0],
             self.embedding_norm.weight,
             self.embedding_norm.bias,
             self.embedding_norm.eps,
+            first_position=self.config.first_position,
+            dropout=None if dropout is None else dropout.at("hidden", self.num_sites - 2),
         )
-        x = apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 2))
         tiles = attention_lists(cu_seqlens, x) if lists is None else lists.attention
         for layer in self.layers:
             x = layer(x, cu_seqlens, tiles, segments, bank, dropout)
