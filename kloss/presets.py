@@ -12,7 +12,7 @@ DEMO_LANGUAGES = ("en-US", "de-DE", "es-ES", "ru-RU", "ar-SA", "hi-IN", "ja-JP",
 
 def demo() -> Config:
     """Ten synthetic languages, a few minutes on two CPU cores: does a shared adapter forget what separate ones keep?"""
-    return Config(languages=DEMO_LANGUAGES, limit=150, eval_limit=50, seeds=3)
+    return Config(languages=DEMO_LANGUAGES, limit=150, eval_limit=50, seeds=3, experiments=("where", "pairs"))
 
 
 def paper() -> Config:

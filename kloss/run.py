@@ -19,6 +19,7 @@ import tyro
 
 from .cl.backbone import load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
+from .cl.experiments import with_experiments
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results, score_table
 from .cl.rundir import open_run
@@ -86,7 +87,7 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         progress=progress,
         synthetic=synthetic,
     )
-    return corpus, plan(config, corpus.locales)
+    return corpus, with_experiments(config, plan(config, corpus.locales))
 
 
 def without_effect(config: Config) -> list[str]:

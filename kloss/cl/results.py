@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from ..config import Config
 from ..models import XLMRConfig
 from .corpus import Corpus
+from .experiments import recorded
 from .metrics import FLOOR, summarise
 from .runner import Outcome
 from .strategies import STRATEGIES
@@ -87,6 +88,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "runs": runs,
         "summary": summary_rows({"runs": runs}),
         "comparisons": comparisons({"runs": runs}),
+        **({"experiments": recorded(config, study, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
         ],

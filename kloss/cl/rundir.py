@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import opened, read_json, write_json, write_tensors, write_text
 from ..kernels import multi_lora_cpu
+from .states import States
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -39,6 +40,11 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: IO):
         self.path, self.lock, self.started = path, lock, time.time()
+
+    @property
+    def states(self) -> States:
+        """The rows that probes are made of."""
+        return States(self.path / "states")
 
     @property
     def done(self) -> bool:

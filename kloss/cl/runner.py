@@ -3,8 +3,9 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ..config import Config
@@ -12,8 +13,10 @@ from ..errors import UserError
 from ..models import XLMRForTokenClassification
 from .corpus import Corpus
 from .learner import Scores
+from .probes import Counts, run_probes
 from .rundir import RunFolder
 from .shapes import check_shape
+from .states import KeptRow, State
 from .stream import Stream
 from .study import Study
 from .train import Cohort, check_progress
@@ -28,11 +31,12 @@ class Progress(Protocol):
 
 
 class Outcome(NamedTuple):
-    """Results, by learner."""
+    """Results, by learner if not said otherwise."""
 
     scores: list[Scores]
     failed: list[str | None]  # why training ended early; None: it did not
     weights: list[int]  # number of weights trained
+    probed: list[Counts]  # of each of the study's probes
 
 
 def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
@@ -62,7 +66,7 @@ def train_study(
         if not saved.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
     finished = {} if saved is None else saved.state["finished"]
-    outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners))
+    outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners), [])
     for number, members in enumerate(cohorts):
         if str(number) not in finished:
             learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
@@ -74,6 +78,8 @@ def train_study(
                 pass_tokens=config.pass_tokens,
                 exact=config.exact,
                 partition=config.eval_split,
+                to_keep=[study.to_keep(g) for g in members],
+                keep=partial(_keep, folder, members),
             )
             if saved is not None and saved.state["cohort"] == number:
                 with folder.reading_checkpoint():
@@ -91,15 +97,49 @@ def train_study(
             outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
+    if study.probes:
+        done = [] if saved is None else saved.state.get("probed", [])
+        outcome.probed[:] = _probe(config, corpus, study, load, folder, progress, outcome, finished, done)
     return outcome
 
 
-STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict}
+def _keep(folder: RunFolder, members: Sequence[int], state: State, row: KeptRow) -> None:
+    """Keep a state of a cohort, whose learners are `members` of the study."""
+    folder.check()
+    folder.states.keep(State(members[state.learner], state.experience), row)
+
+
+def _probe(
+    config: Config,
+    corpus: Corpus,
+    study: Study,
+    load: Callable[[], XLMRForTokenClassification],
+    folder: RunFolder,
+    progress: Progress,
+    outcome: Outcome,
+    finished: dict,
+    done: list[Counts],
+) -> list[Counts]:
+    """Score the probes that are not `done`."""
+    probes = [probe for _, probe in study.probes]
+
+    def after_some(done: list[Counts]) -> None:
+        progress(len(done), len(probes), f"probes: {len(done)} of {len(probes)}")
+        folder.save_checkpoint({}, {"finished": finished, "cohort": None, "probed": done})
+
+    rest = folder.states, outcome.failed, config, done, after_some
+    return run_probes(probes, study.learners, load(), corpus, *rest)
+
+
+STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}
 
 
 def _check(state: Any, corpus: Corpus, study: Study, cohorts: list[list[int]]) -> None:
     """Check that a checkpoint's JSON can be of this study. Raises UserError if it cannot."""
     check_shape(state, STATE)
+    probed = state.get("probed", [])
+    if len(probed) > len(study.probes) or any(count is not None and len(count) != 3 for count in probed):
+        raise UserError(f"it has counts of {len(probed)} probes that cannot be those of {len(study.probes)}")
     numbers = {str(number): members for number, members in enumerate(cohorts)}
     for number, result in state["finished"].items():
         if number not in numbers:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
 from .learner import Learner, Scores
+from .probes import Probe
 from .spans import f1_from_counts
 from .strategies import STRATEGIES, Layout
 
@@ -52,6 +53,12 @@ class Study(NamedTuple):
     trials: list[Trial]
     learners: list[Learner]  # to be trained, each once
     to_score: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
+    probes: tuple[tuple[str, Probe], ...] = ()  # by experiment, to be scored at the end
+
+    def to_keep(self, learner: int) -> set[int]:
+        """The experiences after which a learner's row is kept, for probes are made of it."""
+        states = (state for _, probe in self.probes for state in probe.states)
+        return {state.experience for state in states if state.learner == learner}
 
 
 def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:

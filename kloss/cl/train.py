@@ -1,7 +1,7 @@
 """The loop: learners advance together, one packed step at a time, and are scored as experiences end."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .graphs import Graphs
 from .learner import Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .shapes import check_shape
+from .states import KeptRow, State
 from .step import StepSettings, train_step
 from .stream import Stream
 
@@ -26,6 +27,7 @@ class Cohort:
     to_score: for each learner, experiences completed -> locales to score.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     partition: dev or test, what is scored.
+    to_keep: for each learner, the experiences after which its row is given to `keep`, as the state of a learner of the cohort.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
     Attributes: scores, one per learner; failed, {learner: why its training ended early}.
     """
@@ -40,9 +42,12 @@ class Cohort:
         pass_tokens: int = Config.pass_tokens,
         exact: bool = False,
         partition: str = "test",
+        to_keep: Sequence[Container[int]] = (),
+        keep: Callable[[State, KeptRow], None] | None = None,
     ):
         self.model, self.corpus, self.learners, self.to_score = model, corpus, learners, to_score
         self.pass_tokens, self.exact, self.partition = pass_tokens, exact, partition
+        self.to_keep, self.keep = to_keep, keep
         weight = model.classifier.weight
         self.device = weight.device
         self.bank: Rows
@@ -134,6 +139,9 @@ class Cohort:
         pairs, cells = [], []
         for g, row in zip(learners, rows, strict=True):
             experience = self.streams[g].experience
+            if self.keep is not None and experience in self.to_keep[g]:
+                assert isinstance(self.bank, AdapterBank)  # probes are made of adapters
+                self.keep(State(g, experience), KeptRow(bank.param[row], self.bank.rank))
             table = self.scores[g].setdefault(experience, {})
             for locale in self.to_score[g].get(experience, ()):
                 pairs.append((row, locale))

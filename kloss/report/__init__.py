@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..cl.effects import FEWEST_ORDERS
+from ..cl.experiments import sections as experiments
 from ..cl.metrics import is_sequential
 from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
@@ -68,6 +69,7 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
         languages=section or None,
+        experiments=[(section, sections.panels(section)) for section in experiments(scores)],
         training=sections.training(log) if log else None,
         setting=sections.setting(scores.get("choices", []), config, env),
     )

@@ -100,11 +100,14 @@ def _panel(caption: str, figure: "Figure", warning: str = "") -> Panel:
     return Panel(caption, head + Markup(body), figure.get_figwidth() == FULL, warning)
 
 
-def heat_map(caption: str, R: Floats, order: Sequence[str], largest: float, warning: str = "") -> Panel:
+def heat_map(
+    caption: str, R: Floats, order: Sequence[str], largest: float, warning: str = "", *, rows: str = "after training on"
+) -> Panel:
     """Score matrix of one strategy. NaN stays blank; a white line parts learned languages from others.
 
-    R: [T+1, T], rows are steps, columns languages.
+    R: [T+1, T], rows are steps, columns languages; or [T, T], rows are languages too, and there is no line.
     largest: top of the colour scale, common to all strategies.
+    rows: what a row is.
     """
     T = len(order)
     small = T <= 14
@@ -113,12 +116,14 @@ def heat_map(caption: str, R: Floats, order: Sequence[str], largest: float, warn
     figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.55, top=0.6, bottom=0.06)
     image = axes.imshow(R, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="none")
     axes.spines[:].set_visible(False)
-    stairs = np.repeat(np.arange(T + 1), 2)
-    axes.plot(stairs[1:] - 0.5, stairs[:-1] + 0.5, color="white", linewidth=1.6)
+    steps = len(R) > T
+    if steps:
+        stairs = np.repeat(np.arange(T + 1), 2)
+        axes.plot(stairs[1:] - 0.5, stairs[:-1] + 0.5, color="white", linewidth=1.6)
     axes.xaxis.tick_top()
     axes.set_xticks(range(T), order, fontsize=size, rotation=0 if T <= 6 else 90)
-    axes.set_yticks(range(T + 1), ["before", *order], fontsize=size)
-    axes.set_ylabel("after training on", color=MUTED, fontsize=8)
+    axes.set_yticks(range(len(R)), ["before", *order] if steps else order, fontsize=size)
+    axes.set_ylabel(rows, color=MUTED, fontsize=8)
     box, inch = axes.get_position(), 1 / figure.get_figwidth()
     bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.12 * inch, box.y0, 0.13 * inch, box.height)))
     bar.outline.set_visible(False)
@@ -188,3 +193,19 @@ def bars(
     axes.margins(x=0.01)
     axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
     return _panel(caption, figure, warning)
+
+
+def named_bars(caption: str, values: Mapping[str, Sequence[float]], xlabel: str) -> Panel:
+    """A bar for each name, the mean of its values, each of which is a dot; from top to bottom."""
+    n = len(values)
+    figure, axes = _figure(HALF, 0.62 + 0.27 * n, left=1.5, bottom=0.46)
+    axes.grid(axis="x", color=RULE, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.barh(range(n), [mean(runs) for runs in values.values()], color=look(0)[0], height=0.7, alpha=0.55)
+    for i, runs in enumerate(values.values()):
+        axes.plot(runs, np.full(len(runs), i), "o", color=INK, markersize=3)
+    axes.set_yticks(range(n), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    return _panel(caption, figure)

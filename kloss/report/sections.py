@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cl import metrics
 from ..cl.effects import FEWEST_ORDERS
+from ..cl.experiments.section import Section
 from ..cl.metrics import FLOOR
 from ..cl.statistics import FEWEST_TO_RESAMPLE, Floats, measured_mean
 from ..cl.summary import LOSSES, Row, matrices, mean, summary_row
@@ -282,3 +283,12 @@ def setting(choices: Sequence[str], config: JSON, env: JSON) -> dict[str, Any]:
     command = command if isinstance(command, str) else shlex.join(command)
     tables = [("Configuration", list(_flat(config))), ("Environment", list(_flat(env)))]
     return {"choices": choices, "command": command, "tables": tables}
+
+
+def panels(section: Section) -> list[Panel]:
+    """The figures of an experiment's section."""
+    drawn = [figures.named_bars(*bars) for bars in section.bars]
+    for caption, names, values, rows in section.matrices:
+        largest = float(np.nanmax(values, initial=0.0)) or 1.0
+        drawn.append(figures.heat_map(caption, values, names, largest, rows=rows))
+    return drawn

@@ -1,0 +1,71 @@
+"""Experiments: questions to a study beyond its score matrices, each with what it scores besides and what it concludes.
+
+To add one: a module with TITLE, QUESTION, `plan` and `analyse`, a line in EXPERIMENTS, and its name in `config.ExperimentName`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ...config import Config
+from ...errors import UserError
+from ..probes import Counts
+from ..shapes import Shape, check_shape
+from ..study import Study
+from . import pairs, where
+from .section import Needs, Section
+
+
+class Experiment(NamedTuple):
+    """What an experiment does.
+
+    plan: from a study to what must be scored besides.
+    record: from the study, the scores of its learners and the counts of the plan's probes to the entries of scores.json.
+    shape: of an entry.
+    analyse: from the contents of scores.json and these entries to the section of the report; None without data.
+    """
+
+    plan: Callable[[Study], Needs]
+    record: Callable[[Study, Any, list[Counts]], list[dict[str, Any]]]
+    shape: Shape
+    analyse: Callable[[Mapping[str, Any], list[dict[str, Any]]], Section | None]
+
+
+EXPERIMENTS = {
+    "where": Experiment(where.plan, where.record, where.SHAPE, where.analyse),
+    "pairs": Experiment(pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
+}
+
+
+def with_experiments(config: Config, study: Study) -> Study:
+    """The study with all that its experiments need. Raises UserError for one whose strategies the study lacks."""
+    probes = []
+    for name in dict.fromkeys(config.experiments):
+        needs = EXPERIMENTS[name].plan(study)
+        for learner, experience, locale in needs.cells:
+            scored = study.to_score[learner].setdefault(experience, [])
+            if locale not in scored:
+                scored.append(locale)
+        probes += [(name, probe) for probe in needs.probes]
+    return study._replace(probes=tuple(probes))
+
+
+def recorded(config: Config, study: Study, scores: Any, counts: list[Counts]) -> dict[str, list[dict[str, Any]]]:
+    """ "experiments" of scores.json. scores: of all learners. counts: of all probes."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in dict.fromkeys(config.experiments):
+        own = [count for (of, _), count in zip(study.probes, counts, strict=True) if of == name]
+        results[name] = EXPERIMENTS[name].record(study, scores, own)
+    return results
+
+
+def sections(scores: Mapping[str, Any]) -> Iterable[Section]:
+    """The sections of the experiments in scores.json that this version knows. Raises UserError for damaged entries."""
+    for name, data in (scores.get("experiments") or {}).items():
+        if name in EXPERIMENTS:
+            try:
+                check_shape(data, [EXPERIMENTS[name].shape])
+            except UserError as error:
+                raise UserError(f"scores.json is not what kloss wrote: experiments.{name}, {error}") from error
+            section = EXPERIMENTS[name].analyse(scores, data)
+            if section is not None:
+                yield section

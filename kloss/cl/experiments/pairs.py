@@ -1,0 +1,129 @@
+"""Who gives to whom? Every NON-SHARED adapter is scored on every language: transfer without an order, donors as rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..probes import Counts
+from ..spans import f1_from_counts
+from ..statistics import Floats
+from ..study import Study, Trial
+from .section import Matrix, Needs, Section, Table
+
+SHAPE = {"label": str, "seed": int, "locales": [str], "counts": [[([int], None)]]}
+RESAMPLED = 1000
+SHOWN = 8  # donors and receivers in the table
+
+
+def _trials(study: Study) -> list[Trial]:
+    """A LoRA trial of NON-SHARED for each set of learners: orders share them."""
+    own = [trial for trial in study.trials if trial.strategy == "non-shared"]
+    return list({frozenset(trial.learners): trial for trial in own}.values())
+
+
+def plan(study: Study) -> Needs:
+    """Each adapter on every language. Raises UserError for a study without NON-SHARED adapters of two languages or more."""
+    trials = _trials(study)
+    if not trials or len(trials[0].order) < 2:
+        raise UserError("--experiments pairs needs --strategies non-shared, and two languages or more")
+    return Needs([(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
+
+
+def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+    """For each trial the counts of every adapter (row) on every language (column); None where it diverged."""
+    entries = []
+    for trial in _trials(study):
+        cells = [[scores[g].get(1, {}).get(locale) for locale in trial.order] for g in trial.learners]
+        entries.append({"label": trial.label, "seed": trial.seed, "locales": list(trial.order), "counts": cells})
+    return entries
+
+
+def additive(F: Floats) -> tuple[float, Floats, Floats]:
+    """Mean, row effects and column effects of F's cells off the diagonal, by least squares; effects sum to 0.
+
+    F: [n, n], NaN where nothing was measured.
+    """
+    n = len(F)
+    i, j = np.nonzero(~np.eye(n, dtype=bool) & ~np.isnan(F))
+    design = np.zeros((len(i) + 2, 2 * n + 1))
+    rows = np.arange(len(i))
+    design[rows, 0] = design[rows, 1 + i] = design[rows, 1 + n + j] = 1
+    design[len(i), 1 : 1 + n] = design[len(i) + 1, 1 + n :] = 1
+    fit = np.linalg.lstsq(design, np.append(F[i, j], [0, 0]), rcond=None)[0]
+    return float(fit[0]), fit[1 : 1 + n], fit[1 + n :]
+
+
+def explained(F: Floats) -> dict[str, float]:
+    """Shares of the variance off the diagonal that donors, receivers, and both explain."""
+    mean, donors, receivers = additive(F)
+    used = ~np.eye(len(F), dtype=bool) & ~np.isnan(F)
+    total = float(np.square(F[used] - F[used].mean()).sum())
+
+    def share(fit: Floats) -> float:
+        return 1 - float(np.square((F - fit)[used]).sum()) / total if total else 0.0
+
+    d, r = donors[:, None] + 0 * F, receivers[None, :] + 0 * F
+    return {"donors": share(F[used].mean() + d), "receivers": share(F[used].mean() + r), "both": share(mean + d + r)}
+
+
+def symmetry(F: Floats, draw: np.random.Generator) -> tuple[float, float, float]:
+    """Correlation of i to j with j to i, donors' and receivers' effects taken out; its 95 % interval, languages resampled."""
+    mean, donors, receivers = additive(F)
+    rest = F - (mean + donors[:, None] + receivers[None, :])
+
+    def correlation(index: Any) -> float:
+        i, j = np.triu_indices(len(index), 1)
+        i, j = np.asarray(index)[i], np.asarray(index)[j]
+        used = (i != j) & ~np.isnan(rest[i, j]) & ~np.isnan(rest[j, i])
+        one, other = rest[i, j][used], rest[j, i][used]
+        spread = np.sqrt(np.square(one).sum() * np.square(other).sum())
+        return float((one * other).sum() / spread) if spread else 0.0
+
+    values = [correlation(draw.integers(len(F), size=len(F))) for _ in range(RESAMPLED)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return correlation(np.arange(len(F))), float(low), float(high)
+
+
+def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
+    """Heat map, donors and receivers for each kind of NON-SHARED adapters; mean over seeds."""
+    findings, matrices, tables = [], [], []
+    for label in dict.fromkeys(entry["label"] for entry in data):
+        locales = scores["corpus"]["locales"]
+        stacked = []
+        for entry in (entry for entry in data if entry["label"] == label):
+            at = [entry["locales"].index(locale) for locale in locales]
+            f1 = [[np.nan if c is None else float(f1_from_counts([c])[0]) for c in row] for row in entry["counts"]]
+            stacked.append(np.array(f1)[np.ix_(at, at)])
+        measured = [np.where(np.isnan(one), 0, one) for one in stacked]
+        seen = sum((~np.isnan(one)).astype(float) for one in stacked)
+        F = np.where(seen > 0, sum(measured) / np.maximum(seen, 1), np.nan)
+        own, off = np.diag(F), F[~np.eye(len(F), dtype=bool)]
+        _, donors, receivers = additive(F)
+        shares = explained(F)
+        findings.append(
+            f"{label}: on its own language an adapter reaches {np.nanmean(own):.2f} F1, on another one {np.nanmean(off):.2f} "
+            f"({np.nanmin(off):.2f} to {np.nanmax(off):.2f})."
+        )
+        findings.append(
+            f"{label}: who gives explains {shares['donors']:.0%} of how transfer varies, who receives {shares['receivers']:.0%}, "
+            f"both {shares['both']:.0%}."
+        )
+        if len(locales) >= 5:
+            r, low, high = symmetry(F, np.random.default_rng(0))
+            known = "" if low <= 0 <= high else f": languages that give to each other {'do so both ways' if r > 0 else 'differ'}"
+            findings.append(f"{label}: the rest is symmetric to r = {r:.2f} ({low:.2f} to {high:.2f}){known}.")
+        matrices.append(Matrix(f"{label}: F1 of each adapter (row) on each language (column)", locales, F, "adapter of"))
+        best = [sorted(zip(effect, locales, strict=True), reverse=True) for effect in (donors, receivers)]
+        lines = [
+            (g, f"{a:+.3f}".replace("-", "−"), r, f"{b:+.3f}".replace("-", "−"))
+            for (a, g), (b, r) in zip(*(order[:SHOWN] for order in best), strict=True)
+        ]
+        tables.append(Table(f"{label}: best donors and receivers", ("donor", "effect on F1", "receiver", "effect on F1"), lines))
+    limits = (
+        "Effects are differences from the average pair, one measurement a pair and seed: small ones are noise.",
+        "Every adapter was trained on as many utterances, not as many tokens.",
+    )
+    question = "What does an adapter trained on one language do for each other one?"
+    return Section("Who gives to whom?", question, findings, limits, (), matrices, tables) if data else None

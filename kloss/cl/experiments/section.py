@@ -1,0 +1,49 @@
+"""What experiments need and what they conclude, in forms that every experiment shares."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ..probes import Probe
+from ..statistics import Floats
+
+
+class Needs(NamedTuple):
+    """What an experiment needs of a study beside its score matrices."""
+
+    cells: Iterable[tuple[int, int, str]] = ()  # (learner, experiences completed, locale) to score
+    probes: Sequence[Probe] = ()
+
+
+class Bars(NamedTuple):
+    """Named values, each once a unit of replication."""
+
+    caption: str
+    values: Mapping[str, Sequence[float]]
+    label: str  # of the values
+
+
+class Matrix(NamedTuple):
+    """F1 of rows on columns, NaN where nothing was measured."""
+
+    caption: str
+    names: Sequence[str]  # of rows and columns
+    values: Floats
+    rows: str  # what a row is
+
+
+class Table(NamedTuple):
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Section(NamedTuple):
+    """A section of the report: the question, the answer in sentences, then figures and tables. limits: what it cannot say."""
+
+    title: str
+    question: str
+    findings: Sequence[str]
+    limits: Sequence[str] = ()
+    bars: Sequence[Bars] = ()
+    matrices: Sequence[Matrix] = ()
+    tables: Sequence[Table] = ()

@@ -1,0 +1,244 @@
+"""Experiments: their analyses find what was planted and nothing else; their probes and states survive a stop."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_run import SMALL
+
+from kloss.cl import probes
+from kloss.cl.experiments import EXPERIMENTS, pairs, sections, where
+from kloss.cl.states import KeptRow, State, States
+from kloss.cl.train import _Team
+from kloss.config import ExperimentName
+from kloss.errors import UserError
+from kloss.models import AdapterBank, XLMRConfig
+from kloss.models.bank import HEAD
+from kloss.run import main
+
+BOTH = ("--experiments", "where", "pairs", "--strategies", "non-shared", "shared")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """A run that was not stopped."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert main([*SMALL, *BOTH, "--cache", cache, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_every_experiment_can_be_asked_for():
+    assert set(ExperimentName.__args__) == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 5, 12])
+def test_parts_of_a_row(layers):
+    """Head and adapter are a row; A and B are an adapter, and so are its quarters."""
+    sizes = XLMRConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    bank = AdapterBank(sizes, 2, 2)
+    end, learned = torch.zeros(bank.param.shape[1]), torch.zeros(bank.param.shape[1])
+    for name in bank.slots:
+        bank.view(learned[None], name)[:] = 1
+    given = {part: where.give_back([end, learned], bank.slots, part) for part in where.PARTS}
+    assert not end.any() and all(set(row.unique().tolist()) <= {0, 1} for row in given.values())
+    assert torch.equal(given["adapter"] + given["head"], learned)
+    assert torch.equal(given["A"] + given["B"], given["adapter"])
+    assert torch.equal(sum(given[f"layers {q}"] for q in range(where.QUARTERS)), given["adapter"])
+    assert int(given["head"].sum()) == sum(bank.view(learned[None], name).numel() for name in HEAD)
+    assert sorted(layer for q in range(where.QUARTERS) for layer in where.layers_of(q, layers)) == list(range(layers))
+
+
+def scores_of(learned, end, **parts):
+    """A run of SHARED over four languages and `where`'s entries for it: counts with these F1."""
+    locales = ["en-US", "de-DE", "ru-RU", "ja-JP"]
+    R = [[0.0] * 4 for _ in range(5)]
+    for j in range(4):
+        R[j + 1][j] = learned
+    R[4][:3] = [end] * 3
+    run = {"label": "SHARED LoRA r=8", "lr": 0.003, "order_name": "Order 1", "seed": 0}
+    scores = {"backbone": {"layers": 8}, "runs": [{**run, "order": locales, "R": R}]}
+    values = {part: parts.get(part.replace(" ", ""), end) for part in where.PARTS}
+    counts = {part: [round(1000 * f1), 1000, 1000] for part, f1 in values.items()}
+    data = [{**run, "locale": locale, "part": part, "counts": counts[part]} for locale in locales[:3] for part in where.PARTS]
+    return scores, data
+
+
+def test_where_finds_the_part_that_holds_what_was_lost():
+    section = where.analyse(*scores_of(0.8, 0.2, adapter=0.8, B=0.5, layers0=0.65))
+    first, depth = section.findings
+    assert "fell from 0.80 F1 to 0.20. With the own adapter 100% of that comes back, with the own head 0%" in first
+    assert "own A 0%, with its B 50%" in first
+    assert depth.endswith("by depth: own layers 1–2 75%, own layers 3–4 0%, own layers 5–6 0%, own layers 7–8 0%.")
+    (bars,) = section.bars
+    assert list(bars.values)[0] == "at the end" and list(bars.values)[-1] == "when learned"
+    assert bars.values["own head"] == pytest.approx([0.2]) and bars.values["own adapter"] == pytest.approx([0.8])
+
+
+def test_where_nothing_was_lost_it_looks_for_nothing():
+    for learned, end in ((0.5, 0.5), (0.5, 0.6), (0.03, 0.0)):
+        (finding,) = where.analyse(*scores_of(learned, end, adapter=0.9)).findings
+        assert "lost nothing to speak of" in finding
+
+
+def test_where_leaves_out_what_was_not_measured():
+    scores, data = scores_of(0.8, 0.2, adapter=0.8)
+    for entry in data:
+        if entry["locale"] == "de-DE":
+            entry["counts"] = None
+    assert "own adapter 100%" in where.analyse(scores, data).findings[0]
+    assert where.analyse(scores, [entry | {"counts": None} for entry in data]) is None
+
+
+def transfer(n=12, donors=0.0, receivers=0.0, both_ways=0.0, noise=0.0, seed=0):
+    """F1 with planted effects of the given deviations: donors, receivers, and pairs, alike both ways or, below 0, opposite."""
+    draw = np.random.default_rng(seed)
+    pair = np.triu(draw.normal(size=(n, n)), 1)
+    pair = both_ways * (pair + np.sign(both_ways or 1) * pair.T)
+    effects = donors * draw.normal(size=(n, 1)) + receivers * draw.normal(size=(1, n))
+    F = 0.3 + effects + pair + noise * draw.normal(size=(n, n))
+    np.fill_diagonal(F, 0.9)
+    return F
+
+
+def test_effects_of_donors_and_receivers_are_found():
+    F = transfer(donors=0.05, receivers=0.02)
+    mean, donors, receivers = pairs.additive(F)
+    off = ~np.eye(len(F), dtype=bool)
+    assert np.allclose((mean + donors[:, None] + receivers[None, :])[off], F[off]) and abs(donors.sum()) < 1e-9
+    shares = pairs.explained(transfer(donors=0.05, noise=0.001))
+    assert shares["donors"] > 0.98 and shares["receivers"] < 0.1
+    shares = pairs.explained(transfer(receivers=0.05, noise=0.001))
+    assert shares["receivers"] > 0.98 and shares["donors"] < 0.1
+    F[3, 4] = np.nan  # a learner that diverged
+    assert np.allclose(pairs.additive(F)[1], donors)
+
+
+def test_symmetry_is_found_and_none_where_there_is_none():
+    draw = np.random.default_rng(0)
+    r, low, _ = pairs.symmetry(transfer(20, donors=0.1, both_ways=0.05, noise=0.01), draw)
+    assert r > 0.9 and low > 0
+    r, _, high = pairs.symmetry(transfer(20, donors=0.1, both_ways=-0.05, noise=0.01), draw)
+    assert r < -0.9 and high < 0
+    intervals = [pairs.symmetry(transfer(20, donors=0.1, noise=0.05, seed=seed), draw)[1:] for seed in range(40)]
+    assert sum(not low <= 0 <= high for low, high in intervals) <= 6, "of 40 without symmetry two are expected to be taken for it"
+
+
+def test_pairs_are_in_the_order_of_the_corpus_whatever_the_order_of_training():
+    locales, order = ["en-US", "de-DE", "ru-RU", "ja-JP", "ar-SA"], ["ja-JP", "en-US", "ar-SA", "ru-RU", "de-DE"]
+    F = {(a, b): 0.9 if a == b else 0.1 + 0.05 * locales.index(a) for a in locales for b in locales}
+    counts = [[[round(1000 * F[a, b]), 1000, 1000] for b in order] for a in order]
+    data = [{"label": "NON-SHARED LoRA r=8", "seed": 0, "locales": order, "counts": counts}]
+    section = pairs.analyse({"corpus": {"locales": locales}}, data)
+    (matrix,), (table,) = section.matrices, section.tables
+    assert matrix.names == locales and np.allclose(matrix.values, [[F[a, b] for b in locales] for a in locales])
+    assert [row[0] for row in table.rows] == locales[::-1]
+    assert "its own language an adapter reaches 0.90 F1, on another one 0.20 (0.10 to 0.30)" in section.findings[0]
+    assert "who gives explains 100%" in section.findings[1]
+
+
+def test_a_row_given_all_back_scores_as_it_did(whole):
+    """A probe that is the kept state has the counts that the state had while training; pairs' diagonal is R's."""
+    scores = json.loads((whole / "scores.json").read_text())
+    own, shared = scores["runs"]
+    (entry,) = scores["experiments"]["pairs"]
+    for j, row in enumerate(entry["counts"]):
+        tp, predicted, gold = row[j]
+        assert 2 * tp / (predicted + gold) == own["R"][-1][j]
+    kept = sorted(path.stem for path in (whole / "states").iterdir())
+    assert kept == ["3-1", "3-2", "3-3"], "of the shared learner alone"
+    entries = scores["experiments"]["where"]
+    assert len(entries) == 2 * len(where.PARTS) and {entry["locale"] for entry in entries} == set(shared["order"][:-1])
+
+
+def test_a_probe_of_a_whole_state_has_the_counts_of_training(whole, cache, monkeypatch, tmp_path):
+    def all_of_it(rows, slots, part):
+        return rows[1]
+
+    monkeypatch.setattr(where, "give_back", all_of_it)
+    folder = tmp_path / "run"
+    assert main([*SMALL, *BOTH, "--cache", cache, "--out", str(folder)]) == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    run = scores["runs"][1]
+    for entry in scores["experiments"]["where"]:
+        tp, predicted, gold = entry["counts"]
+        j = run["order"].index(entry["locale"])
+        assert (2 * tp / (predicted + gold) if predicted + gold else 0) == run["R"][j + 1][j]
+
+
+@pytest.mark.parametrize("when", ["training", "probing"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(when, whole, cache, tmp_path, monkeypatch):
+    arguments = [*SMALL, *BOTH, "--cache", cache, "--out", str(tmp_path / "run"), "--checkpoint-seconds", "0"]
+    calls = []
+
+    def stopped(original):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 9:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(probes, "MOST_ROWS", 1)
+    with monkeypatch.context() as patch:
+        if when == "training":
+            patch.setattr(_Team, "advance", stopped(_Team.advance))
+        else:
+            patch.setattr(probes, "evaluate", stopped(probes.evaluate))
+        assert main(arguments) == 130
+    assert not (tmp_path / "run/scores.json").exists()
+    seen = []
+    with monkeypatch.context() as patch:
+        original = probes.evaluate
+        patch.setattr(probes, "evaluate", lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs))
+        assert main(arguments) == 0
+    assert len(seen) == 16 - (8 if when == "probing" else 0), "probes that were scored are not scored again"
+    assert (tmp_path / "run/scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):
+    states = States(tmp_path / "run/states")
+    (tmp_path / "run").mkdir()
+    row = KeptRow(torch.arange(5.0), 2)
+    states.keep(State(3, 1), row)
+    states.keep(State(3, 1), row)
+    got = states.load(State(3, 1))
+    assert torch.equal(got.param, row.param) and got.rank == 2
+    with pytest.raises(UserError, match=r"3-2.safetensors is gone"):
+        states.load(State(3, 2))
+    file = tmp_path / "run/states/3-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"3-1.safetensors is damaged or cut short"):
+        states.load(State(3, 1))
+
+
+def test_pairs_need_adapters_of_two_languages(cache, tmp_path, capsys):
+    run = [*SMALL, "--cache", cache, "--out", str(tmp_path / "run"), "--experiments", "pairs"]
+    assert main([*run, "--strategies", "shared"]) == 2
+    assert "--experiments pairs needs --strategies non-shared, and two languages or more" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_the_page_has_a_section_for_each(whole):
+    page = (whole / "report.html").read_text()
+    assert "<h2>Where is it lost?</h2>" in page and "<h2>Who gives to whom?</h2>" in page
+    assert page.index("Who gives to whom?") < page.index("best donors and receivers")
+
+
+def test_damaged_entries_are_refused_by_name(whole):
+    scores = json.loads((whole / "scores.json").read_text())
+    scores["experiments"]["where"][1]["counts"] = "x"
+    with pytest.raises(UserError, match=r"experiments.where, \[1\].counts"):
+        list(sections(scores))
+    del scores["experiments"]["where"]
+    scores["experiments"]["of a later version"] = 7
+    assert [section.title for section in sections(scores)] == ["Who gives to whom?"]
