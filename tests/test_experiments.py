@@ -1,6 +1,7 @@
 """Experiments: their analyses find what was planted and nothing else; their probes and states survive a stop."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,14 +9,14 @@ import torch
 from test_run import SMALL
 
 from kloss.cl import probes
-from kloss.cl.experiments import EXPERIMENTS, pairs, sections, where
+from kloss.cl.experiments import EXPERIMENTS, damage, pairs, sections, where
 from kloss.cl.states import KeptRow, State, States
 from kloss.cl.train import _Team
 from kloss.config import ExperimentName
 from kloss.errors import UserError
 from kloss.models import AdapterBank, XLMRConfig
 from kloss.models.bank import HEAD
-from kloss.run import main
+from kloss.run import DIVERGED, main
 
 BOTH = ("--experiments", "where", "pairs", "--strategies", "non-shared", "shared")
 
@@ -202,6 +203,138 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(when, whole, cache, tmp
         assert main(arguments) == 0
     assert len(seen) == 16 - (8 if when == "probing" else 0), "probes that were scored are not scored again"
     assert (tmp_path / "run/scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+DAMAGE = ("--experiments", "damage", "--strategies", "lora-multi")
+
+
+@pytest.fixture(scope="module")
+def forked(cache, tmp_path_factory):
+    """A run with forks, which are also scored before they train."""
+    folder = tmp_path_factory.mktemp("run") / "forked"
+    with pytest.MonkeyPatch.context() as patch:
+        original = damage.plan
+
+        def plan(study):
+            needs = original(study)
+            return needs._replace(learners=[(one, {0: scored[1], 1: scored[1]}) for one, scored in needs.learners])
+
+        patch.setitem(EXPERIMENTS, "damage", EXPERIMENTS["damage"]._replace(plan=plan))
+        assert main([*SMALL, *DAMAGE, "--cache", cache, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_fork_begins_where_its_parent_ended(forked):
+    """All forks score as their parent before they train, and not behind that; the parent's cohort comes first."""
+    from kloss.cl.rundir import open_run  # only to read the checkpoint
+
+    with open_run(str(forked), json.loads((forked / "config.json").read_text())) as folder:
+        finished = folder.load_checkpoint().state["finished"]
+    parent, forks = finished["0"]["scores"], finished["1"]["scores"]
+    assert len(parent) == 1 and len(forks) == 3
+    assert all(fork["0"] == parent[0]["1"] for fork in forks)
+    assert any(fork["1"] != fork["0"] for fork in forks)
+    (entry,) = json.loads((forked / "scores.json").read_text())["experiments"]["damage"]
+    assert entry["before"] == [parent[0]["1"][locale] for locale in entry["locales"]]
+    assert entry["after"] == [[fork["1"][locale] for locale in entry["locales"]] for fork in forks]
+    assert "<h2>Who harms whom?</h2>" in (forked / "report.html").read_text()
+
+
+def test_forks_that_were_stopped_end_as_forks_that_were_not(cache, tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    arguments = [*SMALL, *DAMAGE, "--cache", cache, "--checkpoint-seconds", "0", "--exact"]
+    assert main([*arguments, "--out", str(folders[0])]) == 0
+    for steps in (5, 12):  # while the parent trains, while its forks do
+        calls, original = [], _Team.advance
+
+        def advance(team, calls=calls, original=original, steps=steps):
+            calls.append(1)
+            if len(calls) == steps:
+                raise KeyboardInterrupt
+            return original(team)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Team, "advance", advance)
+            assert main([*arguments, "--out", str(folders[1])]) == 130
+    assert main([*arguments, "--out", str(folders[1])]) == 0
+    assert (folders[1] / "scores.json").read_bytes() == (folders[0] / "scores.json").read_bytes()
+
+
+def test_forks_of_a_learner_that_diverged_are_not_begun(cache, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*SMALL, *DAMAGE, "--cache", cache, "--out", str(folder), "--lr", "1e30"]) == DIVERGED
+    (entry,) = json.loads((folder / "scores.json").read_text())["experiments"]["damage"]
+    assert entry["before"] == [None] * 3 and entry["after"] == [[None] * 3] * 3
+    assert "LoRA on MULTI r=2 diverged, or all of its forks did." in (folder / "report.html").read_text()
+
+
+def test_a_row_of_a_bank_of_another_rank():
+    sizes = XLMRConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3
+    )
+    small, large = AdapterBank(sizes, 2, [2, 3]), AdapterBank(sizes, 3, [4, 5, 2])
+    for bank in (small, large):
+        for name in bank.slots:
+            if name.endswith(".b"):
+                bank.view(bank.param, name)[0, :, : int(bank.ranks[0])] = torch.rand(())
+    before = large.param.clone()
+    large.steps[2] = 7
+    large.load_row_(2, small.param[0], 3)
+    assert large.steps.tolist() == [0, 0, 0] and torch.equal(large.param[:2], before[:2])
+    for name in small.slots:
+        given, got = small.view(small.param, name)[0], large.view(large.param, name)[2]
+        if name.endswith(".a"):
+            given, got = given.view(-1, 3, given.shape[1])[:, :2], got.view(-1, 5, got.shape[1])
+            assert not got[:, 2:].any()
+            got = got[:, :2]
+        elif name.endswith(".b"):
+            assert not got[:, 2:].any()
+            given, got = given[:, :2], got[:, :2]
+        assert torch.equal(given, got)
+    with pytest.raises(ValueError, match="a row of rank 30 has"):
+        large.load_row_(2, small.param[0], 30)
+
+
+def harm(change, before=0.7, n=10, seed=0):
+    """`damage`'s entries with a change [n, n] of F1."""
+    locales = ["en-US", "de-DE", "fr-FR", "es-ES", "it-IT", "ru-RU", "ar-SA", "fa-IR", "ja-JP", "hi-IN"][:n]
+    counts = [[[round(1e6 * (before + x)), 10**6, 10**6] for x in row] for row in change]
+    data = {"label": "LoRA on MULTI r=8", "seed": seed, "locales": locales, "before": [[round(1e6 * before), 10**6, 10**6]] * n}
+    return {"corpus": {"locales": locales}}, [data | {"after": counts}]
+
+
+def test_damage_finds_who_harms_and_whom_and_scripts():
+    change = np.full((10, 10), -0.1)
+    change[3] -= 0.2  # es-ES harms
+    change[:, 8] -= 0.1  # ja-JP is harmed
+    np.fill_diagonal(change, 0.05)
+    section = damage.analyse(*harm(change))
+    assert "changes its own F1 by +0.05, and that of each other one by −0.13 on average (−0.40 to −0.10)" in section.findings[0]
+    (table,) = section.tables
+    assert table.rows[0][0] == "es-ES" and table.rows[0][2] == "ja-JP"
+    draw = np.random.default_rng(0)
+    scripts = [damage.script(locale) for locale in harm(change)[0]["corpus"]["locales"]]
+    alike = np.array([[one == other for other in scripts] for one in scripts])
+    section = damage.analyse(*harm(-0.2 + 0.1 * alike + 0.01 * draw.normal(size=(10, 10))))
+    found = re.search(
+        r"of the learned one's script change by (.*) against others \((.*) to (.*)\): less harm\.", section.findings[2]
+    )
+    mean, low, high = map(float, found.groups())
+    assert 0.09 < mean < 0.11 and low < mean < high
+
+
+def test_damage_finds_no_difference_of_scripts_where_there_is_none():
+    wrong = 0
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        section = damage.analyse(*harm(-0.2 + 0.05 * draw.normal(size=(10, 10)), seed=seed))
+        wrong += not section.findings[2].endswith("no evidence of a difference.")
+    assert wrong <= 8, "of 60 without one three are expected to be taken for one"
+
+
+def test_damage_to_what_was_never_learned_is_none():
+    section = damage.analyse(*harm(np.zeros((10, 10)), before=0.01))
+    assert section.findings == ["LoRA on MULTI r=8 learned nothing (0.01 F1), so nothing could be harmed."]
 
 
 def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):

@@ -21,6 +21,8 @@ class Learner:
     dropout: float = 0.0  # of hidden states and attention
     weight_decay: float = 0.01
     max_norm: float = 1.0  # gradient-norm clip
+    # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
+    start: "tuple[Learner, int] | None" = None
 
     @property
     def name(self) -> str:
@@ -28,4 +30,5 @@ class Learner:
         first, shape = locales[0], f"{len(self.experiences)}x{len(self.experiences[0])}"
         languages = first if len(locales) == 1 else f"{shape} from {first}"
         weights = "all weights" if self.rank is None else f"r={self.rank}"
+        languages += "" if self.start is None else f" behind {self.start[0].name.split(', ')[0]}"
         return f"{languages}, {weights}, lr={self.lr:g}, seed {self.seed}"

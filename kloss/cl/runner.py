@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import UserError
 from ..models import XLMRForTokenClassification
 from .corpus import Corpus
-from .learner import Scores
+from .learner import Learner, Scores
 from .probes import Counts, run_probes
 from .rundir import RunFolder
 from .shapes import check_shape
@@ -39,11 +39,24 @@ class Outcome(NamedTuple):
     probed: list[Counts]  # of each of the study's probes
 
 
+def depth(learner: Learner) -> int:
+    """How many learners lie before a fork; 0 for one that begins anew."""
+    return 0 if learner.start is None else 1 + depth(learner.start[0])
+
+
 def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
-    """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one."""
-    lora = [g for g, learner in enumerate(study.learners) if learner.rank is not None]
-    size = max_learners or max(1, len(lora))
-    cohorts = [lora[i : i + size] for i in range(0, len(lora), size)]
+    """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one.
+
+    A fork is in a later cohort than the learner that it begins with.
+    """
+    depths: dict[int, list[int]] = {}
+    for g, learner in enumerate(study.learners):
+        if learner.rank is not None:
+            depths.setdefault(depth(learner), []).append(g)
+    cohorts = []
+    for _, lora in sorted(depths.items()):
+        size = max_learners or len(lora)
+        cohorts += [lora[i : i + size] for i in range(0, len(lora), size)]
     return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
 
 
@@ -66,6 +79,7 @@ def train_study(
         if not saved.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
     finished = {} if saved is None else saved.state["finished"]
+    kept, starts = study.kept(), study.starts()
     outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners), [])
     for number, members in enumerate(cohorts):
         if str(number) not in finished:
@@ -78,9 +92,14 @@ def train_study(
                 pass_tokens=config.pass_tokens,
                 exact=config.exact,
                 partition=config.eval_split,
-                to_keep=[study.to_keep(g) for g in members],
+                to_keep=[kept[g] for g in members],
                 keep=partial(_keep, folder, members),
             )
+            for i, g in enumerate(members):
+                if g in starts and outcome.failed[starts[g].learner]:
+                    cohort.failed[i] = "was not begun: the learner that it begins with diverged"
+                elif g in starts:
+                    cohort.begin(i, folder.states.load(starts[g]))
             if saved is not None and saved.state["cohort"] == number:
                 with folder.reading_checkpoint():
                     cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)

@@ -14,6 +14,7 @@ from .languages import check_locales, groups
 from .learner import Learner, Scores
 from .probes import Probe
 from .spans import f1_from_counts
+from .states import State
 from .strategies import STRATEGIES, Layout
 
 
@@ -55,10 +56,17 @@ class Study(NamedTuple):
     to_score: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
     probes: tuple[tuple[str, Probe], ...] = ()  # by experiment, to be scored at the end
 
-    def to_keep(self, learner: int) -> set[int]:
-        """The experiences after which a learner's row is kept, for probes are made of it."""
-        states = (state for _, probe in self.probes for state in probe.states)
-        return {state.experience for state in states if state.learner == learner}
+    def starts(self) -> dict[int, State]:
+        """The states that forks begin with, by fork."""
+        forks = ((g, learner.start) for g, learner in enumerate(self.learners) if learner.start is not None)
+        return {g: State(self.learners.index(parent), experience) for g, (parent, experience) in forks}
+
+    def kept(self) -> dict[int, set[int]]:
+        """For each learner the experiences after which its row is kept: forks begin with it, or probes are made of it."""
+        kept: dict[int, set[int]] = {g: set() for g in range(len(self.learners))}
+        for state in (*self.starts().values(), *(state for _, probe in self.probes for state in probe.states)):
+            kept[state.learner].add(state.experience)
+        return kept
 
 
 def random_order(locales: Sequence[str], seed: int, number: int) -> tuple[str, ...]:

@@ -73,6 +73,11 @@ class Cohort:
         self.tokens = 0
         self._team: _Team | None = None
 
+    def begin(self, g: int, row: KeptRow) -> None:
+        """Have a learner that has not trained begin with a row of another one."""
+        assert isinstance(self.bank, AdapterBank)
+        self.bank.load_row_(g, row.param, row.rank)
+
     @property
     def steps(self) -> Tensor:
         """Updates of each learner so far, int64 [G] on the host."""
@@ -120,6 +125,7 @@ class Cohort:
         after_step: called as after_step(cohort, mean loss) after each step; it may take the `state`.
         """
         untouched = [g for g, stream in enumerate(self.streams) if stream.counters() == [0, 0, 0] and 0 not in self.scores[g]]
+        untouched = [g for g in untouched if g not in self.failed]
         self._score(self.bank, untouched, untouched)
         while learners := [g for g in range(len(self.learners)) if not self.ended(g)]:
             self._team = team = _Team(self, learners)

@@ -140,6 +140,29 @@ class AdapterBank(Rows):
                 tensor.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
         self.refresh(g)
 
+    @torch.no_grad()
+    def load_row_(self, g: int, row: Tensor, rank: int) -> None:
+        """Overwrite adapter g's weights with a row of a bank of another largest rank; its optimiser's state starts anew.
+
+        row: fp32 [P'], the row of an adapter with g's own rank in a bank whose largest rank is `rank`.
+        Raises ValueError for a row of another length.
+        """
+        slots = _slots(self.config, self.targets, rank, self.has_head)
+        if row.shape != (_width(slots),):
+            raise ValueError(f"a row of rank {rank} has {_width(slots)} weights here, not {list(row.shape)}")
+        own = int(self.ranks[g])
+        self.param[g].zero_()
+        for name, (start, shape) in slots.items():
+            given, place = row[start : start + math.prod(shape)].view(shape).to(self.param.device), self.view(self.param, name)[g]
+            if name.endswith(".a"):
+                place.view(-1, self.rank, shape[1])[:, :own] = given.view(-1, rank, shape[1])[:, :own]
+            elif name.endswith(".b"):
+                place[:, :own] = given[:, :own]
+            else:
+                place.copy_(given)
+        self.reset_state_(g)
+        self.refresh(g)
+
     def trainable(self, g: int) -> int:
         """Number of weights that adapter g trains: its ranks' share of the row, and its head."""
         sizes = {name: math.prod(slot.shape) for name, slot in self.slots.items()}

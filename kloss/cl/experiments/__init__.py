@@ -11,7 +11,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import pairs, where
+from . import damage, pairs, where
 from .section import Needs, Section
 
 
@@ -32,6 +32,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "where": Experiment(where.plan, where.record, where.SHAPE, where.analyse),
+    "damage": Experiment(damage.plan, damage.record, damage.SHAPE, damage.analyse),
     "pairs": Experiment(pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
 }
 
@@ -41,8 +42,12 @@ def with_experiments(config: Config, study: Study) -> Study:
     probes = []
     for name in dict.fromkeys(config.experiments):
         needs = EXPERIMENTS[name].plan(study)
-        for learner, experience, locale in needs.cells:
-            scored = study.to_score[learner].setdefault(experience, [])
+        for learner, to_score in needs.learners:
+            if learner not in study.learners:
+                study.learners.append(learner)
+                study.to_score.append(dict(to_score))
+        for g, experience, locale in needs.cells:
+            scored = study.to_score[g].setdefault(experience, [])
             if locale not in scored:
                 scored.append(locale)
         probes += [(name, probe) for probe in needs.probes]

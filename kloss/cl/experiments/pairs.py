@@ -28,7 +28,7 @@ def plan(study: Study) -> Needs:
     trials = _trials(study)
     if not trials or len(trials[0].order) < 2:
         raise UserError("--experiments pairs needs --strategies non-shared, and two languages or more")
-    return Needs([(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
+    return Needs(cells=[(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
 
 
 def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
@@ -96,6 +96,9 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             at = [entry["locales"].index(locale) for locale in locales]
             f1 = [[np.nan if c is None else float(f1_from_counts([c])[0]) for c in row] for row in entry["counts"]]
             stacked.append(np.array(f1)[np.ix_(at, at)])
+        if np.isnan(stacked).all():
+            findings.append(f"{label} diverged.")
+            continue
         measured = [np.where(np.isnan(one), 0, one) for one in stacked]
         seen = sum((~np.isnan(one)).astype(float) for one in stacked)
         F = np.where(seen > 0, sum(measured) / np.maximum(seen, 1), np.nan)

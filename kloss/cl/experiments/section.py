@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from ..learner import Learner
 from ..probes import Probe
 from ..statistics import Floats
 
@@ -10,6 +11,7 @@ from ..statistics import Floats
 class Needs(NamedTuple):
     """What an experiment needs of a study beside its score matrices."""
 
+    learners: Sequence[tuple[Learner, Mapping[int, list[str]]]] = ()  # to be trained besides, and what is scored of them
     cells: Iterable[tuple[int, int, str]] = ()  # (learner, experiences completed, locale) to score
     probes: Sequence[Probe] = ()
 

@@ -1,0 +1,126 @@
+"""What does learning a language do to each other one? A learner that was trained on all languages is forked, a fork for each
+language, and trained on that one again: no order, no position, and a causal matrix of what each did to each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..learner import Learner
+from ..metrics import FLOOR
+from ..probes import Counts
+from ..spans import f1_from_counts
+from ..statistics import Floats, interval
+from ..study import Study, Trial
+from ..summary import script
+from .pairs import additive, explained
+from .section import Matrix, Needs, Section, Table
+
+SHAPE = {"label": str, "seed": int, "locales": [str], "before": [([int], None)], "after": [[([int], None)]]}
+SHOWN = 8  # languages in the table
+
+
+def _trials(study: Study) -> list[Trial]:
+    """A trial of joint LoRA training for each learner."""
+    return list({trial.learners: trial for trial in study.trials if trial.strategy == "lora-multi"}.values())
+
+
+def _fork(parent: Learner, locale: str) -> Learner:
+    return replace(parent, experiences=((locale,),), start=(parent, len(parent.experiences)))
+
+
+def plan(study: Study) -> Needs:
+    """The forks, scored on every language. Raises UserError for a study without joint LoRA training of two languages or more."""
+    trials = _trials(study)
+    if not trials or len(trials[0].order) < 2:
+        raise UserError("--experiments damage needs --strategies lora-multi, and two languages or more")
+    parents = [(study.learners[trial.learners[0]], trial.order) for trial in trials]
+    return Needs(learners=[(_fork(parent, locale), {1: list(order)}) for parent, order in parents for locale in order])
+
+
+def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+    """Counts of every language before the fork, and after each fork (row); None where it diverged."""
+    entries = []
+    for trial in _trials(study):
+        (g,) = trial.learners
+        forks = [study.learners.index(_fork(study.learners[g], locale)) for locale in trial.order]
+        before = [scores[g].get(1, {}).get(locale) for locale in trial.order]
+        after = [[scores[fork].get(1, {}).get(locale) for locale in trial.order] for fork in forks]
+        about = {"label": trial.label, "seed": trial.seed, "locales": list(trial.order)}
+        entries.append(about | {"before": before, "after": after})
+    return entries
+
+
+def _f1(counts: Counts) -> float:
+    return np.nan if counts is None else float(f1_from_counts([counts])[0])
+
+
+def by_script(change: Floats, locales: list[str]) -> list[tuple[float, float]]:
+    """For each language that was learned: mean change of others of its script, and of those of other scripts; NaN without any."""
+    scripts = np.array([script(locale) for locale in locales])
+    pairs = []
+    for i, row in enumerate(change):
+        others = np.arange(len(row)) != i
+        alike = scripts == scripts[i]
+        means = [row[others & which & ~np.isnan(row)] for which in (alike, ~alike)]
+        pairs.append(tuple(float(values.mean()) if len(values) else np.nan for values in means))
+    return pairs  # type: ignore[return-value]
+
+
+def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
+    """The matrix of changes, whom learning harms and what, alike scripts against others; mean over seeds."""
+    findings, matrices, tables = [], [], []
+    locales = scores["corpus"]["locales"]
+    for label in dict.fromkeys(entry["label"] for entry in data):
+        changes, levels = [], []
+        for entry in (entry for entry in data if entry["label"] == label):
+            at = [entry["locales"].index(locale) for locale in locales]
+            before = np.array([_f1(counts) for counts in entry["before"]])[at]
+            after = np.array([[_f1(counts) for counts in row] for row in entry["after"]])[np.ix_(at, at)]
+            changes.append(after - before)
+            levels.append(before)
+        if np.isnan(changes).all():
+            findings.append(f"{label} diverged, or all of its forks did.")
+            continue
+        if np.nanmean(levels) < FLOOR:
+            findings.append(f"{label} learned nothing ({np.nanmean(levels):.2f} F1), so nothing could be harmed.")
+            continue
+        change = np.nanmean(changes, 0)
+        off = change[~np.eye(len(change), dtype=bool)]
+        findings.append(
+            f"{label}, at {np.nanmean(levels):.2f} F1 on all languages: one of them learned again changes its own F1 by "
+            f"{np.nanmean(np.diag(change)):+.2f}, and that of each other one by {np.nanmean(off):+.2f} on average "
+            f"({np.nanmin(off):+.2f} to {np.nanmax(off):+.2f}).".replace("-0.", "−0.")
+        )
+        shares = explained(change)
+        findings.append(
+            f"{label}: which language is learned explains {shares['donors']:.0%} of how the harm varies, which one is harmed "
+            f"{shares['receivers']:.0%}, both {shares['both']:.0%}."
+        )
+        gaps = [alike - other for alike, other in by_script(change, locales)]
+        low, high, _ = interval(gaps)
+        if low == low:
+            known = "no evidence of a difference" if low <= 0 <= high else "less harm" if low > 0 else "more harm"
+            mean = float(np.nanmean(gaps))
+            findings.append(f"{label}: languages of the learned one's script change by {mean:+.3f} against others "
+                            f"({low:+.3f} to {high:+.3f}): {known}.".replace("-0.", "−0."))  # fmt: skip
+        matrices.append(
+            Matrix(f"{label}: change of F1 of each language (column) by learning one (row)", locales, change, "learned")
+        )
+        _, learned, harmed = additive(change)
+        worst = [sorted(zip(effect, locales, strict=True))[:SHOWN] for effect in (learned, harmed)]
+        lines = [
+            (g, f"{a:+.3f}".replace("-", "−"), r, f"{b:+.3f}".replace("-", "−"))
+            for (a, g), (b, r) in zip(*worst, strict=True)
+        ]  # fmt: skip
+        head = ("learning it harms", "effect on F1", "it is harmed", "effect on F1")
+        tables.append(Table(f"{label}: who harms and who is harmed most", head, lines))
+    limits = (
+        "Forks begin with fresh moments and a new warm-up, and are trained on utterances that their parent has seen.",
+        "Effects are differences from the average pair, one measurement a pair and seed. Seeds are averaged.",
+    )
+    question = "A learner of all languages is forked; each fork is trained on one of them again. What happens to the others?"
+    return Section("Who harms whom?", question, findings, limits, (), matrices, tables) if data else None
