@@ -32,16 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kloss.kernels import (
-    adapter_linear_triton,
-    add_norm_triton,
-    attention_triton,
-    dropout_triton,
-    embed_triton,
-    lora_tiles,
-    lora_triton,
-    token_loss_triton,
-    tuned,
-)
+    adapter_linear_triton, add_norm_triton, attention_triton, dropout_triton, embed_triton, lora_tiles, lora_triton,
+    token_loss_triton, tuned,
+)  # fmt: skip
 from kloss.kernels.buckets import attention_tiles
 from kloss.kernels.dropout import RowDropout
 from kloss.kernels.lora_torch import Backward, Forward

@@ -114,7 +114,7 @@ class MachineConfig:
     cache: str = field(default="", metadata=_NOT_IDENTITY)
     checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
     # Settings that the other flags override.
-    preset: Literal["demo", "paper", "first-five"] = field(default="demo", metadata=_NOT_IDENTITY)
+    preset: Literal["demo", "paper", "first-five", "damage"] = field(default="demo", metadata=_NOT_IDENTITY)
     # Print the plan (learners, steps, tokens, memory, time) and stop.
     dry_run: bool = field(default=False, metadata=_NOT_IDENTITY)
 

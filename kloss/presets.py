@@ -42,4 +42,14 @@ def first_five() -> Config:
     return replace(paper(), languages=five, order=five, strategies=("shared",), rank=(64,), orders=1, preset="first-five")
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "paper": paper, "first-five": first_five}
+def damage() -> Config:
+    """The demo's languages: what does learning one do to each other one that an adapter of all of them knows?"""
+    return replace(demo(), strategies=("lora-multi",), experiments=("damage",), preset="damage")
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "paper": paper,
+    "first-five": first_five,
+    "damage": damage,
+}

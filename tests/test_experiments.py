@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 from test_run import SMALL
 
 from kloss.cl import probes
-from kloss.cl.experiments import EXPERIMENTS, damage, pairs, sections, where
+from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, pairs, sections, where
+from kloss.cl.experiments.section import Needs, Section
+from kloss.cl.spans import f1_from_counts
 from kloss.cl.states import KeptRow, State, States
 from kloss.cl.train import _Team
 from kloss.config import ExperimentName
@@ -335,6 +339,21 @@ def test_damage_finds_no_difference_of_scripts_where_there_is_none():
 def test_damage_to_what_was_never_learned_is_none():
     section = damage.analyse(*harm(np.zeros((10, 10)), before=0.01))
     assert section.findings == ["LoRA on MULTI r=8 learned nothing (0.01 F1), so nothing could be harmed."]
+
+
+def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    source = text.split("## Add an experiment")[1].split("```python\n")[1].split("```")[0]
+    names = {"torch": torch, "np": np, "State": State, "Probe": probes.Probe, "Needs": Needs, "Section": Section}
+    exec(source, names | {"f1_from_counts": f1_from_counts}, made := dict(names, f1_from_counts=f1_from_counts))
+    example = SimpleNamespace(**{key: made[key] for key in ("plan", "record", "SHAPE", "analyse")})
+    for function in (made["mean_row"], example.plan, example.record, example.analyse):
+        function.__globals__.update(made)
+    monkeypatch.setitem(EXPERIMENTS, "where", Experiment(example.plan, example.record, example.SHAPE, example.analyse))
+    folder = tmp_path / "run"
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "where", "--strategies", "non-shared"]
+    assert main(run) == 0 and len(source.splitlines()) < 30
+    assert re.search("The mean of all adapters reaches 0...", (folder / "report.html").read_text())
 
 
 def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):
