@@ -32,8 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kloss.kernels import (
-    adapter_linear_triton, add_norm_triton, attention_triton, dropout_triton, embed_triton, lora_tiles, lora_triton,
-    token_loss_triton, tuned,
+    adapter_linear_triton,
+    add_norm_triton,
+    attention_triton,
+    dropout_triton,
+    embed_triton,
+    lora_tiles,
+    lora_triton,
+    token_loss_triton,
+    tuned,
 )  # fmt: skip
 from kloss.kernels.buckets import attention_tiles
 from kloss.kernels.dropout import RowDropout
@@ -42,9 +49,7 @@ from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-MODULES = (
-    lora_tiles, attention_triton, add_norm_triton, embed_triton, adapter_linear_triton, token_loss_triton, dropout_triton
-)  # fmt: skip
+MODULES = (lora_tiles, attention_triton, add_norm_triton, embed_triton, adapter_linear_triton, token_loss_triton, dropout_triton)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
