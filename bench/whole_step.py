@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kloss.cl.corpus import IGNORED, Sentences
+from kloss.cl.graphs import Graphs
 from kloss.cl.learner import Learner
 from kloss.cl.packing import pack
 from kloss.cl.step import StepSettings, train_step
@@ -72,11 +73,17 @@ class TrainingStep(NamedTuple):
     sentences: Sentences
     batches: list[np.ndarray]
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host."""
+    def run(self, graphs: Graphs | None = None) -> tuple[Tensor, Tensor]:
+        """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host.
+
+        graphs: those of this step.
+        Raises RuntimeError if they could not be captured.
+        """
         batches = [(self.sentences, index, g) for g, index in enumerate(self.batches)]
-        batch = pack(batches, len(batches))
-        loss, norms = train_step(self.model, self.bank, self.settings, [batch])
+        batch, wanted = pack(batches, len(batches), padded=graphs is not None), graphs is not None and graphs.enabled
+        loss, norms = train_step(self.model, self.bank, self.settings, [batch], graphs=graphs)
+        if wanted and graphs is not None and not graphs.enabled:
+            raise RuntimeError("the step could not be captured")
         return loss.cpu(), norms.cpu()
 
 
@@ -283,8 +290,12 @@ def wall(call: Callable[[], object]) -> float:
 
 
 def ways_of_a_step(step: TrainingStep) -> dict[str, Callable[[], object]]:
-    """Ways to run a whole training step -> a call that returns when its losses are on the host. A captured one belongs here."""
-    return {"eager": step.run}
+    """Ways to run a whole training step -> a call that returns when its losses are on the host."""
+    ways: dict[str, Callable[[], object]] = {"eager": step.run}
+    device = step.bank.param.device
+    if device.type == "cuda":
+        ways["replayed"] = partial(step.run, Graphs(device))
+    return ways
 
 
 def beside_peft(

@@ -9,6 +9,7 @@ import torch
 from bench import whole_step
 from bench.whole_step import main, make_sentences, massive_lengths, pad
 from kloss.cl import step as trainer
+from kloss.cl.graphs import Graphs
 from kloss.models import TINY
 
 SIZES = {
@@ -65,3 +66,16 @@ def test_a_step_beside_pefts_is_checked_and_scaled_to_all_adapters(monkeypatch):
     monkeypatch.setattr(trainer, "token_loss", lambda *args: (right(*args)[0] * 1.001, None))
     with pytest.raises(AssertionError, match="losses and gradient norms are off"):
         whole_step.beside_peft(TOY_MODEL, **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_step_is_the_step_to_the_bit(dtype):
+    results = []
+    for enabled in (False, True):
+        step = whole_step.make_step(TOY_MODEL, 3, 4, 2, dropout=0.2, dtype=dtype, device="cuda")
+        graphs = Graphs(torch.device("cuda", torch.cuda.current_device()), enabled=enabled)
+        losses = [step.run(graphs)[0] for _ in range(4)]
+        results.append([*losses, step.bank.param.cpu(), step.bank.steps.cpu()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert any(captured is not None for captured in graphs._captured.values())
