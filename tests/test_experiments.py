@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from test_run import SMALL
 
 from kloss.cl import probes
-from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, pairs, sections, where
+from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, merge, pairs, sections, where
 from kloss.cl.experiments.section import Needs, Section
 from kloss.cl.spans import f1_from_counts
 from kloss.cl.states import KeptRow, State, States
@@ -339,6 +340,58 @@ def test_damage_finds_no_difference_of_scripts_where_there_is_none():
 def test_damage_to_what_was_never_learned_is_none():
     section = damage.analyse(*harm(np.zeros((10, 10)), before=0.01))
     assert section.findings == ["LoRA on MULTI r=8 learned nothing (0.01 F1), so nothing could be harmed."]
+
+
+def test_ties_trims_elects_and_averages():
+    changes = torch.tensor([[5.0, 0.1, -3.0, 0.2, 2.0], [4.0, 9.0, 2.0, 0.0, -1.0]])
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(merge, "KEPT", 0.6)  # of five the three largest
+    with monkey.context():
+        # Kept: 5, -3, 2 and 4, 9, 2; signs of the sums 9, 9, -1, 0, 2; of these alone the means.
+        assert merge.ties(changes).tolist() == [4.5, 9.0, -3.0, 0.0, 2.0]
+    monkey.undo()
+
+
+def test_a_merged_row_has_its_own_head_or_the_merged_one():
+    sizes = XLMRConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3)
+    bank = AdapterBank(sizes, 4, 2)
+    start, *members = bank.param.clone() + torch.arange(4.0)[:, None]
+    both = merge.merged([start, *members], bank.slots, "mean of all, merged head")
+    own = merge.merged([start, *members, members[2]], bank.slots, "mean of all, own head")
+    torch.testing.assert_close(both, torch.stack(members).mean(0))
+    for name in bank.slots:
+        right = members[2] if name in HEAD else both
+        assert torch.equal(bank.view(own[None], name), bank.view(right[None], name))
+    start, one = torch.full_like(start, 2.0), torch.full_like(start, 3.0)
+    assert torch.equal(merge.merged([start, one, one], bank.slots, "TIES of all, merged head"), one)
+
+
+def test_merging_end_to_end(cache, tmp_path):
+    """Two of three languages share a script; two share none with the third, which is alone in its group and left out there."""
+    folder = tmp_path / "run"
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "merge", "--strategies", "non-shared", "shared"]
+    assert main(run) == 0
+    entries = json.loads((folder / "scores.json").read_text())["experiments"]["merge"]
+    parts = Counter(entry["part"].split(",")[0] for entry in entries)
+    assert parts == {"mean of all": 6, "TIES of all": 6, "mean of its script": 4, "mean of its family": 4}
+    kept = {path.stem for path in (folder / "states").iterdir()}
+    assert kept == {"0-0", "0-1", "1-1", "2-1"}, "the draw that all have, and every adapter"
+    assert "<h2>Is isolation needed?</h2>" in (folder / "report.html").read_text()
+
+
+def test_the_best_way_to_merge_is_named():
+    about = {"label": "NON-SHARED LoRA r=8", "seed": 0}
+    f1 = {"mean of all, own head": 0.3, "mean of all, merged head": 0.1, "TIES of all, own head": 0.5}
+    data = [about | {"locale": locale, "part": part, "counts": [round(1000 * x), 1000, 1000]}
+            for part, x in f1.items() for locale in ("en-US", "de-DE")]  # fmt: skip
+    runs = [{"strategy": name, "label": f"{name.upper()} LoRA r={rank}", "seed": 0, "R": [[0.0, 0.0], [x, x]]}
+            for name, rank, x in (("non-shared", 8, 0.7), ("shared", 8, 0.2), ("non-shared", 4, 0.4))]  # fmt: skip
+    section = merge.analyse({"runs": runs}, data)
+    assert section.findings == [
+        "NON-SHARED LoRA r=8: own adapters reach 0.70 F1; their mean 0.10, with each language's own head 0.30. "
+        "Best merged: TIES of all, own head, 0.50."
+    ]
+    assert set(section.bars[0].values) == {*f1, "NON-SHARED LoRA r=8", "SHARED LoRA r=8"}
 
 
 def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, pairs, where
+from . import damage, merge, pairs, where
 from .section import Needs, Section
 
 
@@ -33,6 +33,7 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "where": Experiment(where.plan, where.record, where.SHAPE, where.analyse),
     "damage": Experiment(damage.plan, damage.record, damage.SHAPE, damage.analyse),
+    "merge": Experiment(merge.plan, merge.record, merge.SHAPE, merge.analyse),
     "pairs": Experiment(pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
 }
 

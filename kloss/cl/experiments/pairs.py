@@ -17,7 +17,7 @@ RESAMPLED = 1000
 SHOWN = 8  # donors and receivers in the table
 
 
-def _trials(study: Study) -> list[Trial]:
+def trials_of_learners(study: Study) -> list[Trial]:
     """A LoRA trial of NON-SHARED for each set of learners: orders share them."""
     own = [trial for trial in study.trials if trial.strategy == "non-shared"]
     return list({frozenset(trial.learners): trial for trial in own}.values())
@@ -25,7 +25,7 @@ def _trials(study: Study) -> list[Trial]:
 
 def plan(study: Study) -> Needs:
     """Each adapter on every language. Raises UserError for a study without NON-SHARED adapters of two languages or more."""
-    trials = _trials(study)
+    trials = trials_of_learners(study)
     if not trials or len(trials[0].order) < 2:
         raise UserError("--experiments pairs needs --strategies non-shared, and two languages or more")
     return Needs(cells=[(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
@@ -34,7 +34,7 @@ def plan(study: Study) -> Needs:
 def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each trial the counts of every adapter (row) on every language (column); None where it diverged."""
     entries = []
-    for trial in _trials(study):
+    for trial in trials_of_learners(study):
         cells = [[scores[g].get(1, {}).get(locale) for locale in trial.order] for g in trial.learners]
         entries.append({"label": trial.label, "seed": trial.seed, "locales": list(trial.order), "counts": cells})
     return entries

@@ -1,0 +1,118 @@
+"""Is isolation needed? The NON-SHARED adapters of all languages, of a script or of a family become one adapter, without training.
+
+mean: of the rows. TIES (Yadav et al. 2023, arXiv 2306.01708): of each row's change since its draw the largest fifth is kept, each
+weight's sign is that of the changes' sum, and the changes of that sign are averaged. Adapters of one seed begin with the same
+draw, which is what makes their factors comparable.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...models.bank import HEAD, Slot
+from ..languages import LANGUAGES
+from ..probes import Counts, Probe
+from ..spans import f1_from_counts
+from ..states import State
+from ..study import Study
+from ..summary import script
+from .pairs import trials_of_learners
+from .section import Bars, Needs, Section
+
+SHAPE = {"label": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
+KEPT = 0.2  # of a row's changes, by TIES
+OWN, MERGED = "own head", "merged head"
+WAYS = ("mean of all", "TIES of all", "mean of its script", "mean of its family")
+
+
+def merged(rows: Sequence[Tensor], slots: Mapping[str, Slot], part: str) -> Tensor:
+    """One row of several. rows: the draw, the members, and for `OWN` the row whose head it gets."""
+    way, head = part.split(", ")
+    own = rows[-1] if head == OWN else None
+    start, members = rows[0], torch.stack(list(rows[1 : len(rows) - (own is not None)]))
+    row = start + ties(members - start) if way.startswith("TIES") else members.mean(0)
+    for name in HEAD if own is not None else ():
+        columns = slice(slots[name].start, slots[name].start + int(np.prod(slots[name].shape)))
+        row[columns] = own[columns] if own is not None else 0
+    return row
+
+
+def ties(changes: Tensor) -> Tensor:
+    """TIES of changes [n, P]: trimmed, with the elected sign, averaged."""
+    count = max(1, round(KEPT * changes.shape[1]))
+    least = changes.abs().topk(count, 1).values[:, -1:]
+    changes = torch.where(changes.abs() >= least, changes, 0)
+    agree = (changes * changes.sum(0).sign()) > 0
+    return torch.where(agree, changes, 0).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def plan(study: Study) -> Needs:
+    """Probes of every way, with either head. Raises UserError for a study without NON-SHARED adapters of two languages."""
+    trials, probes = trials_of_learners(study), []
+    if not trials or len(trials[0].order) < 2:
+        raise UserError("--experiments merge needs --strategies non-shared, and two languages or more")
+    for trial in trials:
+        learner = dict(zip(trial.order, trial.learners, strict=True))
+        for locale in trial.order:
+            known = LANGUAGES.get(locale)
+            groups = {
+                "all": list(trial.order),
+                "its script": [other for other in trial.order if script(other) == script(locale)],
+                "its family": [other for other in trial.order if known and LANGUAGES[other].family == known.family],
+            }
+            for way in WAYS:
+                members = groups[way.split(" of ")[1]]
+                if len(members) < 2:
+                    continue  # alone: its own adapter
+                states = (State(learner[members[0]], 0), *(State(learner[other], 1) for other in members))
+                for head in (OWN, MERGED):
+                    part = f"{way}, {head}"
+                    about = {"label": trial.label, "seed": trial.seed, "locale": locale, "part": part}
+                    of = (*states, State(learner[locale], 1)) if head == OWN else states
+                    probes.append(Probe(merged, of, part, locale, about))
+    return Needs(probes=probes)
+
+
+def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+    """What each probe is, with its counts."""
+    probes = [probe for name, probe in study.probes if name == "merge"]
+    return [probe.about | {"counts": count} for probe, count in zip(probes, counts, strict=True)]
+
+
+def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
+    """Mean F1 of each way beside the languages' own adapters and SHARED."""
+    findings, bars = [], []
+    for label in dict.fromkeys(entry["label"] for entry in data):
+        values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for entry in (entry for entry in data if entry["label"] == label and entry["counts"] is not None):
+            values[entry["part"]][entry["seed"]].append(float(f1_from_counts([entry["counts"]])[0]))
+        means = {part: [float(np.mean(f1)) for f1 in seeds.values()] for part, seeds in values.items()}
+        if not means:
+            findings.append(f"{label} diverged.")
+            continue
+        ends: dict[str, dict[int, float]] = defaultdict(dict)
+        for run in scores["runs"]:
+            same = run["label"].split()[-1] == label.split()[-1]  # the rank
+            if same and run["strategy"] in ("non-shared", "shared") and not run.get("diverged"):
+                ends[run["label"]][run["seed"]] = float(np.mean(run["R"][-1]))
+        beside = {name: list(by_seed.values()) for name, by_seed in ends.items()}
+        bars.append(Bars(f"{label}: F1 over languages, adapters merged", means | beside, "F1"))
+        best = max(means, key=lambda part: float(np.mean(means[part])))
+        own = float(np.mean(beside[label])) if label in beside else np.nan
+        mean = {head: float(np.mean(means[f"mean of all, {head}"])) for head in (OWN, MERGED)}
+        findings.append(
+            f"{label}: own adapters reach {own:.2f} F1; their mean {mean[MERGED]:.2f}, with each language's own head "
+            f"{mean[OWN]:.2f}. Best merged: {best}, {np.mean(means[best]):.2f}."
+        )
+    limits = (
+        "Means of a script or family are over the languages that have another one of it in the study; the others are in all "
+        "other bars.",
+        f"TIES keeps a share of {KEPT} and adds the merged change once: no setting was chosen.",
+    )
+    question = "Without training, how much of what separate adapters know survives in one adapter?"
+    return Section("Is isolation needed?", question, findings, limits, bars) if data else None
