@@ -87,6 +87,9 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         progress=progress,
         synthetic=synthetic,
     )
+    empty = [locale for locale in corpus.locales if not corpus.sentences(locale, config.eval_split).number]
+    if empty:
+        raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     return corpus, with_experiments(config, plan(config, corpus.locales))
 
 

@@ -102,6 +102,19 @@ def test_settings_are_chosen_on_dev(small, capsys):
     )
 
 
+def test_a_split_without_utterances_is_refused(small, tmp_path, capsys):
+    """All scores were 0, as if nothing had been learned."""
+    data = jsonl(tmp_path / "data", {"id": "2", "partition": "test"})
+    arguments = [*small[0], "--data", data, "--languages", "en-US", "--cache", str(tmp_path / "cache")]
+    assert f"--eval-split dev: {data} has no such utterances of en-US" in one_line_error(
+        [*arguments, "--eval-split", "dev"], capsys
+    )
+    (tmp_path / "data" / "en-US.jsonl").unlink()
+    (tmp_path / "data").rmdir()
+    jsonl(tmp_path / "data")
+    assert "--eval-split test" in one_line_error(arguments, capsys)
+
+
 def test_a_study_in_which_a_learner_diverged_does_not_end_with_0(small, capsys):
     arguments, folder = small
     diverging = [*arguments, "--strategies", "shared", "--lr", "1e-3", "1e25"]
@@ -304,7 +317,7 @@ def test_paths_that_name_nothing_are_refused_before_any_work(small, tmp_path, mo
 def test_a_tilde_is_a_home_folder_in_every_path(small, tmp_path, monkeypatch, capsys):
     """A shell leaves --out=~/x as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    data = Path(jsonl(tmp_path / "data"))
+    data = Path(jsonl(tmp_path / "data", {"id": "2", "partition": "test"}))
     (tmp_path / "groups.json").write_text('{"en-US": "a"}')
     flags = ["--data=~/data", "--cache=~/cache", "--out=~/out", "--groups=~/groups.json"]
     flags += ["--strategies", "partial", "--languages", "en-US"]
