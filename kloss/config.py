@@ -54,7 +54,7 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`.
-    experiments: tuple[ExperimentName, ...] = ()
+    experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
@@ -112,6 +112,8 @@ class MachineConfig:
     out: str = field(default="", metadata=_NOT_IDENTITY)
     # Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss.
     cache: str = field(default="", metadata=_NOT_IDENTITY)
+    # Write each adapter at its end as peft does, into the run folder's `adapters`.
+    save_adapters: bool = field(default=False, metadata=_NOT_IDENTITY)
     checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
     # Settings that the other flags override.
     preset: Literal["demo", "paper", "first-five", "damage"] = field(default="demo", metadata=_NOT_IDENTITY)

@@ -19,6 +19,7 @@ from kloss.cl.states import KeptRow, State, States
 from kloss.cl.train import _Team
 from kloss.config import ExperimentName
 from kloss.errors import UserError
+from kloss.files import read_tensors
 from kloss.models import AdapterBank, XLMRConfig
 from kloss.models.bank import HEAD
 from kloss.run import DIVERGED, main
@@ -407,6 +408,18 @@ def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):
     run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "where", "--strategies", "non-shared"]
     assert main(run) == 0 and len(source.splitlines()) < 30
     assert re.search("The mean of all adapters reaches 0...", (folder / "report.html").read_text())
+
+
+def test_adapters_are_saved_for_peft(cache, tmp_path):
+    folder = tmp_path / "run"
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--save-adapters", "--strategies", "non-shared", "mono", "shared"]
+    assert main(run) == 0
+    saved = sorted(path.name for path in (folder / "adapters").iterdir())
+    assert len(saved) == 4 and saved[0].startswith("0-") and saved[-1].startswith("6-3x1-from-")
+    for name in saved:
+        tensors = read_tensors(folder / "adapters" / name / "adapter_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+        assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key), "it was trained"
 
 
 def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Train all learners of a study, cohort after cohort, with checkpoints that a stopped run continues from."""
 
+import re
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..config import Config
 from ..errors import UserError
-from ..models import XLMRForTokenClassification
+from ..models import AdapterBank, XLMRForTokenClassification
 from .corpus import Corpus
 from .learner import Learner, Scores
 from .probes import Counts, run_probes
@@ -107,6 +108,8 @@ def train_study(
             with on_signals(watch.stop):
                 cohort.train(watch)
                 weights = [cohort.bank.trainable(i) for i in range(len(members))]
+                if config.save_adapters:
+                    _save_adapters(cohort, members, folder)
                 finished[str(number)] = cohort.state()[1] | {"weights": weights}
                 folder.save_checkpoint({}, {"finished": finished, "cohort": None})
             if watch.signal:  # during the last step
@@ -126,6 +129,16 @@ def _keep(folder: RunFolder, members: Sequence[int], state: State, row: KeptRow)
     """Keep a state of a cohort, whose learners are `members` of the study."""
     folder.check()
     folder.states.keep(State(members[state.learner], state.experience), row)
+
+
+def _save_adapters(cohort: Cohort, members: Sequence[int], folder: RunFolder) -> None:
+    """Write the adapters of a cohort, whose learners are `members` of the study, as peft does; none of those that diverged."""
+    if isinstance(cohort.bank, AdapterBank):
+        for i, g in enumerate(members):
+            if i not in cohort.failed:
+                folder.check()
+                name = re.sub(r"[^\w.=]+", "-", f"{g} {cohort.learners[i].name}")
+                cohort.bank.save_peft(folder.path / "adapters" / name, i)
 
 
 def _probe(
