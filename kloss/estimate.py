@@ -44,6 +44,7 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         total = sum(tokens[g] for g in members)
         lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
     lines.append(("scoring", f"{scored} tokens"))
+    lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
     if backbone is not None:
         seconds = estimated_seconds(backbone, rounds, sum(tokens), scored)
         lines.append(("time", f"about {seconds / 60:.1f} minutes on this machine after the backbone's warm-up (an estimate)"))

@@ -31,6 +31,7 @@ from .console import Console
 from .errors import UserError
 from .estimate import describe
 from .files import read_json, shown
+from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
 from .presets import PRESETS
 from .report import write_report
@@ -145,6 +146,8 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
         if folder.done:
             progress.say(f"{folder.path} is complete already; its report is made anew")
         else:
+            for line in remarks(device):
+                progress.say(line)
             model = load_backbone(config, corpus, device, progress)
             backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
             del model
@@ -155,7 +158,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     "scores may differ from those of a run that was not stopped"
                 )
             warm_up = warm_up_threads(config, corpus, progress)
-            if warm_up not in (None, torch.get_num_threads()):
+            if not config.exact and warm_up not in (None, torch.get_num_threads()):
                 progress.say(
                     f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has "
                     f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
@@ -186,14 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with on_signals(_interrupt):
             config = parse(sys.argv[1:] if arguments is None else arguments).checked()
-            if config.dry_run:
-                with console.progress() as progress:
-                    lines = describe(config, *prepare(config, progress))
-                console.plan(lines)
-            else:
-                with console.progress() as progress:
-                    folder, scores = run(config, progress)
-                console.summary(summary_rows(scores), folder / "report.html")
+            with on_threads(config.threads):
+                if config.dry_run:
+                    with console.progress() as progress:
+                        lines = describe(config, *prepare(config, progress))
+                    console.plan(lines)
+                else:
+                    keep_memory()
+                    with console.progress() as progress:
+                        folder, scores = run(config, progress)
+                    console.summary(summary_rows(scores), folder / "report.html")
     except UserError as error:
         console.error(shown(error, 2000))
         return 2
