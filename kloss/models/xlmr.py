@@ -27,9 +27,11 @@ from ..kernels import (
     apply_dropout,
     attention_lists,
     gelu,
+    layer_cpu,
     multi_lora_linear,
     packed_attention,
 )
+from ..kernels.layer_cpu import LayerAdapters, LayerWeights
 from .architecture import MODELS, XLMRConfig, from_config
 from .checkpoint import PATTERNS, read_weights
 from .convert import from_transformers, to_transformers
@@ -73,6 +75,13 @@ class Layer(nn.Module):
         self.down = nn.Linear(inner, width, dtype=torch.float32)
         self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
 
+    @property
+    def weights(self) -> LayerWeights:
+        """The layer's own parameters."""
+        linears = tuple((linear.weight, linear.bias) for linear in (self.qkv, self.out, self.up, self.down))
+        norms = tuple((norm.weight, norm.bias) for norm in (self.norm_1, self.norm_2))
+        return LayerWeights(linears, norms, self.heads, self.eps)
+
     def forward(
         self,
         x: Tensor,
@@ -83,6 +92,13 @@ class Layer(nn.Module):
         dropout: StepDropout | None,
     ) -> Tensor:
         """x: [T, H] -> [T, H]."""
+        pairs = [bank.adapters_of(self.index, name) for name in ("qkv", "out", "up", "down")] if bank is not None else []
+        if bank is not None and segments is not None and None not in pairs:
+            factors = tuple(factor for pair in pairs for factor in pair or ())
+            adapters = LayerAdapters(factors, bank.scaling, bank.ranks_if_mixed, bank.exact)
+            call = x, self.weights, adapters, cu_seqlens, segments, dropout
+            if layer_cpu.serves(*call):
+                return layer_cpu.encoder_layer(*call, self.index)
 
         def drop(kind: str, site: str) -> Dropout | None:
             return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[site])
