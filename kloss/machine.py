@@ -56,7 +56,7 @@ def remarks(device: torch.device) -> list[str]:
         return []
     lines, threads, cores = [], torch.get_num_threads(), os.cpu_count() or 1
     if not built():
-        lines.append("the C++ kernels are not built: plain torch does their work, several times as slowly (see README)")
+        lines.append("the C++ kernels are not built: plain torch does their work, about half as fast (see README)")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if threads > 1 and cores + 1 < load + threads:
         lines.append(f"other programs are using the {cores} cores (load {load:.1f}): --threads 1 may be faster than {threads}")
