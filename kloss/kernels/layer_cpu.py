@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import attention_cpu, multi_lora, multi_lora_cpu, rows_cpu, triton_ops
 from .dropout import StepDropout, kept_scaling
-from .lora_torch import Backward, Forward
+from .lora_torch import base_product
 from .segments import Segments
 
 SLICES = (3, 1, 1, 1)  # of the linears qkv, out, up, down
@@ -62,6 +62,8 @@ def serves(
         a, b, (N, K) = factors[2 * i], factors[2 * i + 1], weight.shape
         if multi_lora._fastest(weight, weight, SLICES[i]) != "csrc" or a.shape != (G, SLICES[i] * R, K) or b.shape != (G, N, R):
             return False
+        if a.stride()[1:] != (K, 1) or b.stride()[1:] != (R, 1):
+            return False
     numbers = [scaling, *(() if ranks is None else (ranks,))]
     if dropout is not None:
         numbers += {id(p): p for p in dropout.p.values() if p is not None}.values()
@@ -95,40 +97,51 @@ def encoder_layer(
     if dropout is not None and dropout.p["lora"] is not None:
         scaling = kept_scaling(scaling, dropout.p["lora"])
     ranks = None if adapters.ranks is None else adapters.ranks.long().contiguous()
-    order = [segments.order, segments.ends]
-    lists = [order + [tensor for tensor in site[:2] if tensor is not None] for site in lora]
-    call = _Call(layer, scaling, ranks, adapters.exact, cu_seqlens, lists, attention, hidden, torch.is_grad_enabled())
+    order = segments.order, segments.ends
+    call = _Call(layer, scaling, ranks, adapters.exact, cu_seqlens, order, lora, attention, hidden, torch.is_grad_enabled())
     return _Layer.apply(x.contiguous(), call, *adapters.factors)
 
 
 class _Call(NamedTuple):
-    """All of a call that has no gradient. lists: of each linear. grad: whether backward may follow."""
+    """All of a call that has no gradient.
+
+    order: `order` and `ends` of the segments.
+    lora, attention, hidden: `_sites` of the linears, of attention, of the norms.
+    grad: whether backward may follow.
+    """
 
     layer: LayerWeights
     scaling: Tensor
     ranks: Tensor | None
     exact: bool
     cu_seqlens: Tensor
-    lists: list[list[Tensor]]
+    order: tuple[Tensor, Tensor]
+    lora: list[list[Tensor | None]]
     attention: list[Tensor | None]
     hidden: list[list[Tensor | None]]
     grad: bool
 
+    def _terms(self, i: int) -> tuple[Any, ...]:
+        """What both operators of the LoRA terms take behind x, A and B."""
+        return self.scaling, *self.order, self.ranks, *self.lora[i][:2], SLICES[i], multi_lora_cpu.VARIANT
+
     def linear(self, i: int, x: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Output and S of a linear."""
         (weight, bias), a, b = self.layer.linears[i], factors[2 * i], factors[2 * i + 1]
-        rest = self.scaling, self.ranks, self.lists[i], 0, SLICES[i], self.exact
-        return multi_lora_cpu.forward(Forward(x, weight, bias, a, b, *rest))[:2]
+        y, s = base_product(x, weight, bias, *self.order, self.exact), x.new_empty(x.shape[0], a.shape[1])
+        torch.ops.kloss.cpu_lora_(x, a, b, *self._terms(i), y, s)
+        return y, s
 
-    def linear_backward(self, i: int, dy: Tensor, x: Tensor, s: Tensor, factors: tuple[Tensor, ...], needs: tuple) -> tuple:
+    def linear_backward(
+        self, i: int, dy: Tensor, x: Tensor, s: Tensor, factors: tuple[Tensor, ...], needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of a linear: dx, dA, dB, None where not needed. needs: of x and of all factors."""
-        need_x, need_a, need_b = needs[0], *needs[1 + 2 * i : 3 + 2 * i]
-        if not (need_x or need_a or need_b):
-            return None, None, None
         weight, a, b = self.layer.linears[i][0], factors[2 * i], factors[2 * i + 1]
-        rest = self.ranks, self.lists[i], SLICES[i], self.exact, need_x, need_a, need_b
-        gradients = multi_lora_cpu.backward(Backward(dy, x, weight, a, b, self.scaling, s, s, *rest))
-        return tuple(gradient if need else None for gradient, need in zip(gradients, rest[-3:], strict=True))
+        dx = base_product(dy, weight.t(), None, *self.order, self.exact) if needs[0] else None
+        d_a, d_b = x.new_empty(a.shape) if needs[1 + 2 * i] else None, x.new_empty(b.shape) if needs[2 + 2 * i] else None
+        if not (dx is d_a is d_b is None):
+            torch.ops.kloss.cpu_lora_backward_(x, a, b, *self._terms(i), dy, s, torch.empty_like(s), dx, d_a, d_b)
+        return dx, d_a, d_b
 
     def norm(self, i: int, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         """LayerNorm(drop(x) + residual): y, mean, rstd, and what backward needs of x."""
