@@ -15,6 +15,7 @@ from bench import cases, kernels, profiled, whole_step
 from bench.profiled import Event
 from kloss.cl import step as trainer
 from kloss.cl import train
+from kloss.kernels.cpu_library import built
 from kloss.models import XLMRForTokenClassification
 
 
@@ -229,5 +230,5 @@ def test_the_command_measures_a_step_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert rows[0]["scoring_tokens_per_second"] > 0 and rows[1]["scoring_tokens_per_second"] is None
     for row in rows:
         assert sum(row["shares"].values()) == pytest.approx(1) and row["seconds"] > 0
-        assert row["shares"]["frozen products"] > 0 and row["shares"]["AdamW"] > 0
+        assert not built() or row["shares"]["frozen products"] > 0 and row["shares"]["AdamW"] > 0
     assert "| frozen products |" in capsys.readouterr().out
