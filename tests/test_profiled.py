@@ -1,9 +1,7 @@
 """From events of a profile to rows and tables, and the section profile of the GPU suite."""
 
-import json
 import warnings
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +13,6 @@ from bench import cases, kernels, profiled, whole_step
 from bench.profiled import Event
 from kloss.cl import step as trainer
 from kloss.cl import train
-from kloss.kernels.cpu_library import built
-from kloss.models import XLMRForTokenClassification
 
 
 def test_kernels_are_matched_to_the_work_they_do():
@@ -206,29 +202,3 @@ def test_a_wrong_step_fails_its_check(monkeypatch):
     monkeypatch.setattr(trainer, "token_loss", wrong)
     with pytest.raises(AssertionError, match="losses and gradient norms are off"):
         whole_step.check_step(TOY, 4, device="cpu", dtype=torch.float32)
-
-
-def test_shares_of_a_step_are_whole():
-    operators = {"aten::mm": 0.5, "aten::addmm": 0.1, "kloss::cpu_lora_backward_": 0.2, "aten::view": 0.9, "kloss::adamw_": 0.05}
-    got = profiled.shares(2.0, 0.1, operators)
-    assert got["frozen products"] == pytest.approx(0.3) and got["LoRA terms"] == pytest.approx(0.1)
-    assert got[profiled.PACKING] == pytest.approx(0.05) and got["GELU"] == 0
-    assert got[profiled.REST] == pytest.approx(1 - 0.3 - 0.1 - 0.025 - 0.05), "a view counts as dispatch"
-    assert sum(got.values()) == pytest.approx(1)
-
-
-def test_the_command_measures_a_step_on_a_cpu(tmp_path, monkeypatch, capsys):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 99}
-    for name in ("BASE", "TINY"):
-        monkeypatch.setattr(profiled, name, replace(getattr(profiled, name), **sizes))
-    XLMRForTokenClassification.random(profiled.TINY).save_pretrained(tmp_path)
-    out = tmp_path / "rows.jsonl"
-    options = ["--model", str(tmp_path), "--dtype", "fp32", "--rounds", "1", "--cases", "model x 52", "tiny", "--out", str(out)]
-    rows = profiled.main(options)
-    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
-    assert [(row["name"], row["adapters"]) for row in rows] == [("model x 52", 52), ("tiny x 1", 1)]
-    assert rows[0]["scoring_tokens_per_second"] > 0 and rows[1]["scoring_tokens_per_second"] is None
-    for row in rows:
-        assert sum(row["shares"].values()) == pytest.approx(1) and row["seconds"] > 0
-        assert not built() or row["shares"]["frozen products"] > 0 and row["shares"]["AdamW"] > 0
-    assert "| frozen products |" in capsys.readouterr().out
