@@ -187,18 +187,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 128 + the signal that stopped it."""
     console = Console()
     try:
-        with on_signals(_interrupt):
+        with on_signals(_interrupt), contextlib.ExitStack() as stack:
             config = parse(sys.argv[1:] if arguments is None else arguments).checked()
-            with on_threads(config.threads):
-                if config.dry_run:
-                    with console.progress() as progress:
-                        lines = describe(config, *prepare(config, progress))
-                    console.plan(lines)
-                else:
-                    keep_memory()
-                    with console.progress() as progress:
-                        folder, scores = run(config, progress)
-                    console.summary(summary_rows(scores), folder / "report.html")
+            stack.enter_context(on_threads(config.threads))
+            keep_memory()
+            if config.dry_run:
+                with console.progress() as progress:
+                    lines = describe(config, *prepare(config, progress))
+                console.plan(lines)
+            else:
+                with console.progress() as progress:
+                    folder, scores = run(config, progress)
+                console.summary(summary_rows(scores), folder / "report.html")
     except UserError as error:
         console.error(shown(error, 2000))
         return 2
