@@ -89,16 +89,18 @@ class TrainingStep(NamedTuple):
 
 def make_step(
     config: XLMRConfig, adapters: int, rank: int, utterances: int, *,
-    dropout: float, dtype: torch.dtype, device: str = "cpu", seed: int = 0,
+    dropout: float, dtype: torch.dtype, device: str = "cpu", seed: int = 0, model: XLMRForTokenClassification | None = None,
 ) -> TrainingStep:  # fmt: skip
     """A step on random sentences with random weights, which depend on the seed and dtype alone.
 
     utterances: of each adapter.
     dropout: of LoRA inputs, hidden states and attention.
+    model: a backbone of this config with weights of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     sentences = make_sentences(config, adapters * utterances, generator)
-    model = XLMRForTokenClassification.random(config, seed).freeze_backbone().to(device=device, dtype=dtype)
+    model = XLMRForTokenClassification.random(config, seed) if model is None else model
+    model = model.freeze_backbone().to(device=device, dtype=dtype)
     bank = AdapterBank(model, adapters, rank, dtype=dtype, device=device)
     for name in bank.slots:
         if name.endswith(".b"):

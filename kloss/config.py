@@ -20,6 +20,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "epochs batch_size pretrain_batch pass_tokens limit eval_limit": (1, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
     "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
+    "threads": (0, 1024),
     "seed": (0, 2**62),
     "dropout lora_dropout": (0, 0.999),
     "overlap relatedness": (0, 1),
@@ -108,6 +109,8 @@ class MachineConfig:
     # Limit on LoRA learners per cohort, 0 for none. `--together` is its old name.
     max_learners: Annotated[int, arg(aliases=("--together",))] = 0
     pass_tokens: int = 8192  # approximate tokens per packed pass; a learner's batch is never split
+    # Threads on a CPU. 0: as many as OMP_NUM_THREADS says, else a core each, within a container's quota.
+    threads: int = field(default=0, metadata=_NOT_IDENTITY)
     # Run folder. Default: runs/ and the preset's name. The same command continues a run that stopped.
     out: str = field(default="", metadata=_NOT_IDENTITY)
     # Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss.

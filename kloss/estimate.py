@@ -2,17 +2,20 @@
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 
-from .cl.backbone import tiny_config
+from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
 from .cl.runner import cohorts_of
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
 from .config import Config
+from .files import read_json, user_path
 from .models import AdapterBank, XLMRConfig
+from .models.architecture import from_config
 
 CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
 
@@ -31,7 +34,7 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
     ]
     if math.isinf(config.max_norm):
         lines.append(("gradient clipping", "off (--max-norm inf)"))
-    backbone = tiny_config(config, corpus) if config.backbone == "tiny" else None
+    backbone = _sizes(config, corpus)
     rounds = 0
     for number, members in enumerate(cohorts_of(study, config.max_learners), 1):
         learners = [study.learners[g] for g in members]
@@ -45,9 +48,63 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
     lines.append(("scoring", f"{scored} tokens"))
     if backbone is not None:
+        lines.append(("kept for backward", _kept(config, corpus, study, backbone)))
+    lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
+    if backbone is not None:
         seconds = estimated_seconds(backbone, rounds, sum(tokens), scored)
-        lines.append(("time", f"about {seconds / 60:.1f} minutes on this machine after the backbone's warm-up (an estimate)"))
+        after = " after the backbone's warm-up" if config.backbone == "tiny" else ""
+        lines.append(("time", f"about {seconds / 60:.1f} minutes on this machine{after} (an estimate)"))
     return lines
+
+
+def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
+    """Return the backbone's sizes; None for one on the hub, which a plan does not load."""
+    if config.backbone == "tiny":
+        return tiny_config(config, corpus)
+    file = user_path(config.backbone, "--backbone") / "config.json"
+    return replace(from_config(read_json(file), config.backbone), num_labels=len(corpus.labels)) if file.is_file() else None
+
+
+def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int]:
+    """Return the bytes that a pass keeps of each token until its backward, by tensor, with csrc's kernels and dropout.
+
+    rank: R of the bank, whose adapters are on all linear layers; 0: none.
+    itemsize: bytes of an element in the model's dtype.
+    """
+    width, inner, layers = sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers
+    elements = {
+        "feed-forward, before and after GELU": 2 * layers * inner,
+        "q, k, v": 3 * layers * width,
+        "inputs of layers and feed-forwards": (2 * layers + 1) * width,
+        "outputs of attention": layers * width,
+        "what norms normalise": 2 * layers * width,
+        "LoRA's A x": 6 * layers * rank,  # q, k, v, out, up, down
+        "logits": sizes.num_labels,
+    }
+    sites, statistics = 7 * layers + 2, 16 * layers + 8  # two numbers of each norm and of the loss
+    lists = 8 + 4 + 8 + 8  # order, adapter, label, dropout's limits
+    others = {"keys, statistics, lists": 8 * sites + statistics + lists}
+    return {name: count * itemsize for name, count in elements.items()} | others
+
+
+def _kept(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig) -> str:
+    """Return what the largest pass keeps for backward, in words."""
+    passes = []
+    for members in cohorts_of(study, config.max_learners):
+        learners, batches = [study.learners[g] for g in members], []
+        for learner in learners:
+            stream = Stream.of(corpus, learner)
+            sentences = sum(stream.epochs * stream.sentences(k) for k in range(len(stream.experiences)))
+            batches.append(stream.batch_size * stream.tokens() / sentences)
+        rank = max(learner.rank or 0 for learner in learners)
+        tokens = max(*batches, min(sum(batches), config.pass_tokens))
+        kept = kept_per_token(backbone, rank, DTYPES[config.dtype].itemsize)
+        passes.append((tokens * sum(kept.values()), tokens, kept))
+    total, tokens, kept = max(passes, key=lambda item: item[0])
+    most = sorted(kept, key=lambda name: -kept[name])[:3]
+    parts = ", ".join(f"{name} {kept[name] / sum(kept.values()):.0%}" for name in most)
+    each = sum(kept.values()) / 1024
+    return f"about {total / 2**20:.0f} MiB in the largest pass: {tokens:.0f} tokens of {each:.1f} KiB ({parts})"
 
 
 def estimated_seconds(backbone: XLMRConfig, rounds: int, trained: int, scored: int) -> float:

@@ -32,6 +32,7 @@ from .console import Console
 from .errors import UserError
 from .estimate import describe
 from .files import read_json, shown
+from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
 from .presets import PRESETS
 from .report import write_report
@@ -153,6 +154,8 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
         if folder.done:
             progress.say(f"{folder.path} is complete already; its report is made anew")
         else:
+            for line in remarks(device):
+                progress.say(line)
             model = load_backbone(config, corpus, device, progress)
             backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
             del model
@@ -163,7 +166,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     "scores may differ from those of a run that was not stopped"
                 )
             warm_up = warm_up_threads(config, corpus, progress)
-            if warm_up not in (None, torch.get_num_threads()):
+            if not config.exact and warm_up not in (None, torch.get_num_threads()):
                 progress.say(
                     f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has "
                     f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
@@ -197,8 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     console = Console()
     try:
-        with on_signals(_interrupt):
+        with on_signals(_interrupt), contextlib.ExitStack() as stack:
             config = parse(sys.argv[1:] if arguments is None else arguments).checked()
+            stack.enter_context(on_threads(config.threads))
+            keep_memory()
             if config.dry_run:
                 with console.progress() as progress:
                     lines = describe(config, *prepare(config, progress))

@@ -575,6 +575,7 @@ def test_flags_override_a_preset():
 
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
+    others["threads"] = 3
     assert replace(Config(), **others).identity() == Config().identity()
     assert vars(Config()).keys() - Config().identity().keys() == others.keys() | {"eval_split"}
     assert (

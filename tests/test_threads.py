@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_run import SMALL
 
+from kloss.cl import runner
 from kloss.run import main
 
 
@@ -58,3 +59,27 @@ def test_without_a_warm_up_threads_do_not_matter(threads, run):
     assert run("first", "--pretrain-steps", "0")[1]["backbone_threads"] is None
     threads(2)
     assert "warmed up on" not in run("second", "--pretrain-steps", "0")[0]
+
+
+def test_an_exact_study_is_the_same_on_one_thread_and_on_two(tmp_path, monkeypatch, capsys):
+    weights = []
+    train = runner.Cohort.train
+
+    def recorded(cohort, *arguments):
+        train(cohort, *arguments)
+        weights.append(cohort.bank.param.clone())
+
+    monkeypatch.setattr(runner.Cohort, "train", recorded)
+    sizes = ["--limit", "200", "--tiny-hidden", "64", "--rank", "8", "--exact", "--epochs", "1"]
+    before, files = torch.get_num_threads(), []
+    for count in ("1", "2"):
+        folder = tmp_path / count
+        places = ["--cache", str(folder / "cache"), "--out", str(folder / "run")]
+        assert main([*SMALL, *sizes, "--strategies", "non-shared", "lora-multi", "--threads", count, *places]) == 0
+        assert torch.get_num_threads() == before
+        assert json.loads((folder / "run/env.json").read_text())["threads"] == int(count)
+        files += [(folder / "run/scores.json").read_bytes()]
+        files += [file.read_bytes() for file in (folder / "cache").glob("backbone-*/model.safetensors")]
+    assert "warmed up on" not in capsys.readouterr().out
+    assert len(weights) == 2 and len(files) == 4
+    assert files[:2] == files[2:] and torch.equal(*weights)

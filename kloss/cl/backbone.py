@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
+from ..machine import on_threads
 from ..models import BASE, TINY, XLMRConfig, XLMRForTokenClassification
 from .cache import cache_folder, key, open_entry
 from .corpus import Corpus, OnProgress, Sentences
@@ -85,15 +86,19 @@ def warm_up_threads(config: Config, corpus: Corpus, progress: OnProgress) -> int
 
 
 def _tiny(config: Config, corpus: Corpus, progress: OnProgress) -> tuple[Path, dict[str, Any]]:
-    """Return the tiny backbone's folder and what is kept with it; both are made if not cached."""
-    sizes, threads = tiny_config(config, corpus), torch.get_num_threads() if config.pretrain_steps else None
-    name = key(FORMAT, corpus.fingerprint, sizes, config.pretrain_steps, config.pretrain_batch, config.seed)
-    folder = cache_folder(config.cache) / f"backbone-{name}"
+    """Return the tiny backbone's folder and what is kept with it; both are made if not cached.
+
+    With `exact` it is another one, warmed up on one thread: on several, products of all its gradients sum in another order.
+    """
+    sizes, threads = tiny_config(config, corpus), 1 if config.exact else torch.get_num_threads()
+    settings = [FORMAT, corpus.fingerprint, sizes, config.pretrain_steps, config.pretrain_batch, config.seed]
+    folder = cache_folder(config.cache) / f"backbone-{key(*settings, *['exact'] * config.exact)}"
 
     def make(temporary: Path) -> None:
-        _warmed_up(config, corpus, sizes, progress).save_pretrained(temporary)
+        with on_threads(threads):
+            _warmed_up(config, corpus, sizes, progress).save_pretrained(temporary)
 
-    return folder, open_entry(folder, make, progress, threads=threads)
+    return folder, open_entry(folder, make, progress, threads=threads if config.pretrain_steps else None)
 
 
 def _warmed_up(config: Config, corpus: Corpus, sizes: XLMRConfig, progress: OnProgress) -> XLMRForTokenClassification:

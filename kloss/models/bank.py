@@ -120,7 +120,9 @@ class AdapterBank(Rows):
 
     def gradients_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
         """Where backward writes the gradients of `adapters_of`, which have to be there; None: it adds them to `grad`."""
-        return (self._writes[f"{layer}.{name}.a"], self._writes[f"{layer}.{name}.b"]) if self._writes else None
+        if not self._writes or name not in self.targets:
+            return None
+        return self._writes[f"{layer}.{name}.a"], self._writes[f"{layer}.{name}.b"]
 
     @torch.no_grad()
     def init_(self, g: int, seed: int) -> None:

@@ -29,9 +29,11 @@ from ..kernels import (
     attention_lists,
     embed,
     gelu,
+    layer_cpu,
     multi_lora_linear,
     packed_attention,
 )
+from ..kernels.layer_cpu import LayerAdapters, LayerWeights
 from ..kernels.lists import positions
 from .architecture import MODELS, XLMRConfig, from_config
 from .checkpoint import PATTERNS, read_weights
@@ -64,6 +66,9 @@ class Bank(Protocol):
         ...
 
 
+LINEARS = ("qkv", "out", "up", "down")  # of a layer
+
+
 class Layer(nn.Module):
     """One encoder layer: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
 
@@ -80,6 +85,23 @@ class Layer(nn.Module):
         self.down = nn.Linear(inner, width, dtype=torch.float32)
         self.norm_2 = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
 
+    @property
+    def weights(self) -> LayerWeights:
+        """The layer's own parameters."""
+        linears = tuple((linear.weight, linear.bias) for linear in (self.qkv, self.out, self.up, self.down))
+        norms = tuple((norm.weight, norm.bias) for norm in (self.norm_1, self.norm_2))
+        return LayerWeights(linears, norms, self.heads, self.eps)
+
+    def _all_adapters(self, bank: Bank) -> LayerAdapters | None:
+        """The adapters of all four linears; None where one has none."""
+        pairs = [bank.adapters_of(self.index, name) for name in LINEARS]
+        places = [bank.gradients_of(self.index, name) for name in LINEARS]
+        factors = tuple(factor for pair in pairs if pair is not None for factor in pair)
+        into = tuple(place for pair in places if pair is not None for place in pair)
+        if len(factors) < 2 * len(LINEARS):
+            return None
+        return LayerAdapters(factors, bank.scaling, bank.ranks_if_mixed, bank.exact, into or None)
+
     def forward(
         self,
         x: Tensor,
@@ -90,6 +112,11 @@ class Layer(nn.Module):
         dropout: StepDropout | None,
     ) -> Tensor:
         """x: [T, H] -> [T, H]."""
+        adapters = None if bank is None else self._all_adapters(bank)
+        if adapters is not None and segments is not None:
+            call = x, self.weights, adapters, cu_seqlens, segments, dropout
+            if layer_cpu.serves(*call):  # what follows as one function
+                return layer_cpu.encoder_layer(*call, self.index)
 
         def drop(kind: str, site: str) -> Dropout | None:
             return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[site])
