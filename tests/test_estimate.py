@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from bench.whole_step import make_step
-from kloss.cl import step
-from kloss.cl.packing import pack
 from kloss.config import Config
 from kloss.estimate import _sizes, kept_per_token
 from kloss.kernels.cpu_library import built
@@ -24,22 +22,20 @@ def test_what_backward_keeps_of_a_token_is_what_the_plan_says(rank, dtype):
     widths = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_hidden_layers": 3}
     sizes = replace(TINY, **widths, vocab_size=50, num_labels=7)
     made = make_step(sizes, 3, rank, 4, dropout=0.1, dtype=dtype)
-    batch = pack([(made.sentences, index, g) for g, index in enumerate(made.batches)], 3)
-    dropout = step._dropout(made.settings, made.bank.steps, 0, 3, batch, made.model.num_sites)
+    tokens = len(made.sentences.input_ids)
     lasting = {t.untyped_storage().data_ptr() for t in (*made.model.parameters(), made.bank.param, made.bank.work)}
     kept = {}
 
     def keep(tensor):
-        if tensor._base is not None and tensor._base.shape[1:] == tensor.shape == batch.input_ids.shape:
+        if tensor._base is not None and tensor._base.shape[1:] == tensor.shape == (tokens,):
             kept[tensor._base.data_ptr()] = tensor._base  # a site's keys keep those of all sites
-        elif tensor.shape and tensor.shape[0] == len(batch.input_ids) and tensor.untyped_storage().data_ptr() not in lasting:
+        elif tensor.shape and tensor.shape[0] == tokens and tensor.untyped_storage().data_ptr() not in lasting:
             kept[tensor.data_ptr()] = tensor  # alive, so that no other gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = made.model(batch.input_ids, batch.cu_seqlens, batch.segments, made.bank, dropout=dropout)
-        step.token_loss(logits, batch.labels, batch.segments)
-    bytes_per_token = sum(tensor.nbytes for tensor in kept.values()) / len(batch.input_ids)
+        made.run()
+    bytes_per_token = sum(tensor.nbytes for tensor in kept.values()) / tokens
     held = 2  # LoRA's thresholds, which a layer does not save but hold
     assert bytes_per_token + held == sum(kept_per_token(sizes, rank, dtype.itemsize).values())
 
