@@ -19,7 +19,7 @@ import tyro
 
 from .cl.backbone import load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
-from .cl.experiments import with_experiments
+from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results, score_table
 from .cl.rundir import open_run
@@ -91,7 +91,10 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     empty = [locale for locale in corpus.locales if not corpus.sentences(locale, config.eval_split).number]
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
-    return corpus, with_experiments(config, plan(config, corpus.locales))
+    study = plan(config, corpus.locales)
+    for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
+        progress.say(line)
+    return corpus, with_experiments(config, study)
 
 
 def without_effect(config: Config) -> list[str]:

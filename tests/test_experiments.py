@@ -11,11 +11,12 @@ import pytest
 import torch
 from test_run import SMALL
 
-from kloss.cl import probes
+from kloss.cl import evaluate, probes
 from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, merge, pairs, sections, where
 from kloss.cl.experiments.section import Needs, Section
+from kloss.cl.probes import State
 from kloss.cl.spans import f1_from_counts
-from kloss.cl.states import KeptRow, State, States
+from kloss.cl.states import KeptRow, States
 from kloss.cl.train import _Team
 from kloss.config import ExperimentName
 from kloss.errors import UserError
@@ -194,18 +195,18 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(when, whole, cache, tmp
 
         return call
 
-    monkeypatch.setattr(probes, "MOST_ROWS", 1)
+    monkeypatch.setattr(evaluate, "MOST_ROWS", 1)
     with monkeypatch.context() as patch:
         if when == "training":
             patch.setattr(_Team, "advance", stopped(_Team.advance))
         else:
-            patch.setattr(probes, "evaluate", stopped(probes.evaluate))
+            patch.setattr(evaluate, "evaluate", stopped(evaluate.evaluate))
         assert main(arguments) == 130
     assert not (tmp_path / "run/scores.json").exists()
     seen = []
     with monkeypatch.context() as patch:
-        original = probes.evaluate
-        patch.setattr(probes, "evaluate", lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs))
+        original = evaluate.evaluate
+        patch.setattr(evaluate, "evaluate", lambda *args, **kwargs: seen.append(1) or original(*args, **kwargs))
         assert main(arguments) == 0
     assert len(seen) == 16 - (8 if when == "probing" else 0), "probes that were scored are not scored again"
     assert (tmp_path / "run/scores.json").read_bytes() == (whole / "scores.json").read_bytes()
@@ -403,7 +404,9 @@ def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):
     example = SimpleNamespace(**{key: made[key] for key in ("plan", "record", "SHAPE", "analyse")})
     for function in (made["mean_row"], example.plan, example.record, example.analyse):
         function.__globals__.update(made)
-    monkeypatch.setitem(EXPERIMENTS, "where", Experiment(example.plan, example.record, example.SHAPE, example.analyse))
+    monkeypatch.setitem(
+        EXPERIMENTS, "where", Experiment(("non-shared",), example.plan, example.record, example.SHAPE, example.analyse)
+    )
     folder = tmp_path / "run"
     run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "where", "--strategies", "non-shared"]
     assert main(run) == 0 and len(source.splitlines()) < 30
@@ -438,12 +441,17 @@ def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):
         states.load(State(3, 1))
 
 
-def test_pairs_need_adapters_of_two_languages(cache, tmp_path, capsys):
-    run = [*SMALL, "--cache", cache, "--out", str(tmp_path / "run"), "--experiments", "pairs"]
-    assert main([*run, "--strategies", "shared"]) == 2
-    assert "--experiments pairs needs --strategies non-shared, and two languages or more" in " ".join(
-        capsys.readouterr().err.split()
-    )
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_that_has_nothing_to_look_at_says_so(name, cache, tmp_path, capsys):
+    """As a flag without effect does; one that the preset brings along is silent."""
+    other = "mono"
+    run = [*SMALL, "--cache", cache, "--out", str(tmp_path / "run"), "--strategies", other, "--dry-run"]
+    assert main([*run, "--experiments", name]) == 0
+    wanted = " or ".join(EXPERIMENTS[name].strategies)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"--experiments {name} has no effect: it needs --strategies {wanted}, of two languages or more" in said
+    assert main(run) == 0
+    assert "--experiments" not in capsys.readouterr().out
 
 
 def test_the_page_has_a_section_for_each(whole):

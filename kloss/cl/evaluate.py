@@ -1,6 +1,6 @@
-"""Score many (learner, language) pairs at once: packed passes, then span counts."""
+"""Score many (learner, language) pairs at once: packed passes, then span counts. Score probes likewise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,11 +8,16 @@ from torch import Tensor
 
 from ..config import Config
 from ..kernels import span_counts
-from ..models import Rows, XLMRForTokenClassification
+from ..models import AdapterBank, Rows, XLMRForTokenClassification
 from .corpus import Corpus
 from .graphs import Graphs
+from .learner import Learner
 from .packing import PackedBatch, Part, pack, send
+from .probes import Counts, Probe
 from .spans import label_layout
+from .states import States
+
+MOST_ROWS = 64  # of a bank of probes
 
 
 @torch.no_grad()
@@ -72,3 +77,65 @@ def _passes(
             first = end
     if chunk:
         yield chunk
+
+
+def score_probes(
+    probes: Sequence[Probe],
+    learners: Sequence[Learner],
+    model: XLMRForTokenClassification,
+    corpus: Corpus,
+    states: States,
+    failed: Sequence[str | None],
+    config: Config,
+    done: list[Counts],
+    after_some: Callable[[list[Counts]], None],
+) -> list[Counts]:
+    """Score the probes behind those that are `done`; `after_some(done)` is called as results come in.
+
+    learners, failed: of the whole study; probes of learners that diverged are None.
+    """
+    model.freeze_backbone()
+    while len(done) < len(probes):
+        chunk, rows = _some(probes[len(done) :], learners, failed)
+        scored = [probe for probe in chunk if probe.row in rows]
+        counts: dict[int, Counts] = {}
+        if scored:
+            bank = _bank_of(list(rows), learners, model, states, config)
+            pairs = [(rows[probe.row], probe.locale) for probe in scored]
+            found = evaluate(model, bank, corpus, pairs, partition=config.eval_split, pass_tokens=config.pass_tokens)
+            counts = {id(probe): row for probe, row in zip(scored, found.tolist(), strict=True)}
+        done = [*done, *(counts.get(id(probe)) for probe in chunk)]
+        after_some(done)
+    return done
+
+
+def _some(
+    probes: Sequence[Probe], learners: Sequence[Learner], failed: Sequence[str | None]
+) -> tuple[list[Probe], dict[tuple, int]]:
+    """The first probes, of learners of one rank, and their rows, numbered, at most MOST_ROWS."""
+    rows: dict[tuple, int] = {}
+    chunk: list[Probe] = []
+    rank = learners[probes[0].states[0].learner].rank
+    for probe in probes:
+        if len(rows) == MOST_ROWS and probe.row not in rows or learners[probe.states[0].learner].rank != rank:
+            break
+        chunk.append(probe)
+        if not any(failed[state.learner] for state in probe.states):
+            rows.setdefault(probe.row, len(rows))
+    return chunk, rows
+
+
+def _bank_of(
+    rows: Sequence[tuple], learners: Sequence[Learner], model: XLMRForTokenClassification, states: States, config: Config
+) -> AdapterBank:
+    """The rows of probes as a bank; their adapters' own rank may be below its."""
+    weight = model.classifier.weight
+    kept = {state: states.load(state) for of, _, _ in rows for state in of}
+    rank = max(row.rank for row in kept.values())
+    firsts = [learners[of[0].learner] for of, _, _ in rows]
+    alphas = [learner.alpha * rank / (learner.rank or 1) for learner in firsts]
+    bank = AdapterBank(model, len(rows), rank, alpha=alphas, dtype=weight.dtype, device=weight.device, exact=config.exact)
+    for g, (of, part, make) in enumerate(rows):
+        bank.param[g] = make([kept[state].param for state in of], bank.slots, part)
+    bank.refresh()
+    return bank

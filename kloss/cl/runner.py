@@ -13,11 +13,12 @@ from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, XLMRForTokenClassification
 from .corpus import Corpus
+from .evaluate import score_probes
 from .learner import Learner, Scores
-from .probes import Counts, run_probes
+from .probes import Counts, State
 from .rundir import RunFolder
 from .shapes import check_shape
-from .states import KeptRow, State
+from .states import KeptRow
 from .stream import Stream
 from .study import Study
 from .train import Cohort, check_progress
@@ -160,7 +161,7 @@ def _probe(
         folder.save_checkpoint({}, {"finished": finished, "cohort": None, "probed": done})
 
     rest = folder.states, outcome.failed, config, done, after_some
-    return run_probes(probes, study.learners, load(), corpus, *rest)
+    return score_probes(probes, study.learners, load(), corpus, *rest)
 
 
 STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}

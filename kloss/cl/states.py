@@ -8,11 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_tensors, write_tensors
-
-
-class State(NamedTuple):
-    learner: int  # its index in Study.learners
-    experience: int  # how many it has completed
+from .probes import State
 
 
 class KeptRow(NamedTuple):

@@ -12,9 +12,8 @@ from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
 from .learner import Learner, Scores
-from .probes import Probe
+from .probes import Probe, State
 from .spans import f1_from_counts
-from .states import State
 from .strategies import STRATEGIES, Layout
 
 

@@ -14,8 +14,9 @@ from .evaluate import evaluate
 from .graphs import Graphs
 from .learner import Learner, Scores
 from .packing import PackedBatch, Part, pack, send
+from .probes import State
 from .shapes import check_shape
-from .states import KeptRow, State
+from .states import KeptRow
 from .step import StepSettings, train_step
 from .stream import Stream
 

@@ -1,6 +1,6 @@
 """Experiments: questions to a study beyond its score matrices, each with what it scores besides and what it concludes.
 
-To add one: a module with TITLE, QUESTION, `plan` and `analyse`, a line in EXPERIMENTS, and its name in `config.ExperimentName`.
+To add one: a module with `plan`, `record`, SHAPE and `analyse`, a line in EXPERIMENTS, and its name in `config.ExperimentName`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +18,14 @@ from .section import Needs, Section
 class Experiment(NamedTuple):
     """What an experiment does.
 
-    plan: from a study to what must be scored besides.
+    strategies: those that it looks at, of which the study must have one.
+    plan: from a study to what must be trained and scored besides; nothing where it lacks what the experiment looks at.
     record: from the study, the scores of its learners and the counts of the plan's probes to the entries of scores.json.
     shape: of an entry.
     analyse: from the contents of scores.json and these entries to the section of the report; None without data.
     """
 
+    strategies: tuple[str, ...]
     plan: Callable[[Study], Needs]
     record: Callable[[Study, Any, list[Counts]], list[dict[str, Any]]]
     shape: Shape
@@ -31,15 +33,15 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
-    "where": Experiment(where.plan, where.record, where.SHAPE, where.analyse),
-    "damage": Experiment(damage.plan, damage.record, damage.SHAPE, damage.analyse),
-    "merge": Experiment(merge.plan, merge.record, merge.SHAPE, merge.analyse),
-    "pairs": Experiment(pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
+    "where": Experiment(("shared", "partial"), where.plan, where.record, where.SHAPE, where.analyse),
+    "damage": Experiment(("lora-multi",), damage.plan, damage.record, damage.SHAPE, damage.analyse),
+    "merge": Experiment(("non-shared",), merge.plan, merge.record, merge.SHAPE, merge.analyse),
+    "pairs": Experiment(("non-shared",), pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
 }
 
 
 def with_experiments(config: Config, study: Study) -> Study:
-    """The study with all that its experiments need. Raises UserError for one whose strategies the study lacks."""
+    """The study with all that its experiments need."""
     probes = []
     for name in dict.fromkeys(config.experiments):
         needs = EXPERIMENTS[name].plan(study)
@@ -53,6 +55,15 @@ def with_experiments(config: Config, study: Study) -> Study:
                 scored.append(locale)
         probes += [(name, probe) for probe in needs.probes]
     return study._replace(probes=tuple(probes))
+
+
+def idle(config: Config, study: Study) -> list[str]:
+    """A line for each experiment that a study gives nothing to look at."""
+    names = [name for name in dict.fromkeys(config.experiments) if not any(EXPERIMENTS[name].plan(study))]
+    wanted = {name: " or ".join(EXPERIMENTS[name].strategies) for name in names}
+    return [
+        f"--experiments {name} has no effect: it needs --strategies {wanted[name]}, of two languages or more" for name in names
+    ]
 
 
 def recorded(config: Config, study: Study, scores: Any, counts: list[Counts]) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
 from ..learner import Learner
 from ..metrics import FLOOR
 from ..probes import Counts
@@ -33,10 +32,10 @@ def _fork(parent: Learner, locale: str) -> Learner:
 
 
 def plan(study: Study) -> Needs:
-    """The forks, scored on every language. Raises UserError for a study without joint LoRA training of two languages or more."""
+    """The forks, scored on every language."""
     trials = _trials(study)
     if not trials or len(trials[0].order) < 2:
-        raise UserError("--experiments damage needs --strategies lora-multi, and two languages or more")
+        return Needs()
     parents = [(study.learners[trial.learners[0]], trial.order) for trial in trials]
     return Needs(learners=[(_fork(parent, locale), {1: list(order)}) for parent, order in parents for locale in order])
 

@@ -7,22 +7,22 @@ draw, which is what makes their factors comparable.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ...errors import UserError
-from ...models.bank import HEAD, Slot
 from ..languages import LANGUAGES
-from ..probes import Counts, Probe
+from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
-from ..states import State
 from ..study import Study
 from ..summary import script
 from .pairs import trials_of_learners
 from .section import Bars, Needs, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...models.bank import Slot
 
 SHAPE = {"label": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
 KEPT = 0.2  # of a row's changes, by TIES
@@ -30,20 +30,25 @@ OWN, MERGED = "own head", "merged head"
 WAYS = ("mean of all", "TIES of all", "mean of its script", "mean of its family")
 
 
-def merged(rows: Sequence[Tensor], slots: Mapping[str, Slot], part: str) -> Tensor:
+def merged(rows: Sequence["Tensor"], slots: Mapping[str, "Slot"], part: str) -> "Tensor":
     """One row of several. rows: the draw, the members, and for `OWN` the row whose head it gets."""
+    import torch  # only here: a report needs none
+
     way, head = part.split(", ")
     own = rows[-1] if head == OWN else None
     start, members = rows[0], torch.stack(list(rows[1 : len(rows) - (own is not None)]))
     row = start + ties(members - start) if way.startswith("TIES") else members.mean(0)
-    for name in HEAD if own is not None else ():
-        columns = slice(slots[name].start, slots[name].start + int(np.prod(slots[name].shape)))
-        row[columns] = own[columns] if own is not None else 0
+    for name, slot in slots.items():
+        if own is not None and name.startswith("head."):
+            columns = slice(slot.start, slot.start + int(np.prod(slot.shape)))
+            row[columns] = own[columns]
     return row
 
 
-def ties(changes: Tensor) -> Tensor:
+def ties(changes: "Tensor") -> "Tensor":
     """TIES of changes [n, P]: trimmed, with the elected sign, averaged."""
+    import torch
+
     count = max(1, round(KEPT * changes.shape[1]))
     least = changes.abs().topk(count, 1).values[:, -1:]
     changes = torch.where(changes.abs() >= least, changes, 0)
@@ -52,10 +57,10 @@ def ties(changes: Tensor) -> Tensor:
 
 
 def plan(study: Study) -> Needs:
-    """Probes of every way, with either head. Raises UserError for a study without NON-SHARED adapters of two languages."""
+    """Probes of every way, with either head."""
     trials, probes = trials_of_learners(study), []
     if not trials or len(trials[0].order) < 2:
-        raise UserError("--experiments merge needs --strategies non-shared, and two languages or more")
+        return Needs()
     for trial in trials:
         learner = dict(zip(trial.order, trial.learners, strict=True))
         for locale in trial.order:

@@ -1,6 +1,6 @@
 """What experiments need and what they conclude, in forms that every experiment shares."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..learner import Learner
@@ -12,7 +12,7 @@ class Needs(NamedTuple):
     """What an experiment needs of a study beside its score matrices."""
 
     learners: Sequence[tuple[Learner, Mapping[int, list[str]]]] = ()  # to be trained besides, and what is scored of them
-    cells: Iterable[tuple[int, int, str]] = ()  # (learner, experiences completed, locale) to score
+    cells: Sequence[tuple[int, int, str]] = ()  # (learner, experiences completed, locale) to score
     probes: Sequence[Probe] = ()
 
 

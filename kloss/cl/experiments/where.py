@@ -6,18 +6,20 @@ lost there; what does not was lost in what was not given back, or in how both fi
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from ...models.bank import HEAD, Slot
 from ..metrics import FLOOR
-from ..probes import Counts, Probe
+from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
-from ..states import State
 from ..study import Study
 from .section import Bars, Needs, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...models.bank import Slot
 
 SHAPE = {"label": str, "lr": float, "order_name": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
 QUARTERS = 4
@@ -26,8 +28,8 @@ PARTS = ("head", "A", "B", *(f"layers {quarter}" for quarter in range(QUARTERS))
 
 def holds(part: str, name: str, layers: int) -> bool:
     """Whether a part holds the slot of a name, such as 0.qkv.a or head.weight, in a backbone of so many layers."""
-    if name in HEAD or part == "head":
-        return name in HEAD and part == "head"
+    if name.startswith("head.") or part == "head":
+        return name.startswith("head.") and part == "head"
     if part.startswith("layers"):
         return int(name.split(".")[0]) in layers_of(int(part.split()[1]), layers)
     return part == "adapter" or name.endswith(f".{part.lower()}")
@@ -38,10 +40,10 @@ def layers_of(quarter: int, layers: int) -> range:
     return range(quarter * layers // QUARTERS, (quarter + 1) * layers // QUARTERS)
 
 
-def give_back(rows: Sequence[Tensor], slots: Mapping[str, Slot], part: str) -> Tensor:
+def give_back(rows: Sequence["Tensor"], slots: Mapping[str, "Slot"], part: str) -> "Tensor":
     """The first row, with a part of the second."""
     end, learned = rows
-    row, layers = end.clone(), 1 + max(int(name.split(".")[0]) for name in slots if name not in HEAD)
+    row, layers = end.clone(), 1 + max(int(name.split(".")[0]) for name in slots if not name.startswith("head."))
     for name, slot in slots.items():
         if holds(part, name, layers):
             columns = slice(slot.start, slot.start + int(np.prod(slot.shape)))
