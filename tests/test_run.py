@@ -209,6 +209,7 @@ def test_killed_twenty_times_and_resumed_gives_the_same_scores(cache, tmp_path):
             "scores.json",
             "scores.csv",
             "report.html",
+            "states",
         }
 
 
@@ -575,12 +576,12 @@ def test_flags_override_a_preset():
 
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
-    others["threads"] = 3
+    others |= {"threads": 3, "save_adapters": True}
     assert replace(Config(), **others).identity() == Config().identity()
-    assert vars(Config()).keys() - Config().identity().keys() == others.keys() | {"eval_split"}
-    assert (
-        Config(eval_split="dev").identity()["eval_split"] == "dev"
-    )  # at its default it stands in no run folder: older ones lack it
+    assert vars(Config()).keys() - Config().identity().keys() == others.keys() | {"eval_split", "experiments"}
+    # At their defaults these stand in no run folder: older ones lack them.
+    later = Config(eval_split="dev", experiments=("where",)).identity()
+    assert later["eval_split"] == "dev" and later["experiments"] == ("where",)
 
 
 @pytest.mark.parametrize(
@@ -600,9 +601,9 @@ def test_broken_data_names_file_and_line(small, tmp_path, capsys, line, words):
 def test_other_configuration_in_the_folder(small, capsys):
     arguments, folder = small
     assert main(arguments) == 0
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert "seed was 0, is 7" in one_line_error([*arguments, "--seed", "7"], capsys)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 def test_folder_that_is_no_run(small, capsys):
