@@ -17,7 +17,8 @@ _LATER = {"later": True}  # marks one that older run folders do not name: they h
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
     "rank tiny_layers seeds orders": (1, 10_000),
     "tiny_hidden": (1, 4096),  # estimating the time of wider layers takes minutes
-    "epochs batch_size pretrain_batch pass_tokens limit eval_limit": (1, 1_000_000_000),
+    "epochs batch_size pretrain_batch limit eval_limit": (1, 1_000_000_000),
+    "pass_tokens": (0, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
     "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
@@ -104,11 +105,12 @@ class MachineConfig:
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # backbone and activations; master weights and moments are always fp32
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_NOT_IDENTITY)  # auto: a GPU if there is one
-    # Same bits whichever learners train alongside, given the same largest rank. Slower. On a GPU, only adapted linears so far.
+    # Same bits whichever learners train alongside, given the same largest rank. Slower.
     exact: bool = False
     # Limit on LoRA learners per cohort, 0 for none. `--together` is its old name.
     max_learners: Annotated[int, arg(aliases=("--together",))] = 0
-    pass_tokens: int = 8192  # approximate tokens per packed pass; a learner's batch is never split
+    # Approximate tokens per packed pass; a learner's batch is never split. 0: what a GPU's memory holds, 8192 on a CPU.
+    pass_tokens: int = 8192
     # Threads on a CPU. 0: as many as OMP_NUM_THREADS says, else a core each, within a container's quota.
     threads: int = field(default=0, metadata=_NOT_IDENTITY)
     # Run folder. Default: runs/ and the preset's name. The same command continues a run that stopped.

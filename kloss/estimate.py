@@ -14,14 +14,14 @@ from .cl.stream import Stream
 from .cl.study import Study
 from .config import Config
 from .files import read_json, user_path
-from .models import AdapterBank, XLMRConfig
+from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
 
 CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
 
 
-def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, str]]:
-    """Return the plan of a run as (heading, text) lines."""
+def describe(config: Config, corpus: Corpus, study: Study, free: int | None = None) -> list[tuple[str, str]]:
+    """Return the plan of a run as (heading, text) lines. free: bytes of a GPU's memory that nobody uses; None: on a CPU."""
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
     tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
     locales = [locale for table in study.to_score for row in table.values() for locale in row]
@@ -47,7 +47,11 @@ def describe(config: Config, corpus: Corpus, study: Study) -> list[tuple[str, st
         total = sum(tokens[g] for g in members)
         lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
     lines.append(("scoring", f"{scored} tokens"))
-    if backbone is not None:
+    chosen = with_pass_tokens(config, study, backbone, free)
+    if chosen != config:
+        lines.append(("a pass", f"{chosen.pass_tokens} tokens, by the device's memory (--pass-tokens 0)"))
+        config = chosen
+    if backbone is not None and config.pass_tokens:
         lines.append(("kept for backward", _kept(config, corpus, study, backbone)))
     lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
     if backbone is not None:
@@ -85,6 +89,34 @@ def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int
     lists = 8 + 4 + 8 + 8  # order, adapter, label, dropout's limits
     others = {"keys, statistics, lists": 8 * sites + statistics + lists}
     return {name: count * itemsize for name, count in elements.items()} | others
+
+
+def with_pass_tokens(config: Config, study: Study, sizes: XLMRConfig | None, free: int | None) -> Config:
+    """Return the configuration with a number for pass_tokens 0.
+
+    sizes: of the backbone; None: not known, which leaves it.
+    free: bytes of a GPU's memory that nobody uses; None: on a CPU. Three fifths of what weights, gradients and moments leave are
+        filled with what passes keep for backward.
+    """
+    if config.pass_tokens or sizes is None:
+        return config
+    if free is None:
+        return replace(config, pass_tokens=Config.pass_tokens)
+    item, most = DTYPES[config.dtype].itemsize, 0.0
+    for members in cohorts_of(study, config.max_learners):
+        ranks = [rank for rank in (study.learners[g].rank for g in members) if rank is not None]
+        width = AdapterBank.width_of(sizes, max(ranks)) if ranks else sum(p.numel() for p in _parameters(sizes))
+        state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
+        kept = sum(kept_per_token(sizes, max(ranks, default=0), item).values())
+        room = 0.6 * (free - state) / kept
+        most = room if not most else min(most, room)
+    return replace(config, pass_tokens=max(1024, int(most)))
+
+
+def _parameters(sizes: XLMRConfig) -> list[torch.nn.Parameter]:
+    """Return the parameters of a model, without memory."""
+    with torch.device("meta"):
+        return list(XLMRForTokenClassification(sizes).parameters())
 
 
 def _kept(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig) -> str:

@@ -30,7 +30,7 @@ def paper() -> Config:
         seeds=3,
         warmup=100,
         dtype="bf16",
-        pass_tokens=65536,
+        pass_tokens=0,
         checkpoint_seconds=900,
         preset="paper",
     )

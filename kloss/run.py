@@ -30,7 +30,7 @@ from .cl.summary import chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console
 from .errors import UserError
-from .estimate import describe
+from .estimate import describe, with_pass_tokens
 from .files import read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
@@ -122,6 +122,11 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU's memory that nobody uses; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:
     """Raise UserError if the tiny backbone, or its largest cohort of adapters, takes more memory than the device has."""
     if config.backbone != "tiny":
@@ -175,6 +180,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
                 )
             folder.write_environment(device, warm_up)
+            config = with_pass_tokens(config, study, backbone, free_memory(device))
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
@@ -209,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_memory()
             if config.dry_run:
                 with console.progress() as progress:
-                    lines = describe(config, *prepare(config, progress))
+                    lines = describe(config, *prepare(config, progress), free_memory(device_of(config.device)))
                 console.plan(lines)
             else:
                 with console.progress() as progress:

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from bench.whole_step import make_step
+from kloss.cl.languages import LOCALES
+from kloss.cl.study import plan
 from kloss.config import Config
-from kloss.estimate import _sizes, kept_per_token
+from kloss.estimate import _sizes, kept_per_token, with_pass_tokens
 from kloss.kernels.cpu_library import built
-from kloss.models import TINY, XLMRForTokenClassification
+from kloss.models import BASE, TINY, AdapterBank, XLMRForTokenClassification
 
 
 @pytest.mark.skipif(not built(), reason="csrc is not built")
@@ -46,3 +48,21 @@ def test_sizes_of_a_backbone_in_a_folder_are_read(tmp_path):
     XLMRForTokenClassification.random(sizes).save_pretrained(tmp_path)
     assert _sizes(Config(backbone=str(tmp_path)), corpus) == replace(sizes, num_labels=3)
     assert _sizes(Config(backbone="some/one"), corpus) is None
+
+
+def test_passes_fill_a_gpus_memory_and_no_more():
+    """Kept tensors, weights and moments fit; more memory holds more tokens; a given number stays."""
+    config = Config(pass_tokens=0, dtype="bf16", rank=(32,))
+    sizes = replace(BASE, num_labels=111)
+    study = plan(config, LOCALES)
+    state = len(study.learners) * AdapterBank.width_of(sizes, 32) * 16
+    kept = sum(kept_per_token(sizes, 32, 2).values())
+    chosen = [with_pass_tokens(config, study, sizes, free).pass_tokens for free in (20 << 30, 80 << 30, 141 << 30)]
+    for tokens, free in zip(chosen, (20 << 30, 80 << 30, 141 << 30), strict=True):
+        assert 0.59 * (free - state) < tokens * kept < 0.61 * (free - state)
+    assert 1024 < chosen[0] < chosen[1] < chosen[2]
+    assert with_pass_tokens(config, study, sizes, 1 << 20).pass_tokens == 1024
+    assert with_pass_tokens(config, study, sizes, None).pass_tokens == Config.pass_tokens
+    assert with_pass_tokens(replace(config, pass_tokens=7), study, sizes, 80 << 30).pass_tokens == 7
+    whole = replace(config, strategies=("vanilla",))
+    assert with_pass_tokens(whole, plan(whole, LOCALES), sizes, 20 << 30).pass_tokens > 1024
