@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_run import SMALL
 
-from kloss.cl import evaluate, probes
+from kloss.cl import evaluate, experiments, probes
 from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, merge, pairs, sections, where
 from kloss.cl.experiments.section import Needs, Section
 from kloss.cl.probes import State
@@ -222,8 +222,8 @@ def forked(cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         original = damage.plan
 
-        def plan(study):
-            needs = original(study)
+        def plan(config, study):
+            needs = original(config, study)
             return needs._replace(learners=[(one, {0: scored[1], 1: scored[1]}) for one, scored in needs.learners])
 
         patch.setitem(EXPERIMENTS, "damage", EXPERIMENTS["damage"]._replace(plan=plan))
@@ -394,6 +394,56 @@ def test_the_best_way_to_merge_is_named():
         "Best merged: TIES of all, own head, 0.50."
     ]
     assert set(section.bars[0].values) == {*f1, "NON-SHARED LoRA r=8", "SHARED LoRA r=8"}
+
+
+def test_pinned_orders():
+    order, pinned = ("en-US", "ja-JP", "de-DE", "zh-CN", "ru-RU", "ar-SA"), ["zh-CN", "ja-JP"]
+    made = {place: " ".join(experiments.order.pinned_order(order, pinned, place)) for place in experiments.order.PLACES}
+    assert made == {
+        "start": "zh-CN ja-JP en-US de-DE ru-RU ar-SA",
+        "middle": "en-US de-DE zh-CN ja-JP ru-RU ar-SA",
+        "end": "en-US de-DE ru-RU ar-SA zh-CN ja-JP",
+    }
+
+
+def placed(effects, seeds=3, orders=2, noise=0.0):
+    """`order`'s entries: F1 at the end of the others by place; pinned languages end at 0.3, 0.5 when learned."""
+    draw, data = np.random.default_rng(0), []
+    for place, f1 in effects.items():
+        for seed in range(seeds):
+            for number in range(orders):
+                names = experiments.order.pinned_order(("en-US", "de-DE", "zh-CN", "ru-RU"), ["zh-CN"], place)
+                level = f1 + 0.1 * number + noise * draw.normal()
+                end = [[300 if locale == "zh-CN" else round(1000 * level), 1000, 1000] for locale in names]
+                about = {"label": "SHARED LoRA r=8", "order_name": f"Order {number + 1}", "seed": seed, "place": place}
+                data.append(about | {"order": list(names), "pinned": ["zh-CN"], "end": end, "learned": [[500, 1000, 1000]]})
+    return data
+
+
+def test_order_finds_what_a_place_does_and_nothing_where_it_does_nothing():
+    section = experiments.order.analyse({}, placed({"start": 0.4, "middle": 0.3, "end": 0.2}, noise=0.01))
+    assert "they end at 0.30, 0.30 and 0.30 F1; the others at 0.45, 0.35 and 0.2" in section.findings[0]
+    rows = {row[:2]: row[2:] for row in section.tables[0].rows}
+    mean, ends = rows["others, at the end", "end − start"]
+    low, high = map(float, ends.split(" to "))
+    assert -0.22 < float(mean) < -0.18 and low < float(mean) < high < 0
+    assert rows["pinned, at the end", "end − start"] == ("+0.000", "")
+    section = experiments.order.analyse({}, placed({"start": 0.3, "middle": 0.3, "end": 0.3}, noise=0.05))
+    low, high = map(float, section.tables[0].rows[-3][3].split(" to "))
+    assert section.tables[0].rows[-3][0] == "others, at the end" and low < 0 < high
+
+
+def test_order_end_to_end(cache, tmp_path):
+    folder = tmp_path / "run"
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "order", "--strategies", "shared", "--orders", "2"]
+    assert main(run) == 0
+    entries = json.loads((folder / "scores.json").read_text())["experiments"]["order"]
+    assert len(entries) == 6 and all(entry["pinned"] == ["ja-JP"] and None not in entry["end"] for entry in entries)
+    places = {(entry["order_name"], entry["place"]): entry["order"].index("ja-JP") for entry in entries}
+    assert {place: at for (_, place), at in places.items()} == {"start": 0, "middle": 1, "end": 2}
+    for entry in entries:  # pinned at the end: learned and tested at once
+        assert entry["place"] != "end" or entry["learned"] == [entry["end"][-1]]
+    assert "<h2>Languages or places?</h2>" in (folder / "report.html").read_text()
 
 
 def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, merge, pairs, where
+from . import damage, merge, order, pairs, where
 from .section import Needs, Section
 
 
@@ -26,8 +26,8 @@ class Experiment(NamedTuple):
     """
 
     strategies: tuple[str, ...]
-    plan: Callable[[Study], Needs]
-    record: Callable[[Study, Any, list[Counts]], list[dict[str, Any]]]
+    plan: Callable[[Config, Study], Needs]
+    record: Callable[[Config, Study, Any, list[Counts]], list[dict[str, Any]]]
     shape: Shape
     analyse: Callable[[Mapping[str, Any], list[dict[str, Any]]], Section | None]
 
@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "where": Experiment(("shared", "partial"), where.plan, where.record, where.SHAPE, where.analyse),
     "damage": Experiment(("lora-multi",), damage.plan, damage.record, damage.SHAPE, damage.analyse),
     "merge": Experiment(("non-shared",), merge.plan, merge.record, merge.SHAPE, merge.analyse),
+    "order": Experiment(("shared",), order.plan, order.record, order.SHAPE, order.analyse),
     "pairs": Experiment(("non-shared",), pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
 }
 
@@ -44,7 +45,7 @@ def with_experiments(config: Config, study: Study) -> Study:
     """The study with all that its experiments need."""
     probes = []
     for name in dict.fromkeys(config.experiments):
-        needs = EXPERIMENTS[name].plan(study)
+        needs = EXPERIMENTS[name].plan(config, study)
         for learner, to_score in needs.learners:
             if learner not in study.learners:
                 study.learners.append(learner)
@@ -59,7 +60,7 @@ def with_experiments(config: Config, study: Study) -> Study:
 
 def idle(config: Config, study: Study) -> list[str]:
     """A line for each experiment that a study gives nothing to look at."""
-    names = [name for name in dict.fromkeys(config.experiments) if not any(EXPERIMENTS[name].plan(study))]
+    names = [name for name in dict.fromkeys(config.experiments) if not any(EXPERIMENTS[name].plan(config, study))]
     wanted = {name: " or ".join(EXPERIMENTS[name].strategies) for name in names}
     return [
         f"--experiments {name} has no effect: it needs --strategies {wanted[name]}, of two languages or more" for name in names
@@ -71,7 +72,7 @@ def recorded(config: Config, study: Study, scores: Any, counts: list[Counts]) ->
     results: dict[str, list[dict[str, Any]]] = {}
     for name in dict.fromkeys(config.experiments):
         own = [count for (of, _), count in zip(study.probes, counts, strict=True) if of == name]
-        results[name] = EXPERIMENTS[name].record(study, scores, own)
+        results[name] = EXPERIMENTS[name].record(config, study, scores, own)
     return results
 
 

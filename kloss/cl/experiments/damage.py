@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...config import Config
 from ..learner import Learner
 from ..metrics import FLOOR
 from ..probes import Counts
@@ -31,7 +32,7 @@ def _fork(parent: Learner, locale: str) -> Learner:
     return replace(parent, experiences=((locale,),), start=(parent, len(parent.experiences)))
 
 
-def plan(study: Study) -> Needs:
+def plan(config: Config, study: Study) -> Needs:
     """The forks, scored on every language."""
     trials = _trials(study)
     if not trials or len(trials[0].order) < 2:
@@ -40,7 +41,7 @@ def plan(study: Study) -> Needs:
     return Needs(learners=[(_fork(parent, locale), {1: list(order)}) for parent, order in parents for locale in order])
 
 
-def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """Counts of every language before the fork, and after each fork (row); None where it diverged."""
     entries = []
     for trial in _trials(study):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...config import Config
 from ..languages import LANGUAGES
 from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
@@ -56,7 +57,7 @@ def ties(changes: "Tensor") -> "Tensor":
     return torch.where(agree, changes, 0).sum(0) / agree.sum(0).clamp(min=1)
 
 
-def plan(study: Study) -> Needs:
+def plan(config: Config, study: Study) -> Needs:
     """Probes of every way, with either head."""
     trials, probes = trials_of_learners(study), []
     if not trials or len(trials[0].order) < 2:
@@ -83,7 +84,7 @@ def plan(study: Study) -> Needs:
     return Needs(probes=probes)
 
 
-def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """What each probe is, with its counts."""
     probes = [probe for name, probe in study.probes if name == "merge"]
     return [probe.about | {"counts": count} for probe, count in zip(probes, counts, strict=True)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...config import Config
 from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import Floats
@@ -22,7 +23,7 @@ def trials_of_learners(study: Study) -> list[Trial]:
     return list({frozenset(trial.learners): trial for trial in own}.values())
 
 
-def plan(study: Study) -> Needs:
+def plan(config: Config, study: Study) -> Needs:
     """Each adapter on every language."""
     trials = trials_of_learners(study)
     if not trials or len(trials[0].order) < 2:
@@ -30,7 +31,7 @@ def plan(study: Study) -> Needs:
     return Needs(cells=[(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
 
 
-def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each trial the counts of every adapter (row) on every language (column); None where it diverged."""
     entries = []
     for trial in trials_of_learners(study):

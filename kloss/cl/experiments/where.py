@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...config import Config
 from ..metrics import FLOOR
 from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
@@ -51,7 +52,7 @@ def give_back(rows: Sequence["Tensor"], slots: Mapping[str, "Slot"], part: str) 
     return row
 
 
-def plan(study: Study) -> Needs:
+def plan(config: Config, study: Study) -> Needs:
     """A probe for each part of each LoRA learner that trains on several languages, and each of these but its last."""
     probes: dict[tuple, Probe] = {}
     for trial in study.trials:
@@ -67,7 +68,7 @@ def plan(study: Study) -> Needs:
     return Needs(probes=list(probes.values()))
 
 
-def record(study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """What each probe is, with its counts."""
     probes = [probe for name, probe in study.probes if name == "where"]
     return [probe.about | {"counts": count} for probe, count in zip(probes, counts, strict=True)]

@@ -1,0 +1,107 @@
+"""Do some languages destroy more, or only later ones? A few languages are pinned to the start, the middle or the end of each
+order, the others staying as they were: what differs between the three is their place alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...config import Config
+from ..languages import check_locales
+from ..probes import Counts
+from ..spans import f1_from_counts
+from ..statistics import crossed_interval
+from ..study import Study, Trial
+from .section import Bars, Needs, Section, Table
+
+SHAPE = {
+    "label": str, "order_name": str, "seed": int, "place": str, "order": [str], "pinned": [str], "end": [([int], None)],
+    "learned": [([int], None)],
+}  # fmt: skip
+PLACES = ("start", "middle", "end")
+
+
+def pinned_order(order: Sequence[str], pinned: Sequence[str], place: str) -> tuple[str, ...]:
+    """An order with some of its languages moved together to a place."""
+    others = [locale for locale in order if locale not in pinned]
+    at = {"start": 0, "middle": len(others) // 2, "end": len(others)}[place]
+    return (*others[:at], *pinned, *others[at:])
+
+
+def _designs(config: Config, study: Study) -> list[tuple[Trial, str, tuple[str, ...], list[str]]]:
+    """(trial of SHARED, place, order, pinned languages), for every order and seed. Raises UserError for an unknown language."""
+    designs = []
+    for trial in (trial for trial in study.trials if trial.strategy == "shared"):
+        pinned = [locale for locale in check_locales(config.pinned) if locale in trial.order]
+        if pinned and len(pinned) < len(trial.order):
+            designs += [(trial, place, pinned_order(trial.order, pinned, place), pinned) for place in PLACES]
+    return designs
+
+
+def _learner(study: Study, trial: Trial, order: Sequence[str]) -> Any:
+    return replace(study.learners[trial.learners[0]], experiences=tuple((locale,) for locale in order))
+
+
+def plan(config: Config, study: Study) -> Needs:
+    """A SHARED learner for each place, scored at the end, and on pinned languages when they were learned."""
+    learners = []
+    for trial, _, order, pinned in _designs(config, study):
+        to_score = {order.index(locale) + 1: [locale] for locale in pinned} | {len(order): list(order)}
+        learners.append((_learner(study, trial, order), to_score))
+    return Needs(learners=learners)
+
+
+def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+    """For each learner the counts of all languages at the end, and of pinned ones when learned."""
+    entries = []
+    for trial, place, order, pinned in _designs(config, study):
+        own = scores[study.learners.index(_learner(study, trial, order))]
+        end = [own.get(len(order), {}).get(locale) for locale in order]
+        learned = [own.get(order.index(locale) + 1, {}).get(locale) for locale in pinned]
+        about = {"label": trial.label, "order_name": trial.order_name, "seed": trial.seed, "place": place}
+        entries.append(about | {"order": list(order), "pinned": pinned, "end": end, "learned": learned})
+    return entries
+
+
+def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
+    """F1 of pinned and other languages by place, and the differences between places, paired by order and seed."""
+    findings, bars, tables = [], [], []
+    for label in dict.fromkeys(entry["label"] for entry in data):
+        values: dict[str, dict[str, dict[tuple, float]]] = defaultdict(lambda: defaultdict(dict))
+        pinned: list[str] = []
+        for entry in (entry for entry in data if entry["label"] == label):
+            if None in (*entry["end"], *entry["learned"]):
+                continue  # it diverged
+            pinned, f1 = entry["pinned"], dict(zip(entry["order"], f1_from_counts(entry["end"]), strict=True))
+            key = entry["order_name"], entry["seed"]
+            values["pinned, at the end"][entry["place"]][key] = float(np.mean([f1[locale] for locale in pinned]))
+            values["pinned, when learned"][entry["place"]][key] = float(np.mean(f1_from_counts(entry["learned"])))
+            values["others, at the end"][entry["place"]][key] = float(np.mean([f1[m] for m in f1 if m not in pinned]))
+        if not values:
+            findings.append(f"{label} diverged.")
+            continue
+        names = ", ".join(pinned)
+        for kind, places in values.items():
+            bars.append(Bars(f"{label}: F1 of {kind}", {place: list(places[place].values()) for place in PLACES}, "F1"))
+        rows = []
+        for kind, places in values.items():
+            for one, other in (("end", "start"), ("middle", "start"), ("end", "middle")):
+                pairs = {key: places[one][key] - places[other][key] for key in places[one].keys() & places[other].keys()}
+                mean, (low, high, _) = float(np.mean(list(pairs.values()))), crossed_interval(pairs)
+                rows.append((kind, f"{one} − {other}", f"{mean:+.3f}", "" if low != low else f"{low:+.3f} to {high:+.3f}"))
+        tables.append(Table(f"{label}: differences between places", ("F1 of", "places", "difference", "95 % interval"), rows))
+        others, own = (values[kind] for kind in ("others, at the end", "pinned, at the end"))
+        last = {place: float(np.mean(list(others[place].values()))) for place in PLACES}
+        mine = {place: float(np.mean(list(own[place].values()))) for place in PLACES}
+        findings.append(
+            f"{label}, {names}: learned at the start, in the middle or at the end of a sequence they end at "
+            f"{mine['start']:.2f}, {mine['middle']:.2f} and {mine['end']:.2f} F1; the others at {last['start']:.2f}, "
+            f"{last['middle']:.2f} and {last['end']:.2f}."
+        )
+    orders = len({entry["order_name"] for entry in data})
+    limits = (f"{orders} order{'s' * (orders != 1)}; intervals are over orders and seeds.",)
+    question = "The same languages at the start, in the middle and at the end of the same orders: does it matter, and to whom?"
+    return Section("Languages or places?", question, findings, limits, bars, (), tables) if data else None
