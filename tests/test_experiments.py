@@ -23,6 +23,7 @@ from kloss.errors import UserError
 from kloss.files import read_tensors
 from kloss.models import AdapterBank, XLMRConfig
 from kloss.models.bank import HEAD
+from kloss.report import write_report
 from kloss.run import DIVERGED, main
 
 BOTH = ("--experiments", "where", "pairs", "--strategies", "non-shared", "shared")
@@ -508,6 +509,16 @@ def test_the_page_has_a_section_for_each(whole):
     page = (whole / "report.html").read_text()
     assert "<h2>Where is it lost?</h2>" in page and "<h2>Who gives to whom?</h2>" in page
     assert page.index("Who gives to whom?") < page.index("best donors and receivers")
+
+
+def test_the_answers_stand_on_the_first_screen(whole, tmp_path):
+    scores = json.loads((whole / "scores.json").read_text())
+    for run in scores["runs"]:  # as if something had been learned
+        run["R"] = [[0.5 if i > j else 0.0 for j in range(3)] for i in range(4)]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    page = write_report(tmp_path).read_text()
+    first = page[: page.index("</header>")]
+    assert "on its own language an adapter reaches" in first and "on earlier languages" in first
 
 
 def test_damaged_entries_are_refused_by_name(whole):

@@ -48,6 +48,7 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
     sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
     compared, focus = comparisons(scores), next((row["label"] for row in sections.losing(rows)), None)
     section = languages(scores["corpus"], sequential, focus) if sequential else {}
+    answers = list(experiments(scores))
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("page.html.j2").render(
@@ -61,7 +62,11 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         fewest_orders=FEWEST_ORDERS,
         headline=sections.headline(rows, compared),
         asked=sections.asked(scores, strategies),
-        findings=[*sections.findings(rows, section), *chosen_on_dev(scores, rows)],
+        findings=[
+            *(answer.findings[0] for answer in answers),
+            *sections.findings(rows, section),
+            *chosen_on_dev(scores, rows),
+        ],  # fmt: skip
         limits=sections.limits(scores, rows, strategies[focus] if focus else []),
         compared=sections.paired_differences(compared),
         results=sections.results(rows, strategies),
@@ -69,7 +74,7 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
         languages=section or None,
-        experiments=[(section, sections.panels(section)) for section in experiments(scores)],
+        experiments=[(answer, sections.panels(answer)) for answer in answers],
         training=sections.training(log) if log else None,
         setting=sections.setting(scores.get("choices", []), config, env),
     )

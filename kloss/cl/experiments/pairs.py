@@ -116,7 +116,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         if len(locales) >= 5:
             r, low, high = symmetry(F, np.random.default_rng(0))
             known = "" if low <= 0 <= high else f": languages that give to each other {'do so both ways' if r > 0 else 'differ'}"
-            findings.append(f"{label}: the rest is symmetric to r = {r:.2f} ({low:.2f} to {high:.2f}){known}.")
+            text = f"{label}: the rest is symmetric to r = {r:.2f} ({low:.2f} to {high:.2f}){known}."
+            findings.append(text.replace("-0.", "−0."))
         matrices.append(Matrix(f"{label}: F1 of each adapter (row) on each language (column)", locales, F, "adapter of"))
         best = [sorted(zip(effect, locales, strict=True), reverse=True) for effect in (donors, receivers)]
         lines = [
