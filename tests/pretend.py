@@ -39,7 +39,11 @@ class Pretended(Tensor):
         tensor.inner = inner
         return tensor
 
+    def _set_data(self, value):
+        self.inner = value.inner
+
     device = property(lambda self: GPU)
+    data = property(lambda self: self.detach(), _set_data)
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are what the mode makes them
 
     def __repr__(self):

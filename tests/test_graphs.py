@@ -212,6 +212,19 @@ def test_a_learner_that_diverges_while_the_next_step_is_packed(monkeypatch):
     assert (got[0] - wanted[0]).norm() < 1e-5 * wanted[0].norm()
 
 
+def test_a_whole_model_is_trained_through_graphs_too(monkeypatch):
+    learners = [learner(0, rank=None, lora_dropout=0.0, dropout=0.1, batch_size=4, epochs=4)]
+    plain = cohort_of(learners, SMALL, LAYERS)
+    plain.train()
+    with pretended_gpu(monkeypatch) as gpu:
+        there = cohort_of(learners, SMALL, LAYERS, device=GPU)
+        there.train()
+        param = there.bank.param.cpu()
+        assert gpu.captures and gpu.replays >= 3
+    assert (param - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()
+    assert there.scores == plain.scores
+
+
 def test_scoring_is_captured_too(monkeypatch):
     pairs = [(g, locale) for g in range(3) for locale in ("aa", "bb")]
     model = toy_model(**LAYERS)
