@@ -180,7 +180,8 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
                 )
             folder.write_environment(device, warm_up)
-            config = with_pass_tokens(config, study, backbone, free_memory(device))
+            if not config.pass_tokens:
+                config = with_pass_tokens(config, study, backbone, free_memory(device))
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
@@ -215,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_memory()
             if config.dry_run:
                 with console.progress() as progress:
-                    lines = describe(config, *prepare(config, progress), free_memory(device_of(config.device)))
+                    lines = describe(
+                        config, *prepare(config, progress), None if config.pass_tokens else free_memory(device_of(config.device))
+                    )
                 console.plan(lines)
             else:
                 with console.progress() as progress:

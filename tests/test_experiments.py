@@ -399,7 +399,7 @@ def test_the_best_way_to_merge_is_named():
 
 def test_pinned_orders():
     order, pinned = ("en-US", "ja-JP", "de-DE", "zh-CN", "ru-RU", "ar-SA"), ["zh-CN", "ja-JP"]
-    made = {place: " ".join(experiments.order.pinned_order(order, pinned, place)) for place in experiments.order.PLACES}
+    made = {place: " ".join(experiments.order.pinned_order(order, pinned, place)) for place in experiments.order.POSITIONS}
     assert made == {
         "start": "zh-CN ja-JP en-US de-DE ru-RU ar-SA",
         "middle": "en-US de-DE zh-CN ja-JP ru-RU ar-SA",

@@ -21,7 +21,7 @@ SHAPE = {
     "label": str, "order_name": str, "seed": int, "place": str, "order": [str], "pinned": [str], "end": [([int], None)],
     "learned": [([int], None)],
 }  # fmt: skip
-PLACES = ("start", "middle", "end")
+POSITIONS = ("start", "middle", "end")
 
 
 def pinned_order(order: Sequence[str], pinned: Sequence[str], place: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def _designs(config: Config, study: Study) -> list[tuple[Trial, str, tuple[str, 
     for trial in (trial for trial in study.trials if trial.strategy == "shared"):
         pinned = [locale for locale in check_locales(config.pinned) if locale in trial.order]
         if pinned and len(pinned) < len(trial.order):
-            designs += [(trial, place, pinned_order(trial.order, pinned, place), pinned) for place in PLACES]
+            designs += [(trial, place, pinned_order(trial.order, pinned, place), pinned) for place in POSITIONS]
     return designs
 
 
@@ -85,7 +85,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             continue
         names = ", ".join(pinned)
         for kind, places in values.items():
-            bars.append(Bars(f"{label}: F1 of {kind}", {place: list(places[place].values()) for place in PLACES}, "F1"))
+            bars.append(Bars(f"{label}: F1 of {kind}", {place: list(places[place].values()) for place in POSITIONS}, "F1"))
         rows = []
         for kind, places in values.items():
             for one, other in (("end", "start"), ("middle", "start"), ("end", "middle")):
@@ -94,8 +94,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
                 rows.append((kind, f"{one} − {other}", f"{mean:+.3f}", "" if low != low else f"{low:+.3f} to {high:+.3f}"))
         tables.append(Table(f"{label}: differences between places", ("F1 of", "places", "difference", "95 % interval"), rows))
         others, own = (values[kind] for kind in ("others, at the end", "pinned, at the end"))
-        last = {place: float(np.mean(list(others[place].values()))) for place in PLACES}
-        mine = {place: float(np.mean(list(own[place].values()))) for place in PLACES}
+        last = {place: float(np.mean(list(others[place].values()))) for place in POSITIONS}
+        mine = {place: float(np.mean(list(own[place].values()))) for place in POSITIONS}
         findings.append(
             f"{label}, {names}: learned at the start, in the middle or at the end of a sequence they end at "
             f"{mine['start']:.2f}, {mine['middle']:.2f} and {mine['end']:.2f} F1; the others at {last['start']:.2f}, "
