@@ -58,6 +58,6 @@ def remarks(device: torch.device) -> list[str]:
     if not built():
         lines.append("the C++ kernels are not built: plain torch does their work, about half as fast (see README)")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if threads > 1 and cores + 1 < load + threads:
+    if threads > 1 and load + threads > 2 * cores:  # the preparation of this run is itself a load of one
         lines.append(f"other programs are using the {cores} cores (load {load:.1f}): --threads 1 may be faster than {threads}")
     return lines

@@ -38,12 +38,12 @@ def test_what_makes_a_run_slow_is_said_once(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.9, 0, 0))
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.9, 0, 0))
     monkeypatch.setattr(machine, "built", lambda: True)
     assert remarks(cpu) == []
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.5, 0, 0))
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.5, 0, 0))
     (line,) = remarks(cpu)
-    assert "load 1.5" in line and "--threads 1 may be faster than 2" in line
+    assert "load 2.5" in line and "--threads 1 may be faster than 2" in line
     monkeypatch.setattr(machine, "built", lambda: False)
     assert "C++ kernels are not built" in remarks(cpu)[0] and len(remarks(cpu)) == 2
     assert remarks(torch.device("cuda", 0)) == []
