@@ -20,8 +20,8 @@ from .models.architecture import from_config
 CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
 
 
-def describe(config: Config, corpus: Corpus, study: Study, free: int | None = None) -> list[tuple[str, str]]:
-    """Return the plan of a run as (heading, text) lines. free: bytes of a GPU's memory that nobody uses; None: on a CPU."""
+def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = None) -> list[tuple[str, str]]:
+    """Return the plan of a run as (heading, text) lines. on_gpu: bytes of memory that a GPU has; None: on a CPU."""
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
     tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
     locales = [locale for table in study.to_score for row in table.values() for locale in row]
@@ -47,7 +47,7 @@ def describe(config: Config, corpus: Corpus, study: Study, free: int | None = No
         total = sum(tokens[g] for g in members)
         lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
     lines.append(("scoring", f"{scored} tokens"))
-    chosen = with_pass_tokens(config, study, backbone, free)
+    chosen = with_pass_tokens(config, study, backbone, on_gpu)
     if chosen != config:
         lines.append(("a pass", f"{chosen.pass_tokens} tokens, by the device's memory (--pass-tokens 0)"))
         config = chosen
@@ -91,26 +91,25 @@ def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int
     return {name: count * itemsize for name, count in elements.items()} | others
 
 
-def with_pass_tokens(config: Config, study: Study, sizes: XLMRConfig | None, free: int | None) -> Config:
+def with_pass_tokens(config: Config, study: Study, sizes: XLMRConfig | None, memory: int | None) -> Config:
     """Return the configuration with a number for pass_tokens 0.
 
     sizes: of the backbone; None: not known, which leaves it.
-    free: bytes of a GPU's memory that nobody uses; None: on a CPU. Three fifths of what weights, gradients and moments leave are
-        filled with what passes keep for backward.
+    memory: bytes that a GPU has; None: on a CPU. Three fifths of what weights, gradients and moments leave are filled with what
+        passes keep for backward. Not what is free at the moment: a run that goes on must cut the same passes.
     """
     if config.pass_tokens or sizes is None:
         return config
-    if free is None:
+    if memory is None:
         return replace(config, pass_tokens=Config.pass_tokens)
-    item, most = DTYPES[config.dtype].itemsize, 0.0
+    item, rooms = DTYPES[config.dtype].itemsize, []
     for members in cohorts_of(study, config.max_learners):
         ranks = [rank for rank in (study.learners[g].rank for g in members) if rank is not None]
         width = AdapterBank.width_of(sizes, max(ranks)) if ranks else sum(p.numel() for p in _parameters(sizes))
         state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
         kept = sum(kept_per_token(sizes, max(ranks, default=0), item).values())
-        room = 0.6 * (free - state) / kept
-        most = room if not most else min(most, room)
-    return replace(config, pass_tokens=max(1024, int(most)))
+        rooms.append(0.6 * (memory - state) / kept)
+    return replace(config, pass_tokens=max(1024, int(min(rooms))))
 
 
 def _parameters(sizes: XLMRConfig) -> list[torch.nn.Parameter]:
@@ -123,11 +122,8 @@ def _kept(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig) ->
     """Return what the largest pass keeps for backward, in words."""
     passes = []
     for members in cohorts_of(study, config.max_learners):
-        learners, batches = [study.learners[g] for g in members], []
-        for learner in learners:
-            stream = Stream.of(corpus, learner)
-            sentences = sum(stream.epochs * stream.sentences(k) for k in range(len(stream.experiences)))
-            batches.append(stream.batch_size * stream.tokens() / sentences)
+        learners = [study.learners[g] for g in members]
+        batches = [Stream.of(corpus, learner).batch_tokens() for learner in learners]
         rank = max(learner.rank or 0 for learner in learners)
         tokens = max(*batches, min(sum(batches), config.pass_tokens))
         kept = kept_per_token(backbone, rank, DTYPES[config.dtype].itemsize)

@@ -122,9 +122,9 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU's memory that nobody uses; None for a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+def gpu_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU's memory; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:
@@ -139,10 +139,7 @@ def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.dev
         if ranks:
             name = f"a cohort of {len(ranks):,} adapters of rank {max(ranks):,} (see --max-learners)"
             needed[name] = len(ranks) * AdapterBank.width_of(sizes, max(ranks))
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = gpu_memory(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name, values in needed.items():
         if 16 * values > there:  # weight, gradient, two moments
             raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
@@ -180,8 +177,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
                     f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
                 )
             folder.write_environment(device, warm_up)
-            if not config.pass_tokens:
-                config = with_pass_tokens(config, study, backbone, free_memory(device))
+            config = with_pass_tokens(config, study, backbone, gpu_memory(device))
             outcome = train_study(
                 config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
             )
@@ -216,9 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_memory()
             if config.dry_run:
                 with console.progress() as progress:
-                    lines = describe(
-                        config, *prepare(config, progress), None if config.pass_tokens else free_memory(device_of(config.device))
-                    )
+                    memory = None if config.pass_tokens else gpu_memory(device_of(config.device))  # a plan needs no GPU
+                    lines = describe(config, *prepare(config, progress), memory)
                 console.plan(lines)
             else:
                 with console.progress() as progress:

@@ -44,8 +44,10 @@ class Graphs:
         batch: on the host, padded.
         Returns what the function returns, which stays as it is until the next call.
         """
+        if not self.enabled:
+            return function(batch.to(self.device))
         key = key, batch.bucket
-        if not self.enabled or key not in self._captured:
+        if key not in self._captured:
             self._captured[key] = None
             return function(batch.to(self.device))
         if self._captured[key] is None:

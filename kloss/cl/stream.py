@@ -73,6 +73,11 @@ class Stream:
         """Return the number of training sentences of an experience."""
         return sum(self.corpus.sentences(locale, "train").number for locale in self.experiences[experience])
 
+    def batch_tokens(self) -> float:
+        """Return the tokens of a full batch, on average."""
+        sentences = sum(self.epochs * self.sentences(k) for k in range(len(self.experiences)))
+        return self.batch_size * self.tokens() / sentences
+
     def tokens(self) -> int:
         """Return the number of tokens of the whole stream."""
         locales = [locale for experience in self.experiences for locale in experience]

@@ -231,9 +231,7 @@ class _Team:
         """Cut the rows into ranges of about `pass_tokens` tokens a step; a learner's batch is never split."""
         passes, first, room = [], 0, float(self.cohort.pass_tokens)
         for row in self.live:
-            stream = self.cohort.streams[self.learners[row]]
-            sentences = sum(stream.epochs * stream.sentences(k) for k in range(len(stream.experiences)))
-            tokens = stream.batch_size * stream.tokens() / sentences
+            tokens = self.cohort.streams[self.learners[row]].batch_tokens()
             if room < self.cohort.pass_tokens and tokens > room:
                 passes.append((first, row))
                 first, room = row, float(self.cohort.pass_tokens)
@@ -282,11 +280,10 @@ class _Team:
         if self.graphs.enabled and not ended:
             self._pack_ahead()
         loss, norms = both.cpu()  # the one wait for a GPU
-        for row in self.live:
-            if not (loss[row].isfinite() and norms[row].isfinite()):
-                reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
-                cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"
-                ended = [other for other in ended if other != row]
+        for row in (~(torch.isfinite(loss) & torch.isfinite(norms))).nonzero()[:, 0].tolist():  # idle rows have zeros
+            reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
+            cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"
+            ended = [other for other in ended if other != row]
         loss = loss[self.live]
         finite = loss[torch.isfinite(loss)]
         return float(finite.mean()) if finite.numel() else math.nan, ended

@@ -13,7 +13,7 @@ from ..learner import Learner
 from ..metrics import FLOOR
 from ..probes import Counts
 from ..spans import f1_from_counts
-from ..statistics import Floats, interval
+from ..statistics import Floats, interval, measured_mean
 from ..study import Study, Trial
 from ..summary import script
 from .pairs import additive, explained
@@ -65,9 +65,8 @@ def by_script(change: Floats, locales: list[str]) -> list[tuple[float, float]]:
     for i, row in enumerate(change):
         others = np.arange(len(row)) != i
         alike = scripts == scripts[i]
-        means = [row[others & which & ~np.isnan(row)] for which in (alike, ~alike)]
-        pairs.append(tuple(float(values.mean()) if len(values) else np.nan for values in means))
-    return pairs  # type: ignore[return-value]
+        pairs.append((float(measured_mean(row[others & alike])), float(measured_mean(row[others & ~alike]))))
+    return pairs
 
 
 def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
