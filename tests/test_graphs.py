@@ -225,6 +225,16 @@ def test_a_whole_model_is_trained_through_graphs_too(monkeypatch):
     assert there.scores == plain.scores
 
 
+def test_what_a_replay_returns_stays_as_it_is(monkeypatch):
+    """On a GPU the passes of a step share the memory of their graphs, so that a later one may write where an earlier one's output was."""
+    batches = [batch_of(counts) for counts in ([3, 2], [5, 0], [0, 5], [4, 1])]
+    with pretended_gpu(monkeypatch) as gpu:
+        graphs = Graphs(GPU)
+        sums = [graphs("sum", lambda batch: batch.adapter.sum()[None], batch) for batch in batches]
+        assert gpu.replays == 3
+        assert [int(value) for value in sums] == [int(batch.adapter.sum()) for batch in batches]
+
+
 def test_scoring_is_captured_too(monkeypatch):
     pairs = [(g, locale) for g in range(3) for locale in ("aa", "bb")]
     model = toy_model(**LAYERS)

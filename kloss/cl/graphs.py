@@ -42,7 +42,7 @@ class Graphs:
 
         key: names the function and what it holds; with the batch's bucket it must decide what is launched.
         batch: on the host, padded.
-        Returns what the function returns, which stays as it is until the next call.
+        Returns what the function returns. It stays as it is: graphs share their memory, so a replayed one's output is copied out.
         """
         if not self.enabled:
             return function(batch.to(self.device))
@@ -62,7 +62,7 @@ class Graphs:
         assert captured is not None
         captured.batch.numbers.copy_(batch.numbers.pin_memory(), non_blocking=True)
         captured.replay()
-        return captured.output
+        return captured.output.clone()
 
     def _capture(self, function: Function, static: PackedBatch) -> tuple[Callable[[], None], Tensor]:
         """`replay` and `output` of a graph."""
