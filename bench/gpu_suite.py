@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, product
 from multiprocessing import get_context
@@ -36,6 +36,7 @@ from .timing import ROOT, environment
 
 SHARES = {"tests": 0.30, "first": 0.16, "steps": 0.14, "kernels": 0.14, "baselines": 0.12, "decisions": 0.14}
 LAST_LINES = 40  # of the tests' output that are printed
+LAST_WORDS = 10.0  # seconds that tests which take too long have to report
 WORKERS = 8  # processes of the tests, and as many that compile: most of the tests' time is Triton compiling too
 
 
@@ -198,9 +199,9 @@ def beside(command: Sequence[str]) -> Iterator[None]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
+    with suppress(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def deadlines(began: float, minutes: float, sections: Sequence[str]) -> dict[str, float]:
@@ -251,7 +252,7 @@ def pytest_command(parallel: bool) -> list[str]:
 
 
 def run_tests(command: Sequence[str], seconds: float, log: Path) -> str:
-    """Run a command and kill all its processes after that many seconds. Returns "passed", or "FAILED" and the reason.
+    """Run a command; after that many seconds interrupt it, then kill all its processes. Returns "passed", or "FAILED" and the reason.
 
     log: the file that gets its output, a line for each test as it ends, so that those of a killed command are known.
     """
@@ -263,6 +264,9 @@ def run_tests(command: Sequence[str], seconds: float, log: Path) -> str:
     try:
         code = process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest then tells of the failures so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
         return f"FAILED: not finished after {seconds:.0f} s"
     finally:
         _kill(process)
