@@ -52,44 +52,44 @@ def values(setting: str, *others: object) -> dict[str, dict[str, object]]:
 
 
 AT_32, AT_64, AT_256 = ((Shape(0, rank), Shape(2, rank)) for rank in (32, 64, 256))  # q, k, v and feed-forward up
+LONE = (Shape(0, 32, Batch(1, 384)), Shape(3, 32, Batch(1, 384)))  # q, k, v and feed-forward down
 CHUNKED = (Shape(0, 32, Batch(8, 2496)), Shape(0, 256, Batch(8, 2496)))  # adapters with several chunks
 SHORT = (Shape(0, 32, Batch(256, 78)), Shape(0, 32, Batch(1024, 19)))
 VENDOR = {"tuned.FUSED_CONTRACTION": 0}
-WIDER = {"tuned.TABLE fused": {"BC": 256}}
 TALL: dict[str, object] = {f"{module}.SHORT_TILE": 128 for module in ("segments", "lora_tiles", "adapter_linear_triton")}
 TALL |= {"tuned.TABLE shrink": {"num_warps": 8}, "tuned.TABLE expand": {"num_warps": 8}}  # with 4 they spill
-# Every choice that waits for hardware, in order of worth. FIRST are those on which most depends.
+# Every choice that waits for hardware, in order of worth. FIRST are those on which most depends. A loop that loads rows by their
+# order is pipelined from three stages on.
 FIRST = (
-    Decision("tuned.TABLE fused", "tile of the base product with the LoRA term, r=32", "fused", AT_32,
-             entries("fused", dict(BC=256), dict(BC=256, num_stages=4), dict(num_stages=4), dict(BC=64, num_warps=4))),
+    Decision("tuned.TABLE reduce", "tile of dA and dB, r=32", "reduce", AT_32 + LONE[1:],
+             entries("reduce", dict(num_stages=3), dict(num_stages=5), dict(num_stages=5, BC=64), dict(BK=32, num_stages=5),
+                     dict(num_stages=3, num_warps=8))),
     Decision("tuned.FUSED_CONTRACTION", "base products up to this contraction are the LoRA kernel's, longer ones the vendor's",
-             "linear", AT_32, values("tuned.FUSED_CONTRACTION", 0, 3072)
-             | {"1536, fused BC=256": WIDER, "3072, fused BC=256": {"tuned.FUSED_CONTRACTION": 3072, **WIDER}}),
-    Decision("tuned.TABLE wide shrink", "tile of S and dS, r=256", "shrink", AT_256,
-             entries("wide shrink", dict(BC=128, num_warps=4), dict(num_stages=2), dict(BK=32))),
-    Decision("tuned.TABLE wide reduce", "tile of dA and dB, r=256", "reduce", AT_256,
-             entries("wide reduce", dict(BR=128), dict(BR=64, num_warps=4), dict(BK=32), dict(num_stages=2))),
+             "linear", LONE + (Shape(0, 32, Batch(8, 384)),), values("tuned.FUSED_CONTRACTION", 0, 3072)),
+    Decision("tuned.TABLE shrink", "tile of S and dS, r=32", "shrink", AT_32[1:] + LONE[1:],
+             entries("shrink", dict(num_stages=4), dict(num_stages=5), dict(BK=128), dict(BK=128, num_stages=4),
+                     dict(BK=128, num_warps=8))),
     Decision("tuned.TABLE expand", "tile of the LoRA term without the base product, r=32", "expand", AT_32,
-             entries("expand", dict(BC=256, num_warps=8), dict(num_stages=3), dict(num_warps=8)), VENDOR),
-    Decision("lora_tiles.SUM_STEP", "programs of a sum that finds nothing to add", "sum", AT_32 + AT_256,
-             values("lora_tiles.SUM_STEP", 1, 52)),
+             entries("expand", dict(BC=64), dict(BC=64, num_warps=2), dict(BC=256)), VENDOR),
+    Decision("tuned.TABLE wide reduce", "tile of dA and dB, r=256", "reduce", AT_256,
+             entries("wide reduce", dict(num_stages=5), dict(BR=128, num_stages=5))),
+    Decision("tuned.TABLE wide shrink", "tile of S and dS, r=256", "shrink", AT_256,
+             entries("wide shrink", dict(BK=32, num_stages=4), dict(num_warps=8))),
+    Decision("tuned.WIDE reduce", "ranks of all slices above which dA and dB have the wide tile", "reduce", AT_64,
+             values("tuned.WIDE reduce", 32, 256)),
 )  # fmt: skip
 LATER = (
-    Decision("tuned.TABLE shrink", "tile of S and dS, r=32", "shrink", AT_32,
-             entries("shrink", dict(num_stages=4), dict(BK=128, num_stages=2, num_warps=8), dict(num_warps=8))),
-    Decision("tuned.TABLE reduce", "tile of dA and dB, r=32", "reduce", AT_32,
-             entries("reduce", dict(num_stages=3), dict(BK=32, num_stages=3), dict(num_warps=8))),
     Decision("attention_triton.CLASSES", "tiles of short sequences", "attention", (),
              {"(32, 64)": {"attention_triton.CLASSES half": (32, 64)}, "(64,)": {"attention_triton.CLASSES half": (64,)}}),
     Decision("add_norm_triton.BLOCK", "elements of a block of add_norm, of the embeddings and of dropout", "add_norm", (),
              values("add_norm_triton.BLOCK", 1024, 4096, 8192)),
+    Decision("tuned.TABLE fused", "tile of the base product with the LoRA term, r=32", "fused", AT_32,
+             entries("fused", dict(BC=128), dict(num_stages=4))),
     Decision("token_loss_triton.BLOCK", "logits of a block", "loss", (), values("token_loss_triton.BLOCK", 1024, 2048)),
     Decision("tuned.FUSED_ROWS_PER_ADAPTER", "rows of an adapter from which its tiles are full enough to fuse", "linear", SHORT,
              values("tuned.FUSED_ROWS_PER_ADAPTER", 0, 32)),
-    Decision("tuned.WIDE shrink", "ranks of all slices above which S and dS have the wide tile", "shrink", AT_64,
-             values("tuned.WIDE shrink", 32, 256)),
-    Decision("tuned.WIDE reduce", "ranks of all slices above which dA and dB have it", "reduce", AT_64,
-             values("tuned.WIDE reduce", 32, 256)),
+    Decision("lora_tiles.SUM_STEP", "programs of a sum that finds nothing to add", "sum", AT_32 + AT_256,
+             values("lora_tiles.SUM_STEP", 1, 52)),
     Decision("segments.CHUNK", "rows of a chunk of dA and dB; csrc/shared/lists.h has it too", "reduce", CHUNKED,
              values("segments.CHUNK", 512, 2048, 4096)),
     Decision("segments.SHORT_TILE", "rows of a tile of S, dS and the LoRA term; csrc/shared/lists.h has it too", "linear",
@@ -252,7 +252,7 @@ def pytest_command(parallel: bool) -> list[str]:
 
 
 def run_tests(command: Sequence[str], seconds: float, log: Path) -> str:
-    """Run a command; after that many seconds interrupt it, then kill all its processes. Returns "passed", or "FAILED" and the reason.
+    """Run a command; after that many seconds interrupt it, then kill all its processes. Returns "passed", or "FAILED" and why.
 
     log: the file that gets its output, a line for each test as it ends, so that those of a killed command are known.
     """

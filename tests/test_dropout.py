@@ -18,7 +18,7 @@ from kloss.kernels.dropout_device import keep_block, stream_keys, threshold_of
 WIDTH = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def mask_kernel(keep_ptr, scale_ptr, p_ptr, seed_ptr, row_key_ptr, site, first, T, BT: tl.constexpr, BC: tl.constexpr):
     o_t, o_c = tl.arange(0, BT), tl.arange(0, BC)
     threshold, scale = threshold_of(tl.load(p_ptr))

@@ -243,7 +243,8 @@ def test_decisions_have_names_of_their_own_and_say_what_is_set():
     for decision in gpu_suite.DECISIONS:
         assert kernels.set_now(decision, 90) not in decision.candidates and decision.decides
     assert kernels.set_now(gpu_suite.FIRST[1], 90) == str(tuned.FUSED_CONTRACTION)
-    assert kernels.set_now(gpu_suite.FIRST[0], 90) == "BC=128, num_stages=3, num_warps=8"
+    changes = gpu_suite.entries("fused", dict(BC=256), dict(num_stages=4, BC=64))
+    assert kernels.set_now(gpu_suite.FIRST[0]._replace(candidates=changes), 80) == "BC=128, num_stages=2"
 
 
 @pytest.mark.parametrize("arch", [0, 70, 89, 120])

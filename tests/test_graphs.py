@@ -226,7 +226,7 @@ def test_a_whole_model_is_trained_through_graphs_too(monkeypatch):
 
 
 def test_what_a_replay_returns_stays_as_it_is(monkeypatch):
-    """On a GPU the passes of a step share the memory of their graphs, so that a later one may write where an earlier one's output was."""
+    """On a GPU the passes of a step share the memory of their graphs: a later one may write where an earlier one's output was."""
     batches = [batch_of(counts) for counts in ([3, 2], [5, 0], [0, 5], [4, 1])]
     with pretended_gpu(monkeypatch) as gpu:
         graphs = Graphs(GPU)

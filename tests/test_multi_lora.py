@@ -64,14 +64,20 @@ def test_many_adapters_and_long_ones(shape, device, dtype):
 def test_the_base_product_lands_on_the_lora_term(device, monkeypatch):
     """The vendor's product accumulates on small terms: its result is as close to fp64 as the fused kernel's, in y and in dx.
 
-    Added to the rounded base product instead, the LoRA term would be rounded with it, and the error 1.4 times as large.
+    Added to the rounded base product instead, the LoRA term would be rounded with it, and the error 1.4 times as large. The vendor
+    must not do so by itself: by default it may add up parts of a small product in 16 bits.
     """
-    monkeypatch.setattr(tuned, "fuse", lambda *shape: False)
-    case = problem([60, 9], [0, 1], adapters=2, k=96, n=96, dtype=torch.float16, device=device)
-    case.lora_b.mul_(0.05)
-    case.bias.mul_(0.05)
-    oracle = outputs(kernels.reference.multi_lora_linear, on_cpu(case), torch.float64)
-    got = [outputs(multi_lora_linear, case, exact=exact) for exact in (False, True)]
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction, False
+    try:
+        monkeypatch.setattr(tuned, "fuse", lambda *shape: False)
+        case = problem([60, 9], [0, 1], adapters=2, k=96, n=96, dtype=torch.float16, device=device)
+        case.lora_b.mul_(0.05)
+        case.bias.mul_(0.05)
+        oracle = outputs(kernels.reference.multi_lora_linear, on_cpu(case), torch.float64)
+        got = [outputs(multi_lora_linear, case, exact=exact) for exact in (False, True)]
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
     for name in ("y", "x"):
         vendor, fused = ((values[name].cpu().double() - oracle[name]).norm() for values in got)
         assert vendor < 1.1 * fused, name
@@ -397,7 +403,10 @@ def test_fullgraph_forward_and_backward_at_two_lengths(device, backend):
         case = problem(lengths, [1, 0], adapters=2, k=32, n=32, p=0.5, device=device)
         case = case._replace(segments=segments.with_work(case.segments))
         got, wanted = outputs(layer, case, exact=True), outputs(eager, case, exact=True)
-        assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in got)
+        if device == "cuda":  # these two are plain torch, which inductor compiles in its own way
+            for name in ("weight", "bias"):
+                torch.testing.assert_close(got.pop(name), wanted.pop(name))
+        assert got.keys() == wanted.keys() and not [name for name in got if not torch.equal(got[name], wanted[name])]
     assert counter.frame_count == 1
 
 

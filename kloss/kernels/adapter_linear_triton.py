@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .lora_tiles import reduce
+from .lora_tiles import add_product, reduce
 from .segments import SHORT_TILE, Work
 
 
@@ -43,7 +43,7 @@ def adapter_linear_kernel(
         b_x = tl.load(p_x, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [BT, BK]
         p_w = w_ptr + g * stride_wg + o_k.to(tl.int64)[:, None] * stride_wk + o_n.to(tl.int64)[None, :] * stride_wn
         b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
-        acc = tl.dot(b_x, b_w.to(b_x.dtype), acc, input_precision="ieee")
+        acc = add_product(acc, b_x, b_w.to(b_x.dtype))
     if bias_ptr is not None:
         o_b = tl.where(g >= 0, o_n, N)
         acc += tl.load(bias_ptr + g * N + o_b, mask=o_b < N, other=0.0).to(tl.float32)[None, :]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .add_norm_triton import dropped, tile
+from .add_norm_triton import dropped, rstd_of, tile
 from .dropout import RowDropout
 from .tuned import FUSION
 
@@ -56,7 +56,7 @@ def embed_kernel(
     b_e = embedded(ids_ptr, position_ptr, words_ptr, positions_ptr, type_ptr, first, V, P, o_t, o_h, m_t, m_h, H)
     mean = tl.sum(b_e, 1) / H
     centred = tl.where(m_h[None, :], b_e - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / H + eps)
+    rstd = rstd_of(centred, H, eps)
     weight = tl.load(weight_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_y = centred * rstd[:, None] * weight[None, :] + bias[None, :]  # [BT, BH]

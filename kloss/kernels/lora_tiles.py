@@ -28,6 +28,19 @@ def own_rank(ranks_ptr, g, R):
     return rank, tl.minimum((rank + 15) // 16 * 16, R)
 
 
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a b. In fp32 a block's products are summed apart: one running sum over a long contraction loses two bits more.
+
+    Without `max_num_imprecise_acc`, which fp32 does not heed, the compiler would move acc back into the sum.
+    """
+    if a.dtype == tl.float32:
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["site"], do_not_specialize_on_alignment=SMALL)
 def shrink_kernel(
     x_ptr,  # [T, blocks*K]
@@ -82,7 +95,7 @@ def shrink_kernel(
             b_x = tl.where(keep_block(keys, threshold, k, BK), b_x, 0.0)
         p_f = f_ptr + o_k.to(tl.int64)[:, None] * stride_fk + o_c.to(tl.int64)[None, :] * stride_fc
         b_f = tl.load(p_f, mask=m_k[:, None] & m_c[None, :], other=0.0)  # [BK, BC]
-        acc = tl.dot(b_x, b_f.to(b_x.dtype), acc, input_precision="ieee")
+        acc = add_product(acc, b_x, b_f.to(b_x.dtype))
     acc *= scaling
     if ranks_ptr is not None:
         acc = tl.where((o_c % R < rank)[None, :], acc, 0.0)
@@ -142,7 +155,7 @@ def expand_kernel(
         b_f = tl.load(p_f, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BC]
         if ranks_ptr is not None:  # S has zeros there
             b_f = tl.where((o_r < rank)[:, None], b_f, 0.0)
-        acc = tl.dot(b_s, b_f.to(b_s.dtype), acc, input_precision="ieee")
+        acc = add_product(acc, b_s, b_f.to(b_s.dtype))
     if DROPOUT:
         threshold, scale = threshold_of(tl.load(p_ptr + g, mask=g >= 0, other=0.0))
         keys = tl.load(keys_ptr + o_i, mask=m_t, other=0).to(tl.uint64, bitcast=True)
@@ -156,7 +169,7 @@ def expand_kernel(
         for k in range(0, K, BK):
             b_x = tl.load(p_x, mask=m_t[:, None] & (o_k < K - k)[None, :], other=0.0)  # [BT, BK]
             b_w = tl.load(p_w, mask=(o_k < K - k)[:, None] & m_c[None, :], other=0.0)  # [BK, BC]
-            acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+            acc = add_product(acc, b_x, b_w)
             p_x += BK * stride_xk
             p_w += BK * stride_wk
     if bias_ptr is not None:

@@ -17,6 +17,10 @@ product accumulates on top of it in place: what is rounded in between is the sma
 the fused form, whose base product has fixed tiles as well.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,7 @@ from .lora_tiles import Factor, expand, reduce, shrink
 from .lora_torch import Backward, Forward
 from .segments import Work
 
+BESIDE = True  # whether dA and dB are computed beside dS and dx where a graph is captured
 WORK = slice(1, 1 + len(Work._fields))  # where `lists` has the fields of Work; dropout is behind them
 
 
@@ -61,21 +66,50 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
     fused = exact or tuned.fuse(rows, G, N, K)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), _beside(x) as beside:
+        if need_b:
+            with beside():
+                reduce(dy, s, d_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
         if need_x or need_a:
             ds = torch.empty_like(s)
             b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
             shrink(dy, b, ds, order, work.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
+        if need_a:
+            with beside():
+                reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
             a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
             expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
-        if need_a:
-            reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
-        if need_b:
-            reduce(dy, s, d_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
-    if need_x:
-        _add_base(dx, dy, weight, None, rows, fused)
+            _add_base(dx, dy, weight, None, rows, fused)
     return dx, *call.returned(d_a, d_b)
+
+
+@contextmanager
+def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Within it `with beside():` launches kernels that wait for what was launched before; nothing waits for them until the end.
+
+    In a graph that is captured they run on another stream; launched one by one the events would cost more than they save.
+    """
+    capturing = BESIDE and torch.version.cuda is not None and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing:
+        yield nullcontext
+        return
+    here = torch.cuda.current_stream(x.device)
+    other = _other_stream(x.device)
+
+    @contextmanager
+    def beside() -> Iterator[None]:
+        other.wait_stream(here)
+        with torch.cuda.stream(other):
+            yield
+
+    yield beside
+    here.wait_stream(other)
+
+
+@cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _add_base(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, rows: int, fused: bool) -> None:

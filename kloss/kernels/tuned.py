@@ -32,7 +32,7 @@ OPS = ("shrink", "fused", "expand", "reduce")
 # Buckets: "half" (fp16, bf16: tensor cores) and "single" (fp32, exact products, no tensor cores).
 DEFAULT = {
     ("shrink", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=3),
-    ("shrink", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
+    ("shrink", "single"): Launch(BK=16, BC=64, BR=32, num_warps=4, num_stages=2),
     ("fused", "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=2),
     ("fused", "single"): Launch(BK=16, BC=64, BR=16, num_warps=8, num_stages=2),
     ("expand", "half"): Launch(BK=64, BC=128, BR=64, num_warps=4, num_stages=2),
@@ -41,7 +41,7 @@ DEFAULT = {
     ("reduce", "single"): Launch(BK=32, BC=64, BR=32, num_warps=4, num_stages=2),
     # For rows of odd widths, which are loaded element by element: larger tiles would not fit the registers.
     **{(f"odd {op}", "half"): Launch(BK=32, BC=64, BR=32, num_warps=8, num_stages=2) for op in OPS},
-    ("odd shrink", "single"): Launch(BK=32, BC=32, BR=32, num_warps=4, num_stages=2),
+    ("odd shrink", "single"): Launch(BK=16, BC=32, BR=32, num_warps=4, num_stages=2),
     ("odd fused", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
     ("odd expand", "single"): Launch(BK=16, BC=32, BR=16, num_warps=8, num_stages=1),
 }
@@ -51,8 +51,7 @@ WIDE = {"shrink": 128, "reduce": 64}
 TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
     ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
-    ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),
-    ("wide shrink", 90, "half"): Launch(BK=64, BC=256, BR=256, num_warps=8, num_stages=3),
+    ("fused", 90, "half"): Launch(BK=64, BC=256, BR=64, num_warps=8, num_stages=3),
     ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=3),
 }
 
