@@ -64,8 +64,8 @@ def test_many_adapters_and_long_ones(shape, device, dtype):
 def test_the_base_product_lands_on_the_lora_term(device, monkeypatch):
     """The vendor's product accumulates on small terms: its result is as close to fp64 as the fused kernel's, in y and in dx.
 
-    Added to the rounded base product instead, the LoRA term would be rounded with it, and the error 1.4 times as large. The vendor
-    must not do so by itself: by default it may add up parts of a small product in 16 bits.
+    Added to the rounded base product instead, the LoRA term would be rounded with it, and the error 1.4 times as large. The
+    vendor must not do so by itself: by default it may add up parts of a small product in 16 bits.
     """
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction, False

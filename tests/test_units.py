@@ -187,8 +187,16 @@ def test_nothing_learned_is_said_first():
     assert "(the best: 0.040)" in warnings(summary_rows(scores))[0]
     scores["runs"].append(run_of("non-shared", R=learned(LOCALES, low | {"ja-JP": 0.06})))
     assert not nothing_learned(summary_rows(scores))
-    assert [line.split(" learned")[0] for line in warnings(summary_rows(scores))] == ["shared", "multi"]
+    nothing, no_more, but_one = warnings(summary_rows(scores))
+    assert nothing.startswith("shared learned nothing: it") and no_more.startswith("multi learned nothing: it")
+    assert but_one.startswith("non-shared did not learn 3 of 4 languages") and "ja-JP" not in but_one
     scores["runs"][0]["diverged"] = "loss nan"
     assert warnings(summary_rows(scores))[-1] == "shared: 1 of 1 runs diverged and are in no average."
+    one = {
+        "runs": [
+            run_of("shared", R=learned(LOCALES, dict.fromkeys(LOCALES, 0.5) | {"ja-JP": f1}), name=str(f1)) for f1 in (0.01, 0.08)
+        ]
+    }
+    assert summary_rows(one)[0]["unlearned"] == ["ja-JP"] and "did not learn 1 of 4 languages" in warnings(summary_rows(one))[0]
     good = {"runs": [run_of("shared", R=learned(LOCALES, dict.fromkeys(LOCALES, 0.05)))]}
     assert warnings(summary_rows(good)) == [] and not nothing_learned(summary_rows({"runs": []}))

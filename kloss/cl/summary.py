@@ -18,6 +18,7 @@ from .units import Run, paired, traits, unit_of, units
 Row = dict[str, Any]
 AVERAGED = ("f1", "cbt", "kept", "cft", "fwt", "forgetting", "worst")  # kept: mean of `metrics.retained`
 AT_THE_END = ("f1", "worst")  # read from R's last row alone
+MOST_NAMES = 8  # of languages in a warning
 LOSSES = ("cbt", "kept", "forgetting")  # no loss by construction where no language's learner changes after its own step
 
 
@@ -35,10 +36,12 @@ def summary_row(label: str, runs: Sequence[Run]) -> Row:
     units: number of different final scores.
     can_forget: languages of a run that could be forgotten; where runs differ, of the run with most. None: no sequence.
     learned: the best F1 of any language when learned; below `metrics.FLOOR` nothing was learned.
+    unlearned: the languages whose F1 when learned is below it, on average over runs.
     """
     summaries = [(run, summarise(run["R"], traits(run).own)) for run in runs if not run.get("diverged")]
     used = [run for run, _ in summaries]
-    learned = [value for run in used for value in when_learned(run["R"]) if value == value]
+    when = by_language(used, lambda run: when_learned(run["R"]))
+    learned = {locale: f1 for locale, values in when.items() if not isnan(f1 := mean(values))}
     row = {
         "label": label,
         "strategy": runs[0]["strategy"],
@@ -51,7 +54,8 @@ def summary_row(label: str, runs: Sequence[Run]) -> Row:
         "steps": runs[0].get("steps"),
         "languages": len(runs[0]["order"]),
         "can_forget": max(int(traits(run).can_change[:-1].sum()) for run in runs) if is_sequential(runs[0]["R"]) else None,
-        "learned": float(max(learned)) if learned else None,
+        "learned": max((value for values in when.values() for value in values if value == value), default=None),
+        "unlearned": [locale for locale, f1 in learned.items() if f1 < FLOOR],
     }
     for name in AVERAGED:
         measured = [_kept(run) if name == "kept" else summary[name] for run, summary in summaries]
@@ -127,6 +131,13 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         for row in rows:
             if row["learned"] is not None and row["learned"] < FLOOR:
                 lines.append(f"{row['label']} learned nothing: it never reached {floor}; its other figures mean nothing.")
+            elif row["unlearned"]:
+                count, some = len(row["unlearned"]), ", ".join(row["unlearned"][:MOST_NAMES])
+                more = f" and {count - MOST_NAMES} more" if count > MOST_NAMES else ""
+                lines.append(
+                    f"{row['label']} did not learn {count} of {row['languages']} languages, below {floor}: {some}{more}. "
+                    "They pull its average down, and have nothing to lose."
+                )
     for row in rows:
         if row["diverged"]:
             lines.append(f"{row['label']}: {row['diverged']} of {row['runs']} runs diverged and are in no average.")
