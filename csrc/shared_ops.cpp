@@ -39,8 +39,8 @@ int64_t row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
 }
 
 void adamw(
-    Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor lr, Tensor weight_decay, Tensor max_norm,
-    Tensor active, double beta_1, double beta_2, double eps, std::optional<Tensor> work, int64_t variant, Tensor norms) {
+    Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor lr, int64_t tail, Tensor tail_lr,
+    Tensor weight_decay, Tensor max_norm, Tensor active, double beta_1, double beta_2, double eps, std::optional<Tensor> work, int64_t variant, Tensor norms) {
   AdamW a{};
   a.param_stride = row_stride(param, param, "param"), a.grad_stride = row_stride(grad, param, "grad");
   a.exp_avg_stride = row_stride(exp_avg, param, "exp_avg"), a.exp_avg_sq_stride = row_stride(exp_avg_sq, param, "exp_avg_sq");
@@ -60,6 +60,8 @@ void adamw(
   a.exp_avg = (float*)exp_avg.mutable_data_ptr(), a.exp_avg_sq = (float*)exp_avg_sq.mutable_data_ptr();
   a.step = data<int64_t>(step, ScalarType::Long, {G}, "step");
   a.lr = data<float>(lr, ScalarType::Float, {G}, "lr");
+  STD_TORCH_CHECK(0 <= tail && tail <= a.width, "tail must be a column, or the width");
+  a.tail = tail, a.tail_lr = data<float>(tail_lr, ScalarType::Float, {G}, "tail_lr");
   a.weight_decay = data<float>(weight_decay, ScalarType::Float, {G}, "weight_decay");
   a.max_norm = data<float>(max_norm, ScalarType::Float, {G}, "max_norm");
   a.active = data<bool>(active, ScalarType::Bool, {G}, "active");
@@ -196,9 +198,9 @@ void work_lists(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kloss, m) {
   m.def(
-      "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor lr, "
-      "Tensor weight_decay, Tensor max_norm, Tensor active, float beta_1, float beta_2, float eps, Tensor(e!)? work, int variant, "
-      "Tensor(f!) norms) -> ()");
+      "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor lr, int tail, "
+      "Tensor tail_lr, Tensor weight_decay, Tensor max_norm, Tensor active, float beta_1, float beta_2, float eps, "
+      "Tensor(e!)? work, int variant, Tensor(f!) norms) -> ()");
   m.def(
       "span_counts_(Tensor pred, Tensor gold, Tensor cu_seqlens, Tensor group, Tensor? tags, Tensor? types, Tensor(a!) counts) "
       "-> ()");

@@ -95,7 +95,7 @@ def no_gpu(monkeypatch):
 def test_a_failed_launch_raises(no_gpu):
     floats, longs, ints = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
     row, on = torch.zeros(2), torch.ones(2, dtype=torch.bool)
-    adamw = floats, floats, floats, floats, longs, row, row, row, on, 0.9, 0.999, 1e-8
+    adamw = floats, floats, floats, floats, longs, row, 4, row, row, row, on, 0.9, 0.999, 1e-8
     for work in (None, floats.bfloat16()):
         with pytest.raises(RuntimeError, match=r"kloss_adamw: CUDA error \d+"):
             cuda_library._adamw(*adamw, work, 0, row)
@@ -111,8 +111,9 @@ def test_a_failed_launch_raises(no_gpu):
 def test_what_the_library_would_trust_is_checked(no_gpu):
     floats, longs, row = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     good = dict(
-        param=floats, grad=floats, exp_avg=floats, exp_avg_sq=floats, step=longs, lr=row, weight_decay=row, max_norm=row,
-        active=torch.ones(2, dtype=torch.bool), beta_1=0.9, beta_2=0.999, eps=1e-8, work=None, variant=0, norms=row,
+        param=floats, grad=floats, exp_avg=floats, exp_avg_sq=floats, step=longs, lr=row, tail=8, tail_lr=row,
+        weight_decay=row, max_norm=row, active=torch.ones(2, dtype=torch.bool), beta_1=0.9, beta_2=0.999, eps=1e-8, work=None,
+        variant=0, norms=row,
     )  # fmt: skip
     for change, message in (
         (dict(grad=floats[:1]), "grad must be"),
@@ -121,6 +122,8 @@ def test_what_the_library_would_trust_is_checked(no_gpu):
         (dict(exp_avg_sq=floats.half()), "exp_avg_sq must be"),
         (dict(step=row), "step must be"),
         (dict(lr=row[:1]), "lr must be"),
+        (dict(tail_lr=row[:1]), "tail_lr must be"),
+        (dict(tail=9), "tail must be a column, or 8, not 9"),
         (dict(work=floats), "work must not be param"),
         (dict(work=floats.half(), grad=floats.bfloat16()), "work must have grad's type"),
         (dict(active=row), "active must be"),

@@ -137,6 +137,8 @@ def updates(draw):
         "betas": draw(st.sampled_from([(0.9, 0.999), (0.0, 0.0)])),
         "eps": draw(st.sampled_from([1e-8, 1e-3])),
     }  # fmt: skip
+    if draw(st.booleans()):
+        arguments |= {"tail": draw(st.integers(0, width)), "tail_lr": torch.tensor(numbers(0.0, 1e-4, 0.1))}
 
     def run(home, param, grad, exp_avg, exp_avg_sq, step, **rest):
         norms = home.adapter_adamw_(param, grad, exp_avg, exp_avg_sq, step, **rest)

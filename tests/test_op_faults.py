@@ -49,9 +49,10 @@ def adamw_call() -> Call:
     """Three rows of 40."""
     values = {"param": 1.0, "grad": 2.0, "exp_avg": 0.5, "exp_avg_sq": 0.25}
     rows = {name: torch.full((3, 40), value) for name, value in values.items()}
-    numbers = {"lr": torch.full((3,), 0.1), "weight_decay": torch.zeros(3), "max_norm": torch.full((3,), torch.inf)}
+    numbers = {"lr": 0.1, "tail_lr": 0.2, "weight_decay": 0.0, "max_norm": torch.inf}
+    numbers = {name: torch.full((3,), value) for name, value in numbers.items()}
     flags = {"step": torch.ones(3, dtype=torch.long), "active": torch.ones(3, dtype=torch.bool)}
-    return Call(adapter_adamw_, rows | numbers | flags | {"betas": (0.9, 0.999), "eps": 1e-8})
+    return Call(adapter_adamw_, rows | numbers | flags | {"betas": (0.9, 0.999), "eps": 1e-8, "tail": 30})
 
 
 def calls() -> dict[str, Call]:
@@ -157,10 +158,12 @@ HOSTILE = {  # (op, argument, what is wrong) -> change, message
     ("adamw", "active", "too short"): (lambda t: t[:2], "active has shape"),
     ("adamw", "active", "too long"): (lambda t: t.repeat(2), "active has shape"),
     **{("adamw", name, f"{value}"): (at(2, value), rf"{name}\[2\] is {value}, expected a finite number, at least 0")
-       for name in ("lr", "weight_decay") for value in (torch.nan, torch.inf, -0.5)},
+       for name in ("lr", "tail_lr", "weight_decay") for value in (torch.nan, torch.inf, -0.5)},
     **{("adamw", "max_norm", f"{value}"): (at(2, value), rf"max_norm\[2\] is {value}, expected a number above 0")
        for value in (torch.nan, 0.0, -1.0, -torch.inf)},
-    **{("adamw", name, "too short"): (lambda t: t[:2], f"{name} has shape") for name in ("lr", "weight_decay", "max_norm")},
+    **{("adamw", name, "too short"): (lambda t: t[:2], f"{name} has shape")
+       for name in ("lr", "tail_lr", "weight_decay", "max_norm")},
+    **{("adamw", "tail", f"{value}"): (lambda t, value=value: value, f"tail is {value}, expected") for value in (-1, 41, None)},
     **{("adamw", name, "of integers"): (T.int, f"{name} is of") for name in ("lr", "weight_decay", "max_norm")},
     **{("adamw", "betas", f"{value}"): (lambda b, value=value: (0.9, value), r"betas\[1\] is")
        for value in (1.0, -0.1, torch.nan)},

@@ -101,6 +101,18 @@ def test_adamw_is_the_formula_to_the_bit(width, dtype, variant):
     assert torch.equal(work, state["param"].to(dtype))
 
 
+@pytest.mark.parametrize("tail", [0, 1, 4096, 5000, 8999, 9000])
+def test_columns_of_the_tail_have_their_own_rate(tail, variant):
+    state = bank(4, 9000)
+    ordinary, other, both = copies(state), copies(state), copies(state)
+    rates = state["lr"] * 7
+    norms = [update(ordinary), update(other | {"lr": rates}), update(both, tail=tail, tail_lr=rates)]
+    assert torch.equal(norms[0], norms[2]) and torch.equal(ordinary["exp_avg_sq"], both["exp_avg_sq"])
+    assert torch.equal(both["param"], torch.cat([ordinary["param"][:, :tail], other["param"][:, tail:]], 1))
+    with pytest.raises(RuntimeError, match="tail must be a column"):
+        update(both, tail=9001, tail_lr=rates)
+
+
 class PlainTorch:
     """An optimiser of torch's for each row, and its clipping."""
 
@@ -462,7 +474,8 @@ def test_lists_and_counts_are_the_same_on_a_gpu_and_a_graph_replays_them():
 def test_the_operators_say_what_they_write():
     ops, state, norms = torch.ops.kloss, bank(2, 9), torch.zeros(2)
     order = ("param", "grad", "exp_avg", "exp_avg_sq", "step", "lr", "weight_decay", "max_norm", "active")
-    arguments = *(state[name] for name in order), *BETAS, EPS, torch.zeros(2, 9), 0, norms
+    values = [state[name] for name in order]
+    arguments = *values[:6], 5, values[5], *values[6:], *BETAS, EPS, torch.zeros(2, 9), 0, norms
     torch.library.opcheck(ops.adamw_.default, arguments, test_utils="test_schema")
     ids, cu = torch.tensor([1, 2, 0]), torch.tensor([0, 3], dtype=torch.int32)
     counts = torch.zeros(1, 3, dtype=torch.int64)

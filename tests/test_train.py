@@ -228,6 +228,24 @@ def test_only_what_is_wanted_is_scored():
 def test_rates_rise_in_the_warm_up_and_stay():
     learners = [replace(BASE, lr=0.3, warmup=3), replace(BASE, lr=0.1, warmup=0)]
     settings = training_step.StepSettings.of(learners, torch.device("cpu"))
-    rates = [settings.lr(torch.tensor([step, step])).tolist() for step in (0, 1, 2, 3, 9)]
+    rates = [settings.lr(torch.tensor([step, step]))[0].tolist() for step in (0, 1, 2, 3, 9)]
     first = [0.3 * min(1.0, (step + 1) / 3) for step in (0, 1, 2, 3, 9)]
-    assert rates == torch.tensor([[rate, 0.1] for rate in first], dtype=torch.float32).tolist()
+    assert rates == torch.tensor([[rate, 0.1] for rate in first], dtype=torch.float32).tolist() and settings.head_lr is None
+    settings = training_step.StepSettings.of([replace(learners[0], head_lr=3.0), learners[1]], torch.device("cpu"))
+    lr, head_lr = settings.lr(torch.tensor([0, 0]))
+    assert head_lr.tolist() == pytest.approx([1.0, 0.1]) and lr.tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_a_head_has_a_rate_of_its_own():
+    """With a rate of 0 for all else only the heads move, and a head that has its adapter's own rate changes no bit."""
+    corpus = ToyCorpus()
+
+    def trained(**rates):
+        cohort = Cohort(toy_model(), corpus, [replace(BASE, **rates)], [{}])
+        before = cohort.bank.param.clone()
+        cohort.train()
+        return before, cohort.bank.param, cohort.bank.head_start
+
+    before, after, start = trained(lr=0.0, head_lr=0.1)
+    assert torch.equal(before[:, :start], after[:, :start]) and not torch.equal(before[:, start:], after[:, start:])
+    assert torch.equal(trained(lr=0.1)[1], trained(lr=0.1, head_lr=0.1)[1])

@@ -22,7 +22,10 @@ void update(const AdamW& a, int64_t g, int64_t chunk) {
   float* __restrict__ p = a.param + g * a.param_stride + first;
   float* __restrict__ m = a.exp_avg + g * a.exp_avg_stride + first;
   float* __restrict__ v = a.exp_avg_sq + g * a.exp_avg_sq_stride + first;
-  for (int64_t i = 0; i < count; ++i) AdamW::update(row, factors, widen(d[i]), p[i], m[i], v[i]);
+  int64_t before = a.tail <= first ? 0 : a.tail - first < count ? a.tail - first : count;
+  for (int64_t i = 0; i < before; ++i) AdamW::update(row, factors, widen(d[i]), p[i], m[i], v[i]);
+  const AdamW::Row tail = row.of(true);
+  for (int64_t i = before; i < count; ++i) AdamW::update(tail, factors, widen(d[i]), p[i], m[i], v[i]);
   if (!a.work) return;
   Work* __restrict__ work = (Work*)a.work + g * a.work_stride + first;
   for (int64_t i = 0; i < count; ++i) narrow(p[i], work[i]);

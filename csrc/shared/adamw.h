@@ -22,13 +22,14 @@ struct AdamW {
   constexpr static int LANES = 256;       // partial sums within a chunk
   constexpr static int TOTALS = 32;       // partial sums of a row's chunks
 
-  // What a row's update needs; clip -1: the row does not move.
+  // What a row's update needs; clip -1: the row does not move. Columns from `tail` on have a decay and a rate of their own.
   struct Row {
-    float clip, decay, rate, root;
+    float clip, root, decay, rate, tail_decay, tail_rate;
     KLOSS_HD bool moves() const { return clip >= 0; }
+    KLOSS_HD Row of(bool in_tail) const { return in_tail ? Row{clip, root, tail_decay, tail_rate, tail_decay, tail_rate} : *this; }
   };
 
-  int64_t rows, width;                                   // G, P
+  int64_t rows, width, tail;                             // G, P, first column of the tail, P without one
   float* param;                                          // [G, P], as are the next four, each with its stride between rows
   const void* grad;
   float* exp_avg;
@@ -37,6 +38,7 @@ struct AdamW {
   int64_t param_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride, work_stride;
   int64_t* step;                                         // [G]
   const float* lr;                                       // [G]
+  const float* tail_lr;                                  // [G], lr itself without a tail
   const float* weight_decay;                             // [G]
   const float* max_norm;                                 // [G]
   const bool* active;                                    // [G]
@@ -82,8 +84,11 @@ struct AdamW {
     double ratio = ((double)norm + 1e-6) / (double)max_norm[g];
     double count = (double)(step[g] += 1);
     row[g].clip = ratio > 1 ? (float)(1 / ratio) : 1.0f;
+    double held = 1 - power(beta_1, count);
     row[g].decay = (float)(1 - (double)lr[g] * (double)weight_decay[g]);
-    row[g].rate = (float)-((double)lr[g] / (1 - power(beta_1, count)));
+    row[g].rate = (float)-((double)lr[g] / held);
+    row[g].tail_decay = (float)(1 - (double)tail_lr[g] * (double)weight_decay[g]);
+    row[g].tail_rate = (float)-((double)tail_lr[g] / held);
     row[g].root = (float)sqrt(1 - power(beta_2, count));
   }
 

@@ -20,13 +20,15 @@ class StepSettings(NamedTuple):
     All are [G], on the model's device, fp32 where not said otherwise.
     dropout, lora_dropout: None where nobody drops.
     seeds: int64.
-    peak_lr, warmup: fp64, the rate after the warm-up and the steps of that.
+    peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of the adapters and of their heads, and the steps of that.
+        head_lr: None where heads have their adapters' rate.
     """
 
     dropout: Tensor | None
     lora_dropout: Tensor | None
     seeds: Tensor
     peak_lr: Tensor
+    head_lr: Tensor | None
     warmup: Tensor
     weight_decay: Tensor
     max_norm: Tensor
@@ -44,14 +46,18 @@ class StepSettings(NamedTuple):
 
         peak, warmup = column("lr", torch.float64), column("warmup", torch.float64)
         decay, norm, seeds = column("weight_decay"), column("max_norm"), column("seed", torch.int64)
-        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, warmup, decay, norm)
+        heads = [learner.lr if learner.head_lr is None else learner.head_lr for learner in learners]
+        own = heads != [learner.lr for learner in learners]
+        head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None
+        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm)
 
-    def lr(self, steps: Tensor) -> Tensor:
-        """Learning rate of each learner's next update, fp32 [G]: lr min(1, (step + 1) / warmup), lr without a warm-up.
+    def lr(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Learning rates of each learner's next update, fp32 [G], and of its head: lr min(1, (step + 1) / warmup).
 
         steps: int64 [G], the updates so far.
         """
-        return (self.peak_lr * ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)).float()
+        share = ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)
+        return (self.peak_lr * share).float(), None if self.head_lr is None else (self.head_lr * share).float()
 
 
 def train_step(
@@ -77,8 +83,8 @@ def train_step(
         last = first + batch.num_adapters
         losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
-    lr = settings.lr(bank.steps)
-    norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active)
+    lr, head_lr = settings.lr(bank.steps)
+    norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
     return torch.cat(losses), norms
 
 

@@ -1,6 +1,7 @@
 """AdamW for some rows of a matrix, each with its own rate, step, decay and clipping: all rows move, or none does."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ def adapter_adamw_(
     max_norm: Tensor,
     active: Tensor,
     work: Tensor | None = None,
+    tail: int | None = None,
+    tail_lr: Tensor | None = None,
 ) -> Tensor:
     """One AdamW step for each active row of the bank, in place, with that row's own rate, step, decay and clipping.
 
@@ -52,6 +55,7 @@ def adapter_adamw_(
     max_norm: float [G], above 0; gradients of a larger norm are clipped to it; inf: never.
     active: bool [G].
     work: [G, P] in grad's dtype, each row contiguous, or None; gets a copy of the new weights of rows that move.
+    tail, tail_lr: columns from `tail` on, such as a head's, have this rate, float [G]; both None: none have.
     betas: in [0, 1).
     eps: above 0.
     All numbers are on the host, or all on param's device: then a GPU's values are not checked, for nobody waits for them.
@@ -65,25 +69,30 @@ def adapter_adamw_(
     check_values("betas", betas, lambda value: 0 <= value < 1, "a number in [0, 1)")
     if not 0 < eps <= LARGEST:
         raise ValueError(f"eps is {eps}, expected a finite number above 0")
-    if any(tensor.device.type == "meta" for tensor in (param, step, lr, weight_decay, max_norm, active)):
+    if any(t is not None and t.device.type == "meta" for t in (param, step, lr, tail_lr, weight_decay, max_norm, active)):
         raise ValueError("a tensor on meta has no values")
     check("step", step, (G,), (torch.int64,), None)
     check("active", active, (G,), (torch.bool,), step.device)
-    for name, tensor in (("lr", lr), ("weight_decay", weight_decay), ("max_norm", max_norm)):
+    if (tail is None) != (tail_lr is None) or not 0 <= (tail or 0) <= param.shape[1]:
+        raise ValueError(f"tail is {tail}, expected a column of {param.shape[1]}, with tail_lr, or None for both")
+    rates = {"lr": lr} if tail_lr is None else {"lr": lr, "tail_lr": tail_lr}
+    for name, tensor in {**rates, "weight_decay": weight_decay, "max_norm": max_norm}.items():
         check(name, tensor, (G,), FLOATS, step.device)
     if readable(step):
         check_values("step", step.tolist(), lambda value: value >= 0, "a count")
-        for name, values in (("lr", lr), ("weight_decay", weight_decay)):
+        for name, values in {**rates, "weight_decay": weight_decay}.items():
             check_values(name, values.tolist(), lambda value: 0 <= value <= LARGEST, "a finite number, at least 0")
         check_values("max_norm", max_norm.tolist(), lambda value: value > 0, "a number above 0, or inf for no clipping")
     if step.device == param.device and shared_ops.runs_on(param.device):
         grad = grad if grad.stride(1) == 1 else grad.contiguous()
-        rate, decay, top = (numbers.to(torch.float32).contiguous() for numbers in (lr, weight_decay, max_norm))
+        numbers = (lr, lr if tail_lr is None else tail_lr, weight_decay, max_norm)
+        rate, tail_rate, decay, top = (values.to(torch.float32).contiguous() for values in numbers)
         return shared_ops.adamw_(
             param, grad, exp_avg, exp_avg_sq, step, rate, betas=betas, eps=eps, weight_decay=decay, max_norm=top,
-            active=active.contiguous(), work=work,
+            active=active.contiguous(), work=work, tail=tail, tail_lr=tail_rate,
         )  # fmt: skip
-    return _row_by_row(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, max_norm, active, work)
+    parts = [(slice(None, tail), lr), *([] if tail_lr is None else [(slice(tail, None), tail_lr)])]
+    return _row_by_row(param, grad, exp_avg, exp_avg_sq, step, parts, betas, eps, weight_decay, max_norm, active, work)
 
 
 def _row_by_row(
@@ -92,7 +101,7 @@ def _row_by_row(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    lr: Tensor,
+    parts: Sequence[tuple[slice, Tensor]],
     betas: tuple[float, float],
     eps: float,
     weight_decay: Tensor,
@@ -100,9 +109,13 @@ def _row_by_row(
     active: Tensor,
     work: Tensor | None,
 ) -> Tensor:
-    """`adapter_adamw_` without C++: torch's fused AdamW for one row after the other. The host waits for a GPU's norms."""
+    """`adapter_adamw_` without C++: torch's fused AdamW for one row after the other. The host waits for a GPU's norms.
+
+    parts: columns, and their rates [G].
+    """
     (beta_1, beta_2), rows = betas, active.nonzero()[:, 0].tolist()
-    steps, rates, decays, tops = step.tolist(), lr.tolist(), weight_decay.tolist(), max_norm.tolist()
+    steps, decays, tops = step.tolist(), weight_decay.tolist(), max_norm.tolist()
+    rates = [(columns, lr.tolist()) for columns, lr in parts]
     norms = torch.zeros(param.shape[0], dtype=torch.float32, device=param.device)
     for g in rows:
         norms[g] = torch.linalg.vector_norm(grad[g], dtype=torch.float32)
@@ -116,12 +129,13 @@ def _row_by_row(
             row, shrink = (grad[g].double() / shrink).float(), 1.0
         # Filled on the device: for a copy from the host, the host would wait.
         scalars = float(steps[g]), shrink, 0.0
-        taken, divisor, found_inf = (torch.full((), x, dtype=torch.float32, device=param.device) for x in scalars)
-        adamw(
-            [param[g]], [row], [exp_avg[g]], [exp_avg_sq[g]], [], [taken], fused=True, amsgrad=False, maximize=False,
-            beta1=beta_1, beta2=beta_2, lr=rates[g], weight_decay=decays[g], eps=eps,
-            grad_scale=divisor, found_inf=found_inf,
-        )  # fmt: skip
+        for columns, lr in rates:
+            taken, divisor, found_inf = (torch.full((), x, dtype=torch.float32, device=param.device) for x in scalars)
+            adamw(
+                [param[g, columns]], [row[columns]], [exp_avg[g, columns]], [exp_avg_sq[g, columns]], [], [taken], fused=True,
+                amsgrad=False, maximize=False, beta1=beta_1, beta2=beta_2, lr=lr[g], weight_decay=decays[g], eps=eps,
+                grad_scale=divisor, found_inf=found_inf,
+            )  # fmt: skip
         step[g] += 1
         if work is not None:
             work[g].copy_(param[g])

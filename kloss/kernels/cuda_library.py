@@ -14,12 +14,13 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 65_535  # of a grid's second dimension
-SQUARES = 4096  # elements of a row in one sum of squares
+SQUARES, CONSTANTS = 4096, 6  # elements of a row in one sum of squares, numbers that its update needs
 Long, Int, Pointer, Double = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_double
 Longs, Pointers = ctypes.POINTER(Long), ctypes.POINTER(Pointer)
 ARGUMENTS = {
     "kloss_adamw": [
-        Long, Long, *[Pointer] * 5, Longs, Int, Int, Int, *[Pointer] * 5, Double, Double, Double, *[Pointer] * 4,
+        Long, Long, *[Pointer] * 5, Longs, Int, Int, Int, *[Pointer] * 2, Long, *[Pointer] * 4, Double, Double, Double,
+        *[Pointer] * 4,
     ],
     "kloss_span_counts": [*[Long] * 4, *[Pointer] * 8],
     "kloss_work_lists": [Long, Long, Long, Int, *[Pointer] * 4, Pointers, Longs, Pointer, Pointer],
@@ -73,8 +74,9 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], 
 
 
 def _adamw(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor, weight_decay: Tensor,
-    max_norm: Tensor, active: Tensor, beta_1: float, beta_2: float, eps: float, work: Tensor | None, variant: int, norms: Tensor,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor, tail: int, tail_lr: Tensor,
+    weight_decay: Tensor, max_norm: Tensor, active: Tensor, beta_1: float, beta_2: float, eps: float, work: Tensor | None,
+    variant: int, norms: Tensor,
 ) -> None:  # fmt: skip
     (G, P), device = param.shape, param.device
     matrices = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -88,22 +90,24 @@ def _adamw(
             raise ValueError(f"{name} must be [{G}, {P}] on {device}, each row contiguous, not {given}")
     if work is not None and grad.dtype not in (torch.float32, work.dtype):
         raise ValueError(f"work must have grad's type where that is not fp32, not {work.dtype} beside {grad.dtype}")
+    if not 0 <= tail <= P:
+        raise ValueError(f"tail must be a column, or {P}, not {tail}")
     if G > MOST_ROWS:
         raise ValueError(f"at most {MOST_ROWS} rows, not {G}")
     if work is not None and P and work.data_ptr() == param.data_ptr():
         raise ValueError("work must not be param itself")
     packed = P % 4 == 0 and all(m.data_ptr() % 16 == 0 and (G < 2 or m.stride(0) % 4 == 0) for m in matrices.values())
     strides = (Long * 5)(*(matrix.stride(0) for matrix in matrices.values()))
-    floats = {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm, "norms": norms}
-    rate, decay, most, out = (_pointer(t, torch.float32, (G,), device, name) for name, t in floats.items())
+    floats = {"lr": lr, "tail_lr": tail_lr, "weight_decay": weight_decay, "max_norm": max_norm, "norms": norms}
+    rate, tail_rate, decay, most, out = (_pointer(t, torch.float32, (G,), device, name) for name, t in floats.items())
     chunks = -(-P // SQUARES)
-    scratch = torch.empty(G * (chunks + 4), dtype=torch.float32, device=device)
+    scratch = torch.empty(G * (chunks + CONSTANTS), dtype=torch.float32, device=device)
     _launch(
         "kloss_adamw", device, G, P, param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
         None if work is None else work.data_ptr(), strides, packed, TYPES[grad.dtype], 0 if work is None else TYPES[work.dtype],
-        _pointer(step, torch.int64, (G,), device, "step"), rate, decay, most,
+        _pointer(step, torch.int64, (G,), device, "step"), rate, tail, tail_rate, decay, most,
         _pointer(active, torch.bool, (G,), device, "active"), beta_1, beta_2, eps, out,
-        scratch[4 * G :].data_ptr(), scratch.data_ptr(),
+        scratch[CONSTANTS * G :].data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
 
 

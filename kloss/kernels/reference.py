@@ -160,10 +160,13 @@ def adapter_adamw_(
     max_norm: Tensor,
     active: Tensor,
     work: Tensor | None = None,
+    tail: int | None = None,
+    tail_lr: Tensor | None = None,
 ) -> Tensor:
     """AdamW for each active row whose gradient norm is finite: clip, decay, update both moments, step.
 
     work: gets a copy of the weights of rows that move.
+    tail, tail_lr: columns from `tail` on have this rate.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2; clipping as torch.nn.utils.clip_grad_norm_.
     """
     norms = torch.where(active, grad.to(param.dtype).square().sum(1).sqrt(), 0)
@@ -173,7 +176,10 @@ def adapter_adamw_(
         exp_avg[g] = betas[0] * exp_avg[g] + (1 - betas[0]) * clipped
         exp_avg_sq[g] = betas[1] * exp_avg_sq[g] + (1 - betas[1]) * clipped.square()
         mean, variance = exp_avg[g] / (1 - betas[0] ** int(step[g])), exp_avg_sq[g] / (1 - betas[1] ** int(step[g]))
-        param[g] -= lr[g] * (weight_decay[g] * param[g] + mean / (variance.sqrt() + eps))
+        rates = torch.full_like(param[g], float(lr[g]))
+        if tail is not None and tail_lr is not None:
+            rates[tail:] = tail_lr[g]
+        param[g] -= rates * (weight_decay[g] * param[g] + mean / (variance.sqrt() + eps))
         if work is not None:
             work[g] = param[g]
     return norms

@@ -73,6 +73,8 @@ def adamw_(
     max_norm: Tensor,
     active: Tensor,
     work: Tensor | None = None,
+    tail: int | None = None,
+    tail_lr: Tensor | None = None,
 ) -> Tensor:
     """One AdamW step for each active row whose gradient norm is finite, as `adapter_adamw_`; all tensors on param's device.
 
@@ -82,13 +84,14 @@ def adamw_(
     lr, weight_decay, max_norm: fp32 [G]. active: bool [G].
     work: [G, P] in grad's dtype, or any of the three where that is fp32, or None; gets the new weights of rows that move. Not
         param itself.
+    tail, tail_lr: the first column of those with another rate, and that, fp32 [G]; both None: there are none.
     Returns the norms before clipping, fp32 [G], 0 for inactive rows.
     Raises RuntimeError for what does not fit.
     """
     norms = torch.empty(param.shape[0], dtype=torch.float32, device=param.device)
-    torch.ops.kloss.adamw_(
-        param, grad, exp_avg, exp_avg_sq, step, lr, weight_decay, max_norm, active, *betas, eps, work, VARIANT, norms
-    )
+    tail, tail_lr = (param.shape[1], lr) if tail is None or tail_lr is None else (tail, tail_lr)
+    numbers = lr, tail, tail_lr, weight_decay, max_norm, active
+    torch.ops.kloss.adamw_(param, grad, exp_avg, exp_avg_sq, step, *numbers, *betas, eps, work, VARIANT, norms)
     return norms
 
 

@@ -75,6 +75,7 @@ class AdapterBank(Rows):
             raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
         self.rank, self.has_head, self.exact = max(ranks), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
+        self.head_start = self.slots[HEAD[0]].start if head else None
         self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
         param = huge_pages(torch.empty(adapters, _width(self.slots), dtype=torch.float32, device=device)).zero_()

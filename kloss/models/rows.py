@@ -25,6 +25,7 @@ class Rows:
 
     scaling: Tensor  # of banks with adapters
     ranks_if_mixed: Tensor | None = None
+    head_start: int | None = None  # the column where the heads begin, behind all else; None: no head of a rate of its own
     exact = False
 
     def __init__(
@@ -86,11 +87,14 @@ class Rows:
         if self.work is not self.param:
             self.work[rows].copy_(self.param[rows])
 
-    def adamw_(self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None) -> Tensor:
+    def adamw_(
+        self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None, head_lr: Tensor | None = None
+    ) -> Tensor:
         """Update all rows in place by `adapter_adamw_`, the working copy with them.
 
         lr, weight_decay, max_norm: fp32 [G], on param's device.
         active: bool [G], the rows to update; None: all.
+        head_lr: of the heads, fp32 [G], where rows have `head_start`; None: as all else.
         Returns the gradient norms before clipping, fp32 [G].
         """
         active = torch.ones_like(self.steps, dtype=torch.bool) if active is None else active
@@ -98,6 +102,7 @@ class Rows:
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr,
             betas=BETAS, eps=EPS, weight_decay=weight_decay, max_norm=max_norm, active=active,
             work=None if self.work is self.param else self.work,
+            tail=None if head_lr is None else self.head_start, tail_lr=None if self.head_start is None else head_lr,
         )  # fmt: skip
 
     def span(self, start: int, end: int) -> "Rows":
