@@ -54,25 +54,20 @@ def values(setting: str, *others: object) -> dict[str, dict[str, object]]:
 AT_32, AT_64, AT_256 = ((Shape(0, rank), Shape(2, rank)) for rank in (32, 64, 256))  # q, k, v and feed-forward up
 LONE = (Shape(0, 32, Batch(1, 384)), Shape(3, 32, Batch(1, 384)))  # q, k, v and feed-forward down
 CHUNKED = (Shape(0, 32, Batch(8, 2496)), Shape(0, 256, Batch(8, 2496)))  # adapters with several chunks
-SHORT = (Shape(0, 32, Batch(256, 78)), Shape(0, 32, Batch(1024, 19)))
-VENDOR = {"tuned.FUSED_CONTRACTION": 0}
 TALL: dict[str, object] = {f"{module}.SHORT_TILE": 128 for module in ("segments", "lora_tiles", "adapter_linear_triton")}
 TALL |= {"tuned.TABLE shrink": {"num_warps": 8}, "tuned.TABLE expand": {"num_warps": 8}}  # with 4 they spill
 # Every choice that waits for hardware, in order of worth. FIRST are those on which most depends. A loop that loads rows by their
 # order is pipelined from three stages on.
 FIRST = (
     Decision("tuned.TABLE reduce", "tile of dA and dB, r=32", "reduce", AT_32 + LONE[1:],
-             entries("reduce", dict(num_stages=3), dict(num_stages=5), dict(num_stages=5, BC=64), dict(BK=32, num_stages=5),
-                     dict(num_stages=3, num_warps=8))),
-    Decision("tuned.FUSED_CONTRACTION", "base products up to this contraction are the LoRA kernel's, longer ones the vendor's",
-             "linear", LONE + (Shape(0, 32, Batch(8, 384)),), values("tuned.FUSED_CONTRACTION", 0, 3072)),
+             entries("reduce", dict(num_stages=3), dict(BC=32), dict(BC=128), dict(BK=32), dict(num_warps=2))),
     Decision("tuned.TABLE shrink", "tile of S and dS, r=32", "shrink", AT_32[1:] + LONE[1:],
              entries("shrink", dict(num_stages=4), dict(num_stages=5), dict(BK=128), dict(BK=128, num_stages=4),
                      dict(BK=128, num_warps=8))),
     Decision("tuned.TABLE expand", "tile of the LoRA term without the base product, r=32", "expand", AT_32,
-             entries("expand", dict(BC=64), dict(BC=64, num_warps=2), dict(BC=256)), VENDOR),
+             entries("expand", dict(BC=64), dict(BC=64, num_warps=2), dict(BC=256))),
     Decision("tuned.TABLE wide reduce", "tile of dA and dB, r=256", "reduce", AT_256,
-             entries("wide reduce", dict(num_stages=5), dict(BR=128, num_stages=5))),
+             entries("wide reduce", dict(num_stages=3), dict(BC=64), dict(BR=128))),
     Decision("tuned.TABLE wide shrink", "tile of S and dS, r=256", "shrink", AT_256,
              entries("wide shrink", dict(BK=32, num_stages=4), dict(num_warps=8))),
     Decision("tuned.WIDE reduce", "ranks of all slices above which dA and dB have the wide tile", "reduce", AT_64,
@@ -86,14 +81,12 @@ LATER = (
     Decision("tuned.TABLE fused", "tile of the base product with the LoRA term, r=32", "fused", AT_32,
              entries("fused", dict(BC=128), dict(num_stages=4))),
     Decision("token_loss_triton.BLOCK", "logits of a block", "loss", (), values("token_loss_triton.BLOCK", 1024, 2048)),
-    Decision("tuned.FUSED_ROWS_PER_ADAPTER", "rows of an adapter from which its tiles are full enough to fuse", "linear", SHORT,
-             values("tuned.FUSED_ROWS_PER_ADAPTER", 0, 32)),
     Decision("lora_tiles.SUM_STEP", "programs of a sum that finds nothing to add", "sum", AT_32 + AT_256,
              values("lora_tiles.SUM_STEP", 1, 52)),
     Decision("segments.CHUNK", "rows of a chunk of dA and dB; csrc/shared/lists.h has it too", "reduce", CHUNKED,
              values("segments.CHUNK", 512, 2048, 4096)),
     Decision("segments.SHORT_TILE", "rows of a tile of S, dS and the LoRA term; csrc/shared/lists.h has it too", "linear",
-             AT_32 + AT_256, {"128": TALL}, VENDOR),
+             AT_32 + AT_256, {"128": TALL}),
 )  # fmt: skip
 DECISIONS = FIRST + LATER
 
@@ -145,7 +138,7 @@ def launched_by(linears: Sequence[Linear]) -> Iterator[tuple[Mapping[str, object
         exact = kernels.ALONE.get(decision.timed, ("", False))[1]
         own = [linear(shape.linear, shape.rank, exact=exact) for shape in decision.shapes]
         own = own or [variant for variant in compiled.variants() if variant.get("op") == decision.timed]
-        yield from product(({**decision.given, **settings} for settings in ({}, *decision.candidates.values())), own)
+        yield from product(({}, *decision.candidates.values()), own)
 
     ways: tuple[dict[str, bool], ...] = {}, {"exact": True}, {"dropout": False}
     yield from chain.from_iterable(map(decided, FIRST))

@@ -70,7 +70,6 @@ class Decision(NamedTuple):
     timed: "linear" (forward and backward), a key of ALONE, or one of `cases.PARTS`.
     shapes: of "linear" and ALONE; their times are added up.
     candidates: what it could be -> the settings that make it so, as `changed` takes them. What is set now needs no entry.
-    given: settings for all of them and for what is set now.
     """
 
     name: str
@@ -78,7 +77,6 @@ class Decision(NamedTuple):
     timed: str
     shapes: tuple[Shape, ...]
     candidates: Mapping[str, Mapping[str, object]]
-    given: Mapping[str, object] = {}
 
 
 def kernel_plan(
@@ -182,11 +180,9 @@ class Suite:
                         floors[form.baseline] = self.time(problems, form.floor)
                     times = self.time(problems, form.make)
                     least = sum(work.seconds for work in cases.lora_work(linear, batch, rank) if work.name in form.work) * 1e6
-                    widths = (linear.k, linear.n), (linear.n, linear.k)
-                    fused = [name == "exact" or tuned.fuse(batch.total, batch.adapters, *shape) for shape in widths]
                     more = {
                         "form": name, "linear": linear.name, "k": linear.k, "n": linear.n, "slices": linear.slices, "rank": rank,
-                        **batch._asdict(), "fused": fused, "ceiling_share": least / times.p50,
+                        **batch._asdict(), "ceiling_share": least / times.p50,
                     }  # fmt: skip
                     self.write_times(f"{case}, {name}", times, baseline=form.baseline, floor=floors[form.baseline], **more)
 
@@ -219,7 +215,7 @@ class Suite:
                     case += f" at {case_name(linears[shape.linear], shape.batch or cases.STUDY, shape.rank)}"
                 if (label != NOW and floor is None) or self.late(case):
                     continue
-                with self.attempt(case), changed({**decision.given, **settings}, arch):
+                with self.attempt(case), changed(settings, arch):
                     try:
                         times = self.time_calls(self.calls(decision.timed, shape, linears))
                     except REFUSED as error:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -296,7 +297,10 @@ def ways_of_a_step(step: TrainingStep) -> dict[str, Callable[[], object]]:
     ways: dict[str, Callable[[], object]] = {"eager": step.run}
     device = step.bank.param.device
     if device.type == "cuda":
+        from kloss.kernels import lora_triton  # only here: it needs Triton
+
         ways["replayed"] = partial(step.run, Graphs(device))
+        ways["replayed, one stream"] = mock.patch.object(lora_triton, "BESIDE", False)(partial(step.run, Graphs(device)))
     return ways
 
 

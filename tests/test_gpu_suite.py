@@ -14,7 +14,7 @@ from suite_parts import written
 
 from bench import cases, compiled, gpu_suite, kernels, timing
 from bench.kernels import Shape
-from kloss.kernels import tuned
+from kloss.kernels import lora_tiles, tuned
 
 
 def test_every_section_has_its_share_and_what_earlier_ones_left():
@@ -170,16 +170,16 @@ def test_the_command_runs_the_sections_in_order_of_worth_and_ends_with_the_targe
     assert f"tests marked for a GPU in {' '.join(gpu_suite.files_for_a_gpu())}\n" in out
     assert "forward + backward, r=4: at most 1.5 x the base products alone" in out and "not measured (0 of 4 linears)" in out
     assert "whole step, 52 x 32 utterances, r=32: at most 18 ms on an H200 or 21 ms on an H100" in out
-    assert out.count("tuned.FUSED_CONTRACTION: not timed") == 2, "when it is decided, and at the end"
+    assert out.count("tuned.TABLE shrink: not timed") == 2, "when it is decided, and at the end"
     assert out.splitlines()[-1].endswith(f"{int(breaks)} failures; tests {outcome}")
     assert ("FAILED: steps: steps: AssertionError: a kernel is wrong" in out) == breaks
     assert {row["section"] for row in written(suite)} == {"first", "decisions", "targets"}
 
 
-def decided(name="tuned.FUSED_CONTRACTION", **times):
+def decided(name="tuned.TABLE shrink", **times):
     """Rows of a decision: candidate -> its times at the shapes."""
     return [
-        {"decision": name, "candidate": label, "now": "1536", "p50": us} for label, each in times.items() for us in each
+        {"decision": name, "candidate": label, "now": "BK=64", "p50": us} for label, each in times.items() for us in each
     ] + [{"decision": "another", "candidate": label, "now": "7", "p50": 0.1} for label in times]  # fmt: skip
 
 
@@ -189,16 +189,16 @@ TWO = gpu_suite.FIRST[1]._replace(candidates={"a": {}, "b": {}, "c": {}}, shapes
 @pytest.mark.parametrize(
     ("times", "end"),
     [
-        (dict(now=[60, 47], a=[70, 30], b=[20, 100], c=[60, 47]), "1536 now, a faster by 7%"),
-        (dict(now=[50, 50], a=[70, 40], b=[60, 60], c=[60, 61]), "1536 now, a slower by 10%"),
-        (dict(now=[50, 50], a=[50, 50.5], b=[60, 60], c=[49.9, 49.9]), "1536 now, c the same"),
-        (dict(now=[50, 50], a=[1], b=[60, 60]), "1536 now, b slower by 20%; not timed: a | c"),
-        (dict(now=[50, 50]), "1536 now; not timed: a | b | c"),
+        (dict(now=[60, 47], a=[70, 30], b=[20, 100], c=[60, 47]), "BK=64 now, a faster by 7%"),
+        (dict(now=[50, 50], a=[70, 40], b=[60, 60], c=[60, 61]), "BK=64 now, a slower by 10%"),
+        (dict(now=[50, 50], a=[50, 50.5], b=[60, 60], c=[49.9, 49.9]), "BK=64 now, c the same"),
+        (dict(now=[50, 50], a=[1], b=[60, 60]), "BK=64 now, b slower by 20%; not timed: a | c"),
+        (dict(now=[50, 50]), "BK=64 now; not timed: a | b | c"),
         (dict(now=[50], a=[1, 1], b=[1, 1], c=[1, 1]), "not timed"),
     ],
 )
 def test_a_decision_names_the_fastest_over_all_shapes(times, end):
-    assert gpu_suite.decision_line(TWO, decided(**times)) == f"tuned.FUSED_CONTRACTION: {end}"
+    assert gpu_suite.decision_line(TWO, decided(**times)) == f"tuned.TABLE shrink: {end}"
 
 
 def test_a_decision_is_printed_and_written_once_it_is_made(suite, monkeypatch, capsys):
@@ -208,7 +208,7 @@ def test_a_decision_is_printed_and_written_once_it_is_made(suite, monkeypatch, c
     honest = suite.decide
     monkeypatch.setattr(suite, "decide", lambda decision: honest(decision) if decision is not broken else 1 / 0)
     gpu_suite.decide(suite, [broken, TWO._replace(decides="who multiplies")])
-    last, line = written(suite)[-1], "tuned.FUSED_CONTRACTION: 1536 now, b faster by 33%; not timed: a | c"
+    last, line = written(suite)[-1], "tuned.TABLE shrink: BK=64 now, b faster by 33%; not timed: a | c"
     assert last["line"] == line and last["decides"] == "who multiplies" and line in capsys.readouterr().out
     assert [row["line"] for row in written(suite)] == ["broken: not timed", line] and "ZeroDivisionError" in suite.failed[0]
 
@@ -217,7 +217,7 @@ def launched(decision, settings, arch):
     """What the launchers of a decision's shapes ask for: kernels, grids' lists and all numbers."""
     requests = []
     for shape in decision.shapes or (Shape(0, 0),):
-        with pytest.MonkeyPatch.context() as patch, kernels.changed({**decision.given, **settings}, arch):
+        with pytest.MonkeyPatch.context() as patch, kernels.changed(settings, arch):
             patch.setattr(cases, "STUDY", shape.batch or cases.STUDY)
             linear = cases.XLMR_BASE[shape.linear]
             exact = kernels.ALONE.get(decision.timed, ("", False))[1]
@@ -242,7 +242,8 @@ def test_decisions_have_names_of_their_own_and_say_what_is_set():
     assert len({decision.name for decision in gpu_suite.DECISIONS}) == len(gpu_suite.DECISIONS)
     for decision in gpu_suite.DECISIONS:
         assert kernels.set_now(decision, 90) not in decision.candidates and decision.decides
-    assert kernels.set_now(gpu_suite.FIRST[1], 90) == str(tuned.FUSED_CONTRACTION)
+    (steps,) = (decision for decision in gpu_suite.DECISIONS if decision.name == "lora_tiles.SUM_STEP")
+    assert kernels.set_now(steps, 90) == str(lora_tiles.SUM_STEP)
     changes = gpu_suite.entries("fused", dict(BC=256), dict(num_stages=4, BC=64))
     assert kernels.set_now(gpu_suite.FIRST[0]._replace(candidates=changes), 80) == "BC=128, num_stages=2"
 

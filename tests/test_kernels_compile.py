@@ -38,7 +38,8 @@ from triton.compiler import compiler
 from triton.runtime import driver
 from bench import cases, compiled, gpu_suite
 
-gpu_suite.FIRST, gpu_suite.LATER, cases.STUDY_RANKS = gpu_suite.FIRST[-1:], (), (32,)
+steps = tuple(decision for decision in gpu_suite.DECISIONS if decision.name == "lora_tiles.SUM_STEP")
+gpu_suite.FIRST, gpu_suite.LATER, cases.STUDY_RANKS = steps, (), (32,)
 jobs = gpu_suite.compile_jobs(90, cases.XLMR_BASE[:1] * 3)
 sums = [job for job in jobs if "'sum_kernel'" in job[3]]
 faults = [gpu_suite.compile_job(job) for job in sums]

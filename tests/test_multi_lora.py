@@ -49,8 +49,7 @@ LONG = dict(lengths=[1500, 90, 1100], adapter=[1, 0, 1], adapters=3, k=12, n=8, 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("exact", [False, True], ids=["vendor", "fused"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name, exact, p, device, dtype, monkeypatch):
-    monkeypatch.setattr(tuned, "fuse", lambda *shape: False)
+def test_forward_and_gradients(name, exact, p, device, dtype):
     assert_as_good(multi_lora_linear, problem(**CASES[name], p=p, dtype=dtype, device=device), exact=exact)
 
 
@@ -61,7 +60,7 @@ def test_many_adapters_and_long_ones(shape, device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_base_product_lands_on_the_lora_term(device, monkeypatch):
+def test_the_base_product_lands_on_the_lora_term(device):
     """The vendor's product accumulates on small terms: its result is as close to fp64 as the fused kernel's, in y and in dx.
 
     Added to the rounded base product instead, the LoRA term would be rounded with it, and the error 1.4 times as large. The
@@ -70,7 +69,6 @@ def test_the_base_product_lands_on_the_lora_term(device, monkeypatch):
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction, False
     try:
-        monkeypatch.setattr(tuned, "fuse", lambda *shape: False)
         case = problem([60, 9], [0, 1], adapters=2, k=96, n=96, dtype=torch.float16, device=device)
         case.lora_b.mul_(0.05)
         case.bias.mul_(0.05)
@@ -125,15 +123,6 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
         monkeypatch.setattr(lora_triton, name, partial(record, getattr(lora_triton, name)))
     outputs(multi_lora_linear, problem([5], [0], adapters=1))
     assert launched == [True] * 6
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_table_chooses_fused_for_full_tiles(device):
-    assert tuned.fuse(52 * 384, 52, 768, 768)
-    others = (1024 * 19, 1024, 768, 768), (52 * 384, 52, 3072, 768), (52 * 384, 52, 768, 111), (52 * 384, 52, 41, 768)
-    assert not any(tuned.fuse(*shape) for shape in others)
-    case = problem([130], [0], adapters=1, k=24, device=device)
-    assert torch.equal(outputs(multi_lora_linear, case)["y"], outputs(multi_lora_linear, case, exact=True)["y"])
 
 
 @pytest.mark.parametrize("device", DEVICES)

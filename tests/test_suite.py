@@ -23,7 +23,7 @@ def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite):
     shapes = [("2 x 4", "chosen"), ("2 x 4", "exact"), ("2 x 4", "forward only"), ("1 x 8", "chosen")]
     shapes += [("1 x 3", form) for form in ("chosen", "exact", "forward only")]
     assert [row["case"] for row in rows] == [f"small, {batch} rows, r=4, {form}" for batch, form in shapes]
-    needed = {"commit", "versions", "device", "tests", "p20", "p50", "p80", "host", "host_bound", "dtype", "fused"}
+    needed = {"commit", "versions", "device", "tests", "p20", "p50", "p80", "host", "host_bound", "dtype"}
     for row in rows:
         assert needed <= row.keys() and row["section"] == "kernels"
         assert row["ratio"] == row["p50"] / row["baseline_p50"] and row["p20"] < row["p50"] < row["p80"]
@@ -31,7 +31,6 @@ def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite):
     least = {work.name: work.seconds * 1e6 for work in cases.lora_work(SMALL, BATCH, 4)}
     assert rows[0]["ceiling_share"] == pytest.approx(sum(least.values()) / rows[0]["p50"])
     assert rows[2]["ceiling_share"] == pytest.approx((least["S"] + least["y"]) / rows[2]["p50"])
-    assert rows[1]["fused"] == [True, True] and rows[0]["fused"] == [False, False]
 
 
 def test_what_the_targets_need_is_measured_first():
@@ -70,13 +69,13 @@ def test_no_section_writes_a_row_of_an_op_that_failed_its_check(suite, monkeypat
         monkeypatch.setattr(home, checked, check)
     library = baselines.Baseline("a", "a", cases.forward_backward, cases.forward_backward)
     monkeypatch.setattr(baselines, "baselines", lambda: ([library], []))
-    size, other = profiled.StepSize(3, 4, 2), SPAN._replace(timed="add_norm", shapes=())
+    size, other = profiled.StepSize(3, 4, 2), STEP._replace(timed="add_norm", shapes=())
     {
         "kernels": partial(suite.kernels, ranks=(4,), linears=(PLAIN,), batches=()),
         "baselines": partial(suite.baselines, ranks=(4,), linears=(PLAIN,)),
         "step": partial(suite.steps, [size], lambda call: events(("shrink_kernel", 1.0)), lambda call: Counter()),
         "peft's step": partial(suite.peft_step, size),
-        "linear decision": partial(suite.decide, SPAN, (PLAIN,)),
+        "linear decision": partial(suite.decide, STEP, (PLAIN,)),
         "other decision": partial(suite.decide, other),
     }[name]()
     assert not suite.rows and suite.failed and all("dx is off" in failure for failure in suite.failed)
@@ -150,18 +149,17 @@ def test_a_spent_budget_is_said(suite):
     assert suite.left_out == ["kernels: small, 2 x 4 rows, r=4"] and not suite.rows
 
 
-CONTRACTIONS = {str(value): {"tuned.FUSED_CONTRACTION": value} for value in (0, 9)}
-SPAN = Decision("tuned.FUSED_CONTRACTION", "", "linear", (Shape(0, 4),), CONTRACTIONS)
+STEP = Decision("lora_tiles.SUM_STEP", "", "linear", (Shape(0, 4),), {str(n): {"lora_tiles.SUM_STEP": n} for n in (1, 9)})
 
 
 def test_settings_change_and_come_back():
     before, wide = dict(tuned.TABLE), dict(tuned.WIDE)
-    settings = {"tuned.TABLE shrink": {"BK": 32}, "tuned.WIDE reduce": 7, "tuned.FUSED_CONTRACTION": 9, "segments.CHUNK": 512}
+    settings = {"tuned.TABLE shrink": {"BK": 32}, "tuned.WIDE reduce": 7, "lora_tiles.SUM_STEP": 9, "segments.CHUNK": 512}
     with kernels.changed(settings, 0):
         assert tuned.launch("shrink", 0, torch.bfloat16) == tuned.DEFAULT["shrink", "half"]._replace(BK=32)
         assert tuned.launch("shrink", 80, torch.bfloat16) == tuned.DEFAULT["shrink", "half"]
-        assert wide | {"reduce": 7} == tuned.WIDE and (tuned.FUSED_CONTRACTION, segments.CHUNK) == (9, 512)
-    assert (before, wide) == (tuned.TABLE, tuned.WIDE) and (tuned.FUSED_CONTRACTION, segments.CHUNK) == (1536, 1024)
+        assert wide | {"reduce": 7} == tuned.WIDE and (lora_tiles.SUM_STEP, segments.CHUNK) == (9, 512)
+    assert (before, wide) == (tuned.TABLE, tuned.WIDE) and (lora_tiles.SUM_STEP, segments.CHUNK) == (8, 1024)
     with pytest.raises(AttributeError), kernels.changed({"tuned.NOTHING": 1}, 0):
         pass
 
@@ -171,38 +169,38 @@ def test_a_decision_is_checked_and_timed_under_its_settings(suite, monkeypatch):
     seen = []
 
     def check(linear, batch, rank, *, forms, **where):
-        seen.append((linear.name, batch, rank, forms, tuned.FUSED_CONTRACTION, tuned.FUSED_ROWS_PER_ADAPTER))
+        seen.append((linear.name, batch, rank, forms, lora_tiles.SUM_STEP))
 
     monkeypatch.setattr(cases, "check", check)
     shapes = Shape(1, 4), Shape(0, 8, cases.Batch(1, 3))
     suite.section = "first"
-    suite.decide(SPAN._replace(shapes=shapes, given={"tuned.FUSED_ROWS_PER_ADAPTER": 5}), (SMALL, PLAIN))
+    suite.decide(STEP._replace(shapes=shapes), (SMALL, PLAIN))
     where = ("plain", BATCH, 4, ("chosen",)), ("small", cases.Batch(1, 3), 8, ("chosen",))
-    assert seen == [(*case, value, 5) for case in where for value in (1536, 0, 9)]
+    assert seen == [(*case, value) for case in where for value in (8, 1, 9)]
     rows = written(suite)
-    assert [(row["rank"], row["candidate"]) for row in rows] == [(r, label) for r in (4, 8) for label in ("now", "0", "9")]
-    assert all(row["decision"] == SPAN.name and row["now"] == "1536" and row["section"] == "first" for row in rows)
+    assert [(row["rank"], row["candidate"]) for row in rows] == [(r, label) for r in (4, 8) for label in ("now", "1", "9")]
+    assert all(row["decision"] == STEP.name and row["now"] == "8" and row["section"] == "first" for row in rows)
     assert [row["baseline_p50"] for row in rows] == [rows[0]["p50"]] * 3 + [rows[3]["p50"]] * 3 and not suite.failed
 
 
 def test_a_candidate_that_the_chip_refuses_is_left_out_and_a_wrong_one_fails(suite, monkeypatch):
     def check(*shape, **more):
-        if tuned.FUSED_CONTRACTION == 0:
+        if lora_tiles.SUM_STEP == 1:
             raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
-        assert tuned.FUSED_CONTRACTION != 9, "dx is off"
+        assert lora_tiles.SUM_STEP != 9, "dx is off"
 
     monkeypatch.setattr(cases, "check", check)
-    suite.decide(SPAN, (PLAIN,))
-    assert "shared memory" in suite.left_out[0] and "dx is off" in suite.failed[0] and tuned.FUSED_CONTRACTION == 1536
+    suite.decide(STEP, (PLAIN,))
+    assert "shared memory" in suite.left_out[0] and "dx is off" in suite.failed[0] and lora_tiles.SUM_STEP == 8
     assert [row["candidate"] for row in suite.rows] == ["now"]
 
 
 def test_without_a_time_of_what_is_set_now_no_candidate_is_timed(suite, monkeypatch):
     def check(*shape, **more):
-        assert tuned.FUSED_CONTRACTION != 1536, "y is off"
+        assert lora_tiles.SUM_STEP != 8, "y is off"
 
     monkeypatch.setattr(cases, "check", check)
-    suite.decide(SPAN, (PLAIN,))
+    suite.decide(STEP, (PLAIN,))
     assert not suite.rows and len(suite.failed) == 1
 
 

@@ -12,9 +12,9 @@ an adapter's values have the same bits whatever else is in the batch. There are 
 x's dtype with their factor, as torch rounds them in that dtype. Dropout's scale 1/(1-p) is the same for all rows of a tile and is
 applied to fp32 sums.
 
-The base product comes last. Either `expand` adds it in its accumulator (fused), or `expand` writes the LoRA term and the vendor's
-product accumulates on top of it in place: what is rounded in between is the smaller term. `tuned.fuse` chooses; exact=True forces
-the fused form, whose base product has fixed tiles as well.
+The base product comes last. `expand` writes the LoRA term and the vendor's product accumulates on top of it in place: what is
+rounded in between is the smaller term. With exact=True `expand` adds the base product in its accumulator, in fixed tiles; on an
+H100 that is slower at every size that was tried.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import tuned
 from .lora_tiles import Factor, expand, reduce, shrink
 from .lora_torch import Backward, Forward
 from .segments import Work
@@ -43,17 +42,16 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the keys. lists: order, the fields of `Work`, and with dropout p, seed and row_key."""
     x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact = call
     order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
-    (G, SR, K), (_, N, R), rows = lora_a.shape, lora_b.shape, order.numel()
+    (_, SR, K), (_, N, R), rows = lora_a.shape, lora_b.shape, order.numel()
     s, keys = saved(x, SR, lists)
     y = x.new_empty(x.shape[0], N)
-    fused = exact or tuned.fuse(rows, G, K, N)
     a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
     b = Factor(lora_b, lora_b.stride(0), 0, lora_b.stride(1), lora_b.stride(2))
     draws = (*dropout, keys) if dropout else ()
     with torch.cuda.device_of(x):
         shrink(x, a, s, order, work.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1)
-        expand(s, b, x, weight.t(), bias, y, order, work, ranks, scaling, R=R, blocks=slices, slices=slices, fused=fused)
-    _add_base(y, x, weight.t(), bias, rows, fused)
+        expand(s, b, x, weight.t(), bias, y, order, work, ranks, scaling, R=R, blocks=slices, slices=slices, fused=exact)
+    _add_base(y, x, weight.t(), bias, rows, exact)
     return y, s, keys
 
 
@@ -61,11 +59,10 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
     dy, x, weight, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, exact, need_x, need_a, need_b, *_ = call
     order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
-    (G, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
+    (_, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
-    fused = exact or tuned.fuse(rows, G, N, K)
     with torch.cuda.device_of(x), _beside(x) as beside:
         if need_b:
             with beside():
@@ -79,8 +76,8 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
                 reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
             a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
-            expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=fused)
-            _add_base(dx, dy, weight, None, rows, fused)
+            expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=exact)
+            _add_base(dx, dy, weight, None, rows, exact)
     return dx, *call.returned(d_a, d_b)
 
 

@@ -1,7 +1,8 @@
 """Launch configurations of all kernels: one table, keyed by (op, architecture, dtype bucket).
 
-The entries follow resource reports of ahead-of-time compilation (`python -m bench.compiled`), not timings. An architecture
-without an entry gets DEFAULT, whose shared memory fits every chip since sm_80.
+The entries for sm_90 are the fastest that an H100 has shown (`python -m bench.gpu_suite`; rows in bench/results), the others
+follow resource reports of ahead-of-time compilation (`python -m bench.compiled`). An architecture without an entry gets DEFAULT,
+whose shared memory fits every chip since sm_80.
 """
 
 from typing import NamedTuple
@@ -51,13 +52,11 @@ WIDE = {"shrink": 128, "reduce": 64}
 TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
     ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
-    ("fused", 90, "half"): Launch(BK=64, BC=256, BR=64, num_warps=8, num_stages=3),
-    ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=3),
+    ("fused", 90, "half"): Launch(BK=64, BC=256, BR=16, num_warps=8, num_stages=3),  # with a larger BR mixed ranks spill
+    # Rows are loaded by their order, which is loaded too: such a loop is pipelined from three stages on, and deeper with five.
+    ("reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=5),
+    ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=5),
 }
-
-# Fuse with at least this many rows per adapter and at most this contraction; otherwise cuBLAS and a separate expand. Roofline
-# estimates, not timed: a separate expand reads and writes y again, the fused kernel has part-filled tiles.
-FUSED_ROWS_PER_ADAPTER, FUSED_CONTRACTION = 96, 1536
 
 
 def launch(
@@ -84,12 +83,6 @@ def launch(
 def bucket(dtype: torch.dtype) -> str:
     """The table's name for a dtype."""
     return "single" if dtype == torch.float32 else "half"
-
-
-def fuse(rows: int, num_adapters: int, contraction: int, outputs: int) -> bool:
-    """Whether to compute the base product in the LoRA kernel. Its tiles need 16-byte loads, so widths in multiples of 8."""
-    full = rows >= FUSED_ROWS_PER_ADAPTER * num_adapters and contraction <= FUSED_CONTRACTION
-    return full and contraction % 8 == outputs % 8 == 0
 
 
 def span(rank: int) -> int:
