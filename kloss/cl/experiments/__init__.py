@@ -11,7 +11,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, merge, order, pairs, where
+from . import damage, merge, order, pairs, scripts, where
 from .section import Needs, Section
 
 
@@ -23,6 +23,7 @@ class Experiment(NamedTuple):
     record: from the study, the scores of its learners and the counts of the plan's probes to the entries of scores.json.
     shape: of an entry.
     analyse: from the contents of scores.json and these entries to the section of the report; None without data.
+    languages: what it needs of them besides that there are two or more.
     """
 
     strategies: tuple[str, ...]
@@ -30,6 +31,7 @@ class Experiment(NamedTuple):
     record: Callable[[Config, Study, Any, list[Counts]], list[dict[str, Any]]]
     shape: Shape
     analyse: Callable[[Mapping[str, Any], list[dict[str, Any]]], Section | None]
+    languages: str = ""
 
 
 EXPERIMENTS = {
@@ -38,6 +40,9 @@ EXPERIMENTS = {
     "merge": Experiment(("non-shared",), merge.plan, merge.record, merge.SHAPE, merge.analyse),
     "order": Experiment(("shared",), order.plan, order.record, order.SHAPE, order.analyse),
     "pairs": Experiment(("non-shared",), pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
+    "scripts": Experiment(
+        ("shared",), scripts.plan, scripts.record, scripts.SHAPE, scripts.analyse, "of one script and one of another"
+    ),
 }
 
 
@@ -49,22 +54,31 @@ def with_experiments(config: Config, study: Study) -> Study:
         for learner, to_score in needs.learners:
             if learner not in study.learners:
                 study.learners.append(learner)
-                study.to_score.append(dict(to_score))
+                study.to_score.append({})
+            g = study.learners.index(learner)
+            _score(study.to_score[g], [(experience, locale) for experience in to_score for locale in to_score[experience]])
         for g, experience, locale in needs.cells:
-            scored = study.to_score[g].setdefault(experience, [])
-            if locale not in scored:
-                scored.append(locale)
+            _score(study.to_score[g], [(experience, locale)])
         probes += [(name, probe) for probe in needs.probes]
     return study._replace(probes=tuple(probes))
+
+
+def _score(to_score: dict[int, list[str]], cells: Iterable[tuple[int, str]]) -> None:
+    """Add cells (experiences completed, locale) to what is scored of a learner, each once."""
+    for experience, locale in cells:
+        scored = to_score.setdefault(experience, [])
+        if locale not in scored:
+            scored.append(locale)
 
 
 def idle(config: Config, study: Study) -> list[str]:
     """A line for each experiment that a study gives nothing to look at."""
     names = [name for name in dict.fromkeys(config.experiments) if not any(EXPERIMENTS[name].plan(config, study))]
-    wanted = {name: " or ".join(EXPERIMENTS[name].strategies) for name in names}
-    return [
-        f"--experiments {name} has no effect: it needs --strategies {wanted[name]}, of two languages or more" for name in names
-    ]
+    lines = []
+    for name in names:
+        wanted = " or ".join(EXPERIMENTS[name].strategies), f"two languages or more {EXPERIMENTS[name].languages}".strip()
+        lines.append(f"--experiments {name} has no effect: it needs --strategies {wanted[0]}, of {wanted[1]}")
+    return lines
 
 
 def recorded(config: Config, study: Study, scores: Any, counts: list[Counts]) -> dict[str, list[dict[str, Any]]]:
