@@ -9,7 +9,7 @@ a language in both has the same place, and the first is learned from the same dr
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from ..study import Study, Trial
 from ..summary import by_label, by_language, lost, mean, script
 from ..units import Run
 from .section import Bars, Needs, Section, Table, between, signed
+
+if TYPE_CHECKING:  # a report reads experiments, and needs no torch
+    from ..corpus import Corpus
 
 SEQUENCE = {"order": [str], "learned": [([int], None)], "end": [([int], None)]}
 SHAPE = {"label": str, "lr": float, "seed": int, "script": str, "alike": SEQUENCE, "mixed": SEQUENCE}
@@ -68,7 +71,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(learners=learners)
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each trial of SHARED the counts of both sequences; None where a learner diverged."""
     entries = []
     for trial, design in _designs(study):
