@@ -107,6 +107,7 @@ def test_what_goes_with_another_property_or_does_not_differ_is_left_out_by_name(
         "its copy": -3 * one + 0.01 * rng.normal(size=n),
         "of the run": run.astype(float),
         "in one group": (groups < 1).astype(float),
+        "mostly in one": (groups < 1) + 0.05 * rng.normal(size=n),
         "other": rng.normal(size=n),
     }
     result = regress(2 * one + 0.1 * rng.normal(size=n), properties, run, [groups])
@@ -115,6 +116,7 @@ def test_what_goes_with_another_property_or_does_not_differ_is_left_out_by_name(
         "its copy": "goes with one, r = −1.00",
         "of the run": "does not differ",
         "in one group": "differs in too few groups",
+        "mostly in one": "differs in too few groups",
     }
     assert result.effects["one"].effect == pytest.approx(2 * result.effects["one"].deviation, rel=0.05)
     low, high, _ = result.effects["other"].interval

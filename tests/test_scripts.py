@@ -22,6 +22,8 @@ def test_the_sequences_of_the_demo():
     assert alike == ("en-US", "de-DE", "es-ES", "tr-TR") and mixed == ("en-US", "ru-RU", "ar-SA", "hi-IN")
     alike, mixed = scripts.design_of(("ja-JP", "de-DE", "en-US"))
     assert alike == ("de-DE", "en-US") and mixed == ("de-DE", "ja-JP")
+    order = ("ja-JP", "ru-RU", "de-DE", "ar-SA", "en-US")  # the commonest script has its turn first
+    assert scripts.design_of(order) == (("de-DE", "en-US"), ("de-DE", "ja-JP"))
     order = ("ru-RU", "en-US", "mn-MN", "de-DE", "fr-FR", "es-ES", "it-IT", "nl-NL")  # Cyrillic gives two, then Latin alone
     assert scripts.design_of(order) == (
         ("en-US", "de-DE", "fr-FR", "es-ES", "it-IT", "nl-NL"),
@@ -152,6 +154,16 @@ def test_a_language_below_the_floor_has_no_share():
     sequence = {"order": ["en-US", "de-DE", "fr-FR"], "learned": counts_of([0.5, 0.04, 0.6]), "end": counts_of([0.25, 0.04, 0.6])}
     values = scripts.measured(sequence)
     assert values["en-US"].tolist() == [0.5, 0.25, 0.5] and np.isnan(values["de-DE"][2]) and np.isnan(values["fr-FR"][2])
+
+
+def test_a_language_in_both_counts_where_it_was_learned_in_both():
+    order = ("en-US", "de-DE", "fr-FR", "es-ES")
+    alike = {"order": list(order), "learned": counts_of([0.5] * 4), "end": counts_of([0.1, 0.4, 0.5, 0.5])}
+    mixed = {"order": ["en-US", "ru-RU", "fr-FR", "ja-JP"], "learned": counts_of([0.02, 0.5, 0.5, 0.5])}
+    mixed["end"] = counts_of([0.02, 0.1, 0.25, 0.5])
+    (of_all,), (of_both,) = (means.values() for means in scripts.compared([{"seed": 0, "alike": alike, "mixed": mixed}]))
+    assert of_both[:, 2].tolist() == [1, 0.5], "of fr-FR alone"
+    assert of_both[:, 0] == pytest.approx([0.5, 0.26]) and of_all[:, 2] == pytest.approx([(0.2 + 0.8 + 1) / 3, (0.2 + 0.5) / 2])
 
 
 def test_rates_are_apart():
