@@ -17,8 +17,9 @@ from kloss.cl.experiments.section import Needs, Section
 from kloss.cl.probes import State
 from kloss.cl.spans import f1_from_counts
 from kloss.cl.states import KeptRow, States
+from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
-from kloss.config import ExperimentName
+from kloss.config import Config, ExperimentName
 from kloss.errors import UserError
 from kloss.files import read_tensors
 from kloss.models import AdapterBank, XLMRConfig
@@ -44,6 +45,20 @@ def whole(cache, tmp_path_factory):
 
 def test_every_experiment_can_be_asked_for():
     assert set(ExperimentName.__args__) == set(EXPERIMENTS)
+
+
+def test_a_learner_that_the_study_has_is_scored_where_an_experiment_needs_it(monkeypatch):
+    """`scripts` can ask for the learner of a script that `partial` trains."""
+    config = Config(strategies=("non-shared",), experiments=("order",))
+    study = study_of(config, ("en-US", "de-DE"))
+    before = [dict(cells) for cells in study.to_score]
+    needs = Needs(learners=[(study.learners[1], {0: ["en-US"], 1: ["de-DE", "en-US"]})])
+    monkeypatch.setitem(EXPERIMENTS, "order", EXPERIMENTS["order"]._replace(plan=lambda config, study: needs))
+    after = experiments.with_experiments(config, study)
+    assert len(after.learners) == 2 and after.to_score[0] == before[0]
+    for experience, locales in needs.learners[0][1].items():
+        assert set(locales) <= set(after.to_score[1][experience])
+        assert len(after.to_score[1][experience]) == len(set(after.to_score[1][experience]))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 5, 12])

@@ -122,14 +122,15 @@ def contrasts(values: Mapping[str, float]) -> list[Contrast]:
         ("written without spaces", none, "with spaces", spaces),
         ("not Latin, but with spaces", [m for m in other if spaced(m)], "Latin", latin),
     )
-    return [_contrast(f"{name_a} against {name_b}", values, a, b) for name_a, a, name_b, b in groups]
+    return [contrast(f"{name_a} against {name_b}", values, a, b) for name_a, a, name_b, b in groups]
 
 
 def _split(locales: Mapping[str, float], test: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     return [m for m in locales if test(m)], [m for m in locales if not test(m)]
 
 
-def _contrast(name: str, values: Mapping[str, float], a: Sequence[str], b: Sequence[str]) -> Contrast:
+def contrast(name: str, values: Mapping[str, float], a: Sequence[str], b: Sequence[str]) -> Contrast:
+    """Two groups of languages, see `contrasts`; NaN if one is empty. values: none of them NaN."""
     of_a, of_b = _by_family(values, a), _by_family(values, b)
     test = permutation_test(of_a, of_b)
     languages, families = (len(a), len(b)), (len(of_a), len(of_b))

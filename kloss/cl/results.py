@@ -88,7 +88,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "runs": runs,
         "summary": summary_rows({"runs": runs}),
         "comparisons": comparisons({"runs": runs}),
-        **({"experiments": recorded(config, study, outcome.scores, outcome.probed)} if config.experiments else {}),
+        **({"experiments": recorded(config, corpus, study, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
         ],

@@ -4,7 +4,7 @@ language, and trained on that one again: no order, no position, and a causal mat
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from ..study import Study, Trial
 from ..summary import script
 from .pairs import additive, explained
 from .section import Matrix, Needs, Section, Table
+
+if TYPE_CHECKING:  # a report reads experiments, and needs no torch
+    from ..corpus import Corpus
 
 SHAPE = {"label": str, "seed": int, "locales": [str], "before": [([int], None)], "after": [[([int], None)]]}
 SHOWN = 8  # languages in the table
@@ -41,7 +44,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(learners=[(_fork(parent, locale), {1: list(order)}) for parent, order in parents for locale in order])
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """Counts of every language before the fork, and after each fork (row); None where it diverged."""
     entries = []
     for trial in _trials(study):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...models.bank import Slot
+    from ..corpus import Corpus
 
 SHAPE = {"label": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
 KEPT = 0.2  # of a row's changes, by TIES
@@ -84,7 +85,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(probes=probes)
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """What each probe is, with its counts."""
     probes = [probe for name, probe in study.probes if name == "merge"]
     return [probe.about | {"counts": count} for probe, count in zip(probes, counts, strict=True)]

@@ -5,7 +5,7 @@ order, the others staying as they were: what differs between the three is their 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ..spans import f1_from_counts
 from ..statistics import crossed_interval
 from ..study import Study, Trial
 from .section import Bars, Needs, Section, Table
+
+if TYPE_CHECKING:  # a report reads experiments, and needs no torch
+    from ..corpus import Corpus
 
 SHAPE = {
     "label": str, "order_name": str, "seed": int, "place": str, "order": [str], "pinned": [str], "end": [([int], None)],
@@ -54,7 +57,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(learners=learners)
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each learner the counts of all languages at the end, and of pinned ones when learned."""
     entries = []
     for trial, place, order, pinned in _designs(config, study):

@@ -1,7 +1,7 @@
 """Who gives to whom? Every NON-SHARED adapter is scored on every language: transfer without an order, donors as rows."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from ..spans import f1_from_counts
 from ..statistics import Floats
 from ..study import Study, Trial
 from .section import Matrix, Needs, Section, Table
+
+if TYPE_CHECKING:  # a report reads experiments, and needs no torch
+    from ..corpus import Corpus
 
 SHAPE = {"label": str, "seed": int, "locales": [str], "counts": [[([int], None)]]}
 RESAMPLED = 1000
@@ -31,7 +34,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(cells=[(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each trial the counts of every adapter (row) on every language (column); None where it diverged."""
     entries = []
     for trial in trials_of_learners(study):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..learner import Learner
 from ..probes import Probe
-from ..statistics import Floats
+from ..statistics import Floats, Interval
 
 
 class Needs(NamedTuple):
@@ -49,3 +49,14 @@ class Section(NamedTuple):
     bars: Sequence[Bars] = ()
     matrices: Sequence[Matrix] = ()
     tables: Sequence[Table] = ()
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, a true minus; none on what rounds to 0."""
+    value = round(value, digits) + 0.0  # no -0
+    return f"{value:{'+' if value else ''}.{digits}f}".replace("-", "−")
+
+
+def between(interval: Interval, digits: int = 2) -> str:
+    """An interval in words; empty where there is none."""
+    return f"{signed(interval.low, digits)} to {signed(interval.high, digits)}" if interval.low == interval.low else ""

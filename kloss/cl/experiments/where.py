@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...models.bank import Slot
+    from ..corpus import Corpus
 
 SHAPE = {"label": str, "lr": float, "order_name": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
 QUARTERS = 4
@@ -68,7 +69,7 @@ def plan(config: Config, study: Study) -> Needs:
     return Needs(probes=list(probes.values()))
 
 
-def record(config: Config, study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
+def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """What each probe is, with its counts."""
     probes = [probe for name, probe in study.probes if name == "where"]
     return [probe.about | {"counts": count} for probe, count in zip(probes, counts, strict=True)]
