@@ -62,8 +62,6 @@ COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10,")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 LABELS = 111
-
-
 FLAGS = {"ranks_ptr": "ranks", "keys_ptr": "dropout", "dweight_ptr": "weights"}
 
 

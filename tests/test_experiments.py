@@ -544,3 +544,16 @@ def test_damaged_entries_are_refused_by_name(whole):
     del scores["experiments"]["where"]
     scores["experiments"]["of a later version"] = 7
     assert [section.title for section in sections(scores)] == ["Who gives to whom?"]
+
+
+def test_rates_are_kept_apart(cache, tmp_path):
+    """Each has its own label, as its runs have in the report."""
+    folder, names = tmp_path / "run", ("order", "pairs", "merge", "damage")
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", *names]
+    assert main([*run, "--strategies", "shared", "non-shared", "lora-multi", "--lr", "1e-3", "3e-3"]) == 0
+    found = json.loads((folder / "scores.json").read_text())["experiments"]
+    for name in names:
+        labels = {entry["label"].partition(" r=")[2] for entry in found[name]}
+        assert labels == {"2, lr 0.001", "2, lr 0.003"}, name
+    page = (folder / "report.html").read_text()
+    assert all(f"{label}: F1 over languages, adapters merged" in page for label in ("r=2, lr 0.001", "r=2, lr 0.003"))

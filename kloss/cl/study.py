@@ -95,6 +95,11 @@ def make_groups(config: Config, locales: Sequence[str]) -> dict[str, str]:
     return groups(locales, read_json(Path(config.groups)))
 
 
+def rated_label(config: Config, trial: Trial) -> str:
+    """The trial's label, with its rate where adapters have several; `summary.by_label` names runs so."""
+    return trial.label if trial.rank is None or len(config.lr) == 1 else f"{trial.label}, lr {trial.lr:g}"
+
+
 def plan(config: Config, locales: Sequence[str]) -> Study:
     """Return all trials of a configuration over a corpus's languages; trials share equal learners."""
     index: dict[Learner, int] = {}

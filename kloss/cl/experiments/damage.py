@@ -14,7 +14,7 @@ from ..metrics import FLOOR
 from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import Floats, interval, measured_mean
-from ..study import Study, Trial
+from ..study import Study, Trial, rated_label
 from ..summary import script
 from .pairs import additive, explained
 from .section import Matrix, Needs, Section, Table
@@ -52,7 +52,7 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
         forks = [study.learners.index(_fork(study.learners[g], locale)) for locale in trial.order]
         before = [scores[g].get(1, {}).get(locale) for locale in trial.order]
         after = [[scores[fork].get(1, {}).get(locale) for locale in trial.order] for fork in forks]
-        about = {"label": trial.label, "seed": trial.seed, "locales": list(trial.order)}
+        about = {"label": rated_label(config, trial), "seed": trial.seed, "locales": list(trial.order)}
         entries.append(about | {"before": before, "after": after})
     return entries
 

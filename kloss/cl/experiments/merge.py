@@ -15,8 +15,8 @@ from ...config import Config
 from ..languages import LANGUAGES
 from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
-from ..study import Study
-from ..summary import script
+from ..study import Study, rated_label
+from ..summary import by_label, script
 from .pairs import trials_of_learners
 from .section import Bars, Needs, Section
 
@@ -79,7 +79,7 @@ def plan(config: Config, study: Study) -> Needs:
                 states = (State(learner[members[0]], 0), *(State(learner[other], 1) for other in members))
                 for head in (OWN, MERGED):
                     part = f"{way}, {head}"
-                    about = {"label": trial.label, "seed": trial.seed, "locale": locale, "part": part}
+                    about = {"label": rated_label(config, trial), "seed": trial.seed, "locale": locale, "part": part}
                     of = (*states, State(learner[locale], 1)) if head == OWN else states
                     probes.append(Probe(merged, of, part, locale, about))
     return Needs(probes=probes)
@@ -103,10 +103,10 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             findings.append(f"{label} diverged.")
             continue
         ends: dict[str, dict[int, float]] = defaultdict(dict)
-        for run in scores["runs"]:
-            same = run["label"].split()[-1] == label.split()[-1]  # the rank
+        for name, run in ((name, run) for name, runs in by_label(scores["runs"]).items() for run in runs):
+            same = name.partition(" r=")[2] == label.partition(" r=")[2]  # the rank, and the rate where there are several
             if same and run["strategy"] in ("non-shared", "shared") and not run.get("diverged"):
-                ends[run["label"]][run["seed"]] = float(np.mean(run["R"][-1]))
+                ends[name][run["seed"]] = float(np.mean(run["R"][-1]))
         beside = {name: list(by_seed.values()) for name, by_seed in ends.items()}
         bars.append(Bars(f"{label}: F1 over languages, adapters merged", means | beside, "F1"))
         best = max(means, key=lambda part: float(np.mean(means[part])))

@@ -14,7 +14,7 @@ from ..languages import check_locales
 from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import crossed_interval
-from ..study import Study, Trial
+from ..study import Study, Trial, rated_label
 from .section import Bars, Needs, Section, Table
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -64,7 +64,7 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
         own = scores[study.learners.index(_learner(study, trial, order))]
         end = [own.get(len(order), {}).get(locale) for locale in order]
         learned = [own.get(order.index(locale) + 1, {}).get(locale) for locale in pinned]
-        about = {"label": trial.label, "order_name": trial.order_name, "seed": trial.seed, "place": place}
+        about = {"label": rated_label(config, trial), "order_name": trial.order_name, "seed": trial.seed, "place": place}
         entries.append(about | {"order": list(order), "pinned": pinned, "end": end, "learned": learned})
     return entries
 

@@ -9,7 +9,7 @@ from ...config import Config
 from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import Floats
-from ..study import Study, Trial
+from ..study import Study, Trial, rated_label
 from .section import Matrix, Needs, Section, Table
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -39,7 +39,8 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
     entries = []
     for trial in trials_of_learners(study):
         cells = [[scores[g].get(1, {}).get(locale) for locale in trial.order] for g in trial.learners]
-        entries.append({"label": trial.label, "seed": trial.seed, "locales": list(trial.order), "counts": cells})
+        about = {"label": rated_label(config, trial), "seed": trial.seed, "locales": list(trial.order)}
+        entries.append(about | {"counts": cells})
     return entries
 
 
