@@ -25,8 +25,8 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "seed": (0, 2**62),
     "dropout lora_dropout": (0, 0.999),
     "overlap relatedness": (0, 1),
-    "lr head_lr full_lr": (1e-30, 1e30),
-    "alpha weight_decay": (0, 1e30),
+    "lr full_lr": (1e-30, 1e30),
+    "head_lr alpha weight_decay": (0, 1e30),
     "max_norm": (1e-30, float("inf")),
 }
 MOST_MATRICES = 10_000  # score matrices of a study; each takes about a millisecond to plan
@@ -73,7 +73,7 @@ class AdapterConfig:
     rank: tuple[int, ...] = (8,)  # LoRA ranks; each trains its own learners
     alpha: float | None = None  # LoRA's scaling is alpha / rank; None: alpha is the rank
     lr: tuple[float, ...] = (3e-3,)  # learning rates of LoRA; each trains its own learners
-    # Learning rate of the adapters' heads, with every --lr. None: the adapters' own.
+    # Learning rate of the adapters' heads, with every --lr. None: the adapters' own. 0: they stay as drawn.
     head_lr: float | None = field(default=None, metadata=_LATER)
     full_lr: float = 5e-4  # learning rate of full fine-tuning
     epochs: int = 8  # passes over each experience

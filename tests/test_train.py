@@ -249,3 +249,5 @@ def test_a_head_has_a_rate_of_its_own():
     before, after, start = trained(lr=0.0, head_lr=0.1)
     assert torch.equal(before[:, :start], after[:, :start]) and not torch.equal(before[:, start:], after[:, start:])
     assert torch.equal(trained(lr=0.1)[1], trained(lr=0.1, head_lr=0.1)[1])
+    before, after, start = trained(lr=0.1, head_lr=0.0)
+    assert not torch.equal(before[:, :start], after[:, :start]) and torch.equal(before[:, start:], after[:, start:])
