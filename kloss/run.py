@@ -163,7 +163,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             for line in remarks(device):
                 progress.say(line)
             model = load_backbone(config, corpus, device, progress)
-            backbone, parameters = model.config, sum(p.numel() for p in model.parameters())
+            backbone, parameters = model.config, model.num_parameters
             del model
             threads = _threads_before(folder.path / "env.json")
             if threads not in (None, torch.get_num_threads()):

@@ -232,6 +232,26 @@ def test_we_load_what_transformers_saves(saved):
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in half.parameters())
 
 
+def test_only_the_words_that_are_asked_for_are_kept(saved, tmp_path):
+    """The same logits and gradients, a smaller table, and an error for any other word."""
+    folder, _ = saved
+    whole = XLMRForTokenClassification.from_pretrained(folder)
+    ids, cu = torch.tensor([0, 7, 5, 2, 0, 9, 2]), torch.tensor([0, 4, 7], dtype=torch.int32)
+    words = torch.tensor([9, 0, 2, 5, 7, whole.config.vocab_size + 3])
+    few = XLMRForTokenClassification.from_pretrained(folder, words=words)
+    assert few.word_embeddings.weight.shape == (5, whole.config.hidden_size) and few.config == whole.config
+    assert few.num_parameters == whole.num_parameters == sum(p.numel() for p in whole.parameters())
+    logits = [model(ids, cu) for model in (whole, few)]
+    assert torch.equal(*logits)
+    for each in logits:
+        each.square().sum().backward()
+    assert torch.equal(whole.word_embeddings.weight.grad[words[:5]], few.word_embeddings.weight.grad)
+    with pytest.raises(ValueError, match="got -1"):
+        few(torch.tensor([0, 8, 5, 2, 0, 9, 2]), cu)
+    with pytest.raises(ValueError, match="kept 5 of"):
+        few.save_pretrained(tmp_path / "few")
+
+
 def as_bin(folder, change=lambda state: state) -> None:
     from safetensors.torch import load_file
 

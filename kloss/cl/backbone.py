@@ -25,12 +25,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_backbone(config: Config, corpus: Corpus, device: torch.device, progress: OnProgress) -> XLMRForTokenClassification:
-    """Load the model to adapt, with one head output per label of the corpus.
+    """Load the model to adapt, with one head output per label of the corpus, and embeddings of the corpus's tokens alone.
 
     Raises UserError for a checkpoint that cannot be loaded, or one whose vocabulary or positions are too few for the corpus.
     """
     name = str(tiny_backbone(config, corpus, progress)) if config.backbone == "tiny" else config.backbone
-    model = XLMRForTokenClassification.from_pretrained(name, len(corpus.labels), DTYPES[config.dtype], str(device))
+    model = XLMRForTokenClassification.from_pretrained(
+        name, len(corpus.labels), DTYPES[config.dtype], str(device), torch.from_numpy(corpus.words())
+    )
     if corpus.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {corpus.vocab_size} entries, more than the {model.config.vocab_size} of backbone {name}; "

@@ -114,6 +114,10 @@ class Corpus:
             self._limited[locale, partition] = full.take(np.arange(limit) * full.number // limit)
         return self._limited[locale, partition]
 
+    def words(self) -> np.ndarray:
+        """Return the ids of all tokens of all partitions, before limits, sorted: int64 [n]."""
+        return np.flatnonzero(np.bincount(self._arrays["input_ids"], minlength=1))
+
     def tokens_per_word(self, locale: str) -> float:
         """Return pieces per word over a locale's full training split, before truncation, without <s> and </s>."""
         return self._index[locale]["pieces"] / self._index[locale]["words"]

@@ -172,14 +172,20 @@ def _check_lengths(cu_seqlens: Tensor, longest: int | None, max_length: int) -> 
 
 
 class XLMRForTokenClassification(nn.Module):
-    """XLM-R with a tagging head, over packed sequences."""
+    """XLM-R with a tagging head, over packed sequences.
 
-    def __init__(self, config: XLMRConfig):
-        """The structure; `random` and `from_pretrained` give it weights."""
+    vocabulary: int64 [vocab_size], each id's row of the word embeddings, -1 for one that must not occur; None: each has its own.
+    """
+
+    vocabulary: Tensor | None
+
+    def __init__(self, config: XLMRConfig, words: int | None = None):
+        """The structure; `random` and `from_pretrained` give it weights. words: rows of the word embeddings; None: all."""
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.word_embeddings = _embedding(config.vocab_size, width)
+        self.word_embeddings = _embedding(config.vocab_size if words is None else words, width)
+        self.register_buffer("vocabulary", None, persistent=False)
         self.position_embeddings = _embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = _embedding(config.type_vocab_size, width)
         self.embedding_norm = nn.LayerNorm(width, config.layer_norm_eps, dtype=torch.float32)
@@ -190,6 +196,12 @@ class XLMRForTokenClassification(nn.Module):
     def num_sites(self) -> int:
         """Dropout sites of the network, for `StepDropout`: those of the layers, of the embeddings and of the last states."""
         return len(Layer.SITES) * len(self.layers) + 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, embeddings that are not kept included."""
+        absent = self.config.vocab_size - self.word_embeddings.num_embeddings
+        return sum(parameter.numel() for parameter in self.parameters()) + absent * self.config.hidden_size
 
     def encode(
         self,
@@ -207,7 +219,7 @@ class XLMRForTokenClassification(nn.Module):
         _check_lengths(cu_seqlens, None if lists is None else lists.longest, self.config.max_length)
         position = positions(cu_seqlens, input_ids.shape[0]) if lists is None else lists.position
         x = embed(
-            input_ids,
+            input_ids if self.vocabulary is None else self.vocabulary[input_ids],
             position,
             self.word_embeddings.weight,
             self.position_embeddings.weight,
@@ -269,10 +281,13 @@ class XLMRForTokenClassification(nn.Module):
         self.classifier.bias.zero_()
 
     @classmethod
-    def random(cls, config: XLMRConfig, seed: int = 0) -> "XLMRForTokenClassification":
-        """A model with XLM-R's initialisation: normal weights of deviation `initializer_range`, zero biases."""
+    def random(cls, config: XLMRConfig, seed: int = 0, words: int | None = None) -> "XLMRForTokenClassification":
+        """A model with XLM-R's initialisation: normal weights of deviation `initializer_range`, zero biases.
+
+        words: as the constructor's.
+        """
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, words)
         model.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
@@ -287,13 +302,20 @@ class XLMRForTokenClassification(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, num_labels: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        cls,
+        name: str | Path,
+        num_labels: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        words: Tensor | None = None,
     ) -> "XLMRForTokenClassification":
         """A checkpoint of transformers, of an XLM-R, RoBERTa or BERT, from a local folder or by its hub name.
 
         num_labels: width of the head; None takes the checkpoint's, 2 if it has none. A head of another width is replaced by a
             new one.
         dtype: of the parameters; the weights must be finite in it.
+        words: int64, different ids; only these have embeddings, and no other may occur. Such a model is not saved. Ids beyond the
+            checkpoint's vocabulary are left out. None: all.
         Raises UserError for a checkpoint that is missing or damaged, whose config.json says what kloss does not compute
         (`from_config`), or whose tensors are not those that it says. Which files count: `read_weights`.
         """
@@ -311,14 +333,23 @@ class XLMRForTokenClassification(nn.Module):
         elif head is not None:
             warnings.warn(f"{name} has a head of {len(head)} labels, not {num_labels}: a new head is drawn", stacklevel=2)
             head = None
-        model = cls.random(config)
+        words = None if words is None else words[words < config.vocab_size]
+        model = cls.random(config, words=None if words is None else len(words))
         if head is None:
             state |= {f"classifier.{kind}": getattr(model.classifier, kind) for kind in ("weight", "bias")}
+        if words is not None:
+            state["word_embeddings.weight"] = state["word_embeddings.weight"][words]
+            model.vocabulary = torch.full((config.vocab_size,), -1).index_copy(0, words, torch.arange(len(words)))
         model.load_state_dict(state)
         return model.to(device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which transformers' class for token classification loads."""
+        """Write config.json and model.safetensors, which transformers' class for token classification loads.
+
+        Raises ValueError for a model that has not kept all embeddings.
+        """
+        if self.vocabulary is not None:
+            raise ValueError(f"the model has kept {self.word_embeddings.num_embeddings} of {self.config.vocab_size} embeddings")
         config = {key.name: getattr(self.config, key.name) for key in fields(XLMRConfig)}
         labels = {str(i): f"LABEL_{i}" for i in range(config.pop("num_labels"))}
         config |= {
