@@ -73,6 +73,8 @@ class AdapterConfig:
     rank: tuple[int, ...] = (8,)  # LoRA ranks; each trains its own learners
     alpha: float | None = None  # LoRA's scaling is alpha / rank; None: alpha is the rank
     lr: tuple[float, ...] = (3e-3,)  # learning rates of LoRA; each trains its own learners
+    # Folder of a run that was scored on dev: the best of its ranks and rates, for all strategies, replaces --rank and --lr.
+    select: str = field(default="", metadata=_NOT_IDENTITY)
     # Learning rate of the adapters' heads, with every --lr. None: the adapters' own. 0: they stay as drawn.
     head_lr: float | None = field(default=None, metadata=_LATER)
     full_lr: float = 5e-4  # learning rate of full fine-tuning
@@ -177,7 +179,7 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
     def _paths(self) -> dict[str, Any]:
         """Return the paths that replace those with `~`. Raises UserError for one that can name nothing, see `user_path`."""
         paths: dict[str, Any] = {}
-        for name in ("data", "tokenizer", "backbone", "groups", "out", "cache"):
+        for name in ("data", "tokenizer", "backbone", "groups", "select", "out", "cache"):
             given = getattr(self, name)
             if given != getattr(Config, name):  # a default is a word, or "" for a default folder
                 path = user_path(given, f"--{name}")

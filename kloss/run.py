@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,10 @@ from .cl.languages import LOCALES, check_locales
 from .cl.results import results, score_table
 from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
+from .cl.shapes import check_scores
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
-from .cl.summary import chosen_on_dev, comparisons, summary_rows, warnings
+from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console
 from .errors import UserError
@@ -98,6 +99,19 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     return corpus, with_experiments(config, study)
 
 
+def with_selection(config: Config) -> Config:
+    """Return the configuration with the rank and rate that `--select` chooses. Raises UserError where it can choose none."""
+    if not config.select:
+        return config
+    try:
+        scores = read_json(Path(config.select) / "scores.json")
+        check_scores(scores)
+        rank, lr = best_on_dev(scores)
+    except UserError as error:
+        raise UserError(f"--select {config.select}: {error}") from error
+    return replace(config, rank=(rank,), lr=(lr,))
+
+
 def without_effect(config: Config) -> list[str]:
     """Return a line for each flag that was given, that is, differs from the preset, and changes nothing in this study."""
     preset, strategies = PRESETS[config.preset](), [STRATEGIES[name] for name in config.strategies]
@@ -155,6 +169,8 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
     for locale, count in corpus.truncated.items():
         if count:
             progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
+    if config.select:
+        progress.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint}
     with open_run(config.out or f"runs/{config.preset}", identity) as folder:
         if folder.done:
@@ -208,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         with on_signals(_interrupt), contextlib.ExitStack() as stack:
-            config = parse(sys.argv[1:] if arguments is None else arguments).checked()
+            config = with_selection(parse(sys.argv[1:] if arguments is None else arguments).checked())
             stack.enter_context(on_threads(config.threads))
             keep_memory()
             if config.dry_run:

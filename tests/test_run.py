@@ -17,9 +17,11 @@ import torch
 from test_files import ODD_ENTRIES, make_odd_entry
 
 from kloss.cl.runner import _Watch, on_signals
+from kloss.cl.summary import best_on_dev
 from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
 from kloss.console import Console
+from kloss.errors import UserError
 from kloss.estimate import estimated_seconds
 from kloss.models import TINY
 from kloss.presets import demo, first_five, paper
@@ -100,6 +102,32 @@ def test_settings_are_chosen_on_dev(small, capsys):
     assert "eval_split was 'dev', is None" in one_line_error(
         [*arguments, "--strategies", "shared", "--out", str(folder / "dev")], capsys
     )
+
+
+def test_a_run_takes_what_a_run_on_dev_chose(small, capsys):
+    arguments, folder = small
+    dev, test, plain = (folder / name for name in ("dev", "test", "plain"))
+    several = ["--rank", "1", "2", "--lr", "1e-3", "5e-3", "--epochs", "2"]
+    assert main([*arguments, *several, "--strategies", "shared", "--eval-split", "dev", "--out", str(dev)]) == 0
+    rank, lr = best_on_dev(json.loads((dev / "scores.json").read_text()))
+    chosen = ["--epochs", "2", "--strategies", "shared"]
+    assert main([*arguments, *chosen, "--select", str(dev), "--out", str(test)]) == 0
+    assert main([*arguments, *chosen, "--rank", str(rank), "--lr", str(lr), "--out", str(plain)]) == 0
+    assert (test / "scores.json").read_bytes() == (plain / "scores.json").read_bytes()
+    for wrong, words in ((test, "chosen on dev"), (folder / "none", "none/scores.json")):
+        assert words in one_line_error([*arguments, "--select", str(wrong), "--out", str(folder / "x")], capsys)
+
+
+def test_a_setting_counts_if_every_strategy_ended_with_it():
+    def run(strategy, rank, lr, f1, **more):
+        return {"strategy": strategy, "rank": rank, "lr": lr, "R": [[0.0, 0.0], [0.1, 0.1], [f1, f1]], **more}
+
+    runs = [run("shared", 8, 1e-3, 0.4), run("non-shared", 8, 1e-3, 0.5), run("vanilla", None, 1.0, 0.9)]
+    runs += [run("shared", 8, 3e-3, 0.6), run("non-shared", 8, 3e-3, 0.2), run("shared", 4, 1e-2, 0.9)]
+    runs += [run("non-shared", 4, 1e-2, 0.9, diverged="loss nan")]
+    assert best_on_dev({"corpus": {"scored": "dev"}, "runs": runs}) == (8, 1e-3)
+    with pytest.raises(UserError, match="no rank and rate"):
+        best_on_dev({"corpus": {"scored": "dev"}, "runs": runs[-1:]})
 
 
 def test_a_split_without_utterances_is_refused(small, tmp_path, capsys):
@@ -576,7 +604,7 @@ def test_flags_override_a_preset():
 
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
-    others |= {"threads": 3, "save_adapters": True}
+    others |= {"threads": 3, "save_adapters": True, "select": "x"}
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
     unnamed = {"eval_split", "experiments", "head_lr", "pinned"}

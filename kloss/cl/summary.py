@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from .languages import LANGUAGES
 from .metrics import FLOOR, is_sequential, multi_hop_backward_transfer, retained, summarise, when_learned
 from .statistics import NO_INTERVAL, Floats, Interval, Values, crossed_interval, measured_mean
@@ -156,6 +157,25 @@ def chosen_on_dev(scores: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
                 "--eval-split test."
             )
     return lines
+
+
+def best_on_dev(scores: Mapping[str, Any]) -> tuple[int, float]:
+    """The adapters' rank and rate with the best final F1: the mean over strategies of that over runs.
+
+    Only settings count with which every strategy of adapters ended all its runs.
+    Raises UserError for scores on test, and where no setting counts.
+    """
+    if scores["corpus"].get("scored") != "dev":
+        raise UserError("settings are chosen on dev, and this run was scored on test")
+    settings: dict[tuple[int, float], dict[str, list[float]]] = {}
+    for run in (run for run in scores["runs"] if run.get("rank") is not None):
+        f1 = nan if run.get("diverged") else mean(final(run))
+        settings.setdefault((run["rank"], run["lr"]), {}).setdefault(run["strategy"], []).append(f1)
+    means = {setting: sum(map(np.mean, f1.values())) / len(f1) for setting, f1 in settings.items()}
+    whole = [setting for setting, value in means.items() if not isnan(value)]
+    if not whole:
+        raise UserError("no rank and rate of adapters with which every strategy ended its runs")
+    return max(whole, key=means.__getitem__)
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
