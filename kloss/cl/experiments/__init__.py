@@ -11,7 +11,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, mechanism, merge, order, pairs, scripts, where
+from . import damage, mechanism, merge, order, pairs, savings, scripts, where
 from .section import Needs, Section
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "order": Experiment(("shared",), order.plan, order.record, order.SHAPE, order.analyse),
     "pairs": Experiment(("non-shared",), pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
     "mechanism": Experiment(("shared",), mechanism.plan, mechanism.record, mechanism.SHAPE, mechanism.analyse),
+    "savings": Experiment(("shared",), savings.plan, savings.record, savings.SHAPE, savings.analyse),
     "scripts": Experiment(
         ("shared",), scripts.plan, scripts.record, scripts.SHAPE, scripts.analyse, "of one script and one of another"
     ),
