@@ -53,7 +53,10 @@ def entries(saved, orders=6, noise=0.0, level=0.3, seed=0, n=8):
 def test_what_was_saved_is_found_and_nothing_where_nothing_was():
     section = savings.analyse({}, entries(0.1, noise=0.02))
     (finding,), (table,) = section.findings, section.tables
-    assert "fallen to 0.15 F1 are back at 0.40" in finding and "before it met them reaches 0.30, a new one 0.20" in finding
+    assert (
+        "fallen to 0.15 F1 are back at 0.40" in finding
+        and "before it met them the adapter reaches 0.30, a new one 0.20" in finding
+    )
     low, high = table.rows[0][2].split(" to ")
     assert 0 < float(low) < 0.1 < float(high) < 0.15
     false = 0

@@ -98,8 +98,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         (_, saved, chance), *_ = rows
         findings.append(
             f"{label}: languages that had fallen to {means['forgotten']:.2f} F1 are back at {means['end']:.2f} after an epoch; "
-            f"the adapter as it was before it met them reaches {means['before']:.2f}, a new one {means['new']:.2f}. Saved: {saved} "
-            f"({chance or 'one run: no interval'}), and for {better} of {total} languages something."
+            f"as it was before it met them the adapter reaches {means['before']:.2f}, a new one {means['new']:.2f}. Saved: "
+            f"{saved} ({chance or 'one run: no interval'}), and for {better} of {total} languages something."
         )
     limits = (
         "At its end the adapter has learned more other languages than before it met this one; some of the savings may be theirs.",
