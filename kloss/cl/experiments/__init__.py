@@ -4,6 +4,7 @@ To add one: a module with `plan`, `record`, SHAPE and `analyse`, a line in EXPER
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config import Config
@@ -11,7 +12,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, mechanism, merge, order, pairs, savings, scripts, where
+from . import damage, matched, mechanism, merge, order, pairs, savings, scripts, where
 from .section import Needs, Section
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -44,6 +45,12 @@ EXPERIMENTS = {
     "order": Experiment(("shared",), order.plan, order.record, order.SHAPE, order.analyse),
     "pairs": Experiment(("non-shared",), pairs.plan, pairs.record, pairs.SHAPE, pairs.analyse),
     "mechanism": Experiment(("shared",), mechanism.plan, mechanism.record, mechanism.SHAPE, mechanism.analyse),
+    **{
+        name: Experiment(
+            ("shared",), partial(matched.plan, setting), partial(matched.record, setting), matched.SHAPE, matched.analyse, several
+        )
+        for name, setting, several in (("rates", "lr", "with several --lr"), ("ranks", "rank", "with several --rank"))
+    },
     "savings": Experiment(("shared",), savings.plan, savings.record, savings.SHAPE, savings.analyse),
     "scripts": Experiment(
         ("shared",), scripts.plan, scripts.record, scripts.SHAPE, scripts.analyse, "of one script and one of another"
