@@ -89,11 +89,10 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
                 continue
             gap, interval = float(np.mean(list(pairs.values()))), crossed_interval(pairs)
             rows.append((f"{high:g} against {low:g}", signed(gap, 3), between(interval, 3), str(languages)))
-            sure = interval.low == interval.low and not interval.low <= 0 <= interval.high
-            known = "" if sure else ": no evidence of a difference" if interval.low == interval.low else ": one run, no interval"
+            known = ": no evidence of a difference" if interval.low <= 0 <= interval.high else ""
             findings.append(
                 f"{at}: of languages learned equally well, {one} {high:g} keeps {signed(gap)} against {low:g} "
-                f"({between(interval) or 'no interval'}; {languages} languages{known})."
+                f"({between(interval) or 'one run, no interval'}; {languages} languages{known})."
             )
         head = (one, "difference in the share kept", "95 % interval", "languages")
         tables.append(Table(f"{at}: neighbouring {several}, on languages learned equally well", head, rows))
