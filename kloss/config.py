@@ -76,7 +76,7 @@ class AdapterConfig:
     lr: tuple[float, ...] = (3e-3,)  # learning rates of LoRA; each trains its own learners
     # Folder of a run that was scored on dev: the best of its ranks and rates, for all strategies, replaces --rank and --lr.
     select: str = field(default="", metadata=_NOT_IDENTITY)
-    # Learning rate of the adapters' heads, with every --lr. None: the adapters' own. 0: they stay as drawn.
+    # Learning rate of all heads, with every --lr and --full-lr. None: that of all else. 0: they stay as drawn.
     head_lr: float | None = field(default=None, metadata=_LATER)
     full_lr: float = 5e-4  # learning rate of full fine-tuning
     epochs: int = 8  # passes over each experience

@@ -39,7 +39,7 @@ from .presets import PRESETS
 from .report import write_report
 
 DIVERGED = 3  # exit status
-LORA = "rank alpha lr head_lr lora_dropout max_learners"  # settings of adapters alone
+LORA = "rank alpha lr lora_dropout max_learners"  # settings of adapters alone
 
 
 def parse(arguments: Sequence[str]) -> Config:

@@ -249,5 +249,15 @@ def test_a_head_has_a_rate_of_its_own():
     before, after, start = trained(lr=0.0, head_lr=0.1)
     assert torch.equal(before[:, :start], after[:, :start]) and not torch.equal(before[:, start:], after[:, start:])
     assert torch.equal(trained(lr=0.1)[1], trained(lr=0.1, head_lr=0.1)[1])
+    model = toy_model()
+    names = [name for name, _ in model.named_parameters()]
+    cohort = Cohort(model, corpus, [replace(BASE, rank=None, lr=0.0, head_lr=0.1)], [{}])
+    whole, start = cohort.bank.param.clone(), cohort.bank.head_start
+    assert names[-2:] == ["classifier.weight", "classifier.bias"] and whole.shape[
+        1
+    ] - start == model.classifier.weight.numel() + len(model.classifier.bias)
+    cohort.train()
+    assert torch.equal(whole[:, :start], cohort.bank.param[:, :start])
+    assert not torch.equal(whole[:, start:], cohort.bank.param[:, start:])
     before, after, start = trained(lr=0.1, head_lr=0.0)
     assert not torch.equal(before[:, :start], after[:, :start]) and torch.equal(before[:, start:], after[:, start:])

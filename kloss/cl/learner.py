@@ -21,7 +21,7 @@ class Learner:
     dropout: float = 0.0  # of hidden states and attention
     weight_decay: float = 0.01
     max_norm: float = 1.0  # gradient-norm clip
-    head_lr: float | None = None  # of an adapter's head; None: lr
+    head_lr: float | None = None  # of the head; None: lr
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
 

@@ -140,5 +140,5 @@ def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, 
         dropout=config.dropout,
         weight_decay=config.weight_decay,
         max_norm=config.max_norm,
-        head_lr=None if rank is None else config.head_lr,
+        head_lr=config.head_lr,
     )

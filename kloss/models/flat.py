@@ -7,7 +7,7 @@ from .rows import Rows
 
 
 class FlatModel(Rows):
-    """All parameters of a model as one row [1, P]; the parameters become views of the working copy."""
+    """All parameters of a model as one row [1, P]; the parameters become views of the working copy. The last are `classifier`'s."""
 
     def __init__(self, model: nn.Module):
         parameters = list(model.requires_grad_(True).parameters())
@@ -21,3 +21,4 @@ class FlatModel(Rows):
             parameter.grad = grad[0, start:end].view_as(parameter)
             start = end
         super().__init__(work if first.dtype == torch.float32 else work.float(), work, grad)
+        self.head_start = total - sum(p.numel() for name, p in model.named_parameters() if name.startswith("classifier."))
