@@ -253,9 +253,8 @@ def test_a_head_has_a_rate_of_its_own():
     names = [name for name, _ in model.named_parameters()]
     cohort = Cohort(model, corpus, [replace(BASE, rank=None, lr=0.0, head_lr=0.1)], [{}])
     whole, start = cohort.bank.param.clone(), cohort.bank.head_start
-    assert names[-2:] == ["classifier.weight", "classifier.bias"] and whole.shape[
-        1
-    ] - start == model.classifier.weight.numel() + len(model.classifier.bias)
+    head = model.classifier.weight.numel() + model.classifier.bias.numel()
+    assert names[-2:] == ["classifier.weight", "classifier.bias"] and whole.shape[1] - start == head
     cohort.train()
     assert torch.equal(whole[:, :start], cohort.bank.param[:, :start])
     assert not torch.equal(whole[:, start:], cohort.bank.param[:, start:])

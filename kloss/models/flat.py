@@ -7,7 +7,7 @@ from .rows import Rows
 
 
 class FlatModel(Rows):
-    """All parameters of a model as one row [1, P]; the parameters become views of the working copy. The last are `classifier`'s."""
+    """All parameters of a model as one row [1, P]; the parameters become views of the working copy. Its head comes last."""
 
     def __init__(self, model: nn.Module):
         parameters = list(model.requires_grad_(True).parameters())
