@@ -40,7 +40,8 @@ int64_t row_stride(const Tensor& tensor, const Tensor& like, const char* name) {
 
 void adamw(
     Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor lr, int64_t tail, Tensor tail_lr,
-    Tensor weight_decay, Tensor max_norm, Tensor active, double beta_1, double beta_2, double eps, std::optional<Tensor> work, int64_t variant, Tensor norms) {
+    Tensor weight_decay, Tensor max_norm, Tensor active, double beta_1, double beta_2, double eps, std::optional<Tensor> work,
+    int64_t variant, Tensor norms) {
   AdamW a{};
   a.param_stride = row_stride(param, param, "param"), a.grad_stride = row_stride(grad, param, "grad");
   a.exp_avg_stride = row_stride(exp_avg, param, "exp_avg"), a.exp_avg_sq_stride = row_stride(exp_avg_sq, param, "exp_avg_sq");

@@ -102,14 +102,14 @@ void launch(const AdamW& a, int work_type, bool packed, cudaStream_t stream) {
 
 }  // namespace
 
-// Types: 0 fp32, 1 bf16, 2 fp16; the working copy has the gradients' where they are not fp32. strides: of param, grad, exp_avg, exp_avg_sq, work. Scratch: partial fp32 [G, cdiv(P, 4096)],
-// constants fp32 [G, 6]. tail: the first column with the rate tail_lr; width without one. At most 65535 rows. packed: all matrices lie at multiples of 16 bytes, strides and P are multiples of 4.
+// Types: 0 fp32, 1 bf16, 2 fp16; the working copy has the gradients' where they are not fp32. strides: of param, grad, exp_avg,
+// exp_avg_sq, work. Scratch: partial fp32 [G, cdiv(P, 4096)], constants fp32 [G, 6]. tail: the first column with the rate tail_lr;
+// width without one. At most 65535 rows. packed: all matrices lie at multiples of 16 bytes, strides and P are multiples of 4.
 KLOSS_ENTRY kloss_adamw(
     int64_t rows, int64_t width, void* param, const void* grad, void* exp_avg, void* exp_avg_sq, void* work,
-    const int64_t* strides, int packed, int grad_type, int work_type, void* step, const void* lr, int64_t tail, const void* tail_lr,
-    const void* weight_decay,
-    const void* max_norm, const void* active, double beta_1, double beta_2, double eps, void* norms, void* partial, void* constants,
-    void* stream) {
+    const int64_t* strides, int packed, int grad_type, int work_type, void* step, const void* lr, int64_t tail,
+    const void* tail_lr, const void* weight_decay, const void* max_norm, const void* active, double beta_1, double beta_2, double eps,
+    void* norms, void* partial, void* constants, void* stream) {
   AdamW a{};
   a.rows = rows, a.width = width, a.tail = tail, a.tail_lr = (const float*)tail_lr;
   a.param = (float*)param, a.grad = grad, a.exp_avg = (float*)exp_avg, a.exp_avg_sq = (float*)exp_avg_sq, a.work = work;

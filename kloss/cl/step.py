@@ -20,8 +20,8 @@ class StepSettings(NamedTuple):
     All are [G], on the model's device, fp32 where not said otherwise.
     dropout, lora_dropout: None where nobody drops.
     seeds: int64.
-    peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of the adapters and of their heads, and the steps of that.
-        head_lr: None where heads have their adapters' rate.
+    peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of all and of the heads, and the steps of that.
+        head_lr: None where heads have the rate of all else.
     """
 
     dropout: Tensor | None

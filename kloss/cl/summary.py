@@ -195,6 +195,15 @@ def matrices(runs: Sequence[Run]) -> list[tuple[list[str], Floats]]:
     return [(run["order"], _matrix(run)) for run in runs if not run.get("diverged")]
 
 
+MEASURES = ("F1 when learned", "F1 at the end", "share kept")
+
+
+def measures(order: Sequence[str], R: object) -> dict[str, Floats]:
+    """Locale -> [3], MEASURES of a sequence; NaN for the share kept of the last, and of what was not learned."""
+    R = np.array(R, dtype=np.float64)
+    return dict(zip(order, np.column_stack([when_learned(R), R[-1], retained(R)]), strict=True))
+
+
 Measure = Callable[[Run], Floats]  # a run -> [T], by position in its order
 
 

@@ -85,8 +85,8 @@ def adapter_adamw_(
         check_values("max_norm", max_norm.tolist(), lambda value: value > 0, "a number above 0, or inf for no clipping")
     if step.device == param.device and shared_ops.runs_on(param.device):
         grad = grad if grad.stride(1) == 1 else grad.contiguous()
-        numbers = (lr, lr if tail_lr is None else tail_lr, weight_decay, max_norm)
-        rate, tail_rate, decay, top = (values.to(torch.float32).contiguous() for values in numbers)
+        rate, decay, top = (numbers.to(torch.float32).contiguous() for numbers in (lr, weight_decay, max_norm))
+        tail_rate = None if tail_lr is None else tail_lr.to(torch.float32).contiguous()
         return shared_ops.adamw_(
             param, grad, exp_avg, exp_avg_sq, step, rate, betas=betas, eps=eps, weight_decay=decay, max_norm=top,
             active=active.contiguous(), work=work, tail=tail, tail_lr=tail_rate,

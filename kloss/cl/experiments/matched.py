@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config import Config
-from ..metrics import retained, when_learned
 from ..probes import Counts
-from ..statistics import Floats, crossed_interval, measured_mean
+from ..statistics import crossed_interval, measured_mean
 from ..study import Study
+from ..summary import MEASURES, measures
 from ..units import Run
 from .section import Bars, Needs, Section, Table, between, signed
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # a report reads experiments, and needs no torch
 SHAPE = {"setting": str}
 MATCHED = 0.05  # F1: what two settings may differ by on a language that both learned equally well
 NAMES = {"lr": ("rate", "learning rates"), "rank": ("rank", "ranks")}
-MEASURES = ("F1 when learned", "F1 at the end", "share kept")
 
 
 def plan(setting: str, config: Config, study: Study) -> Needs:
@@ -41,16 +40,9 @@ def record(
     return [{"setting": setting}] if plan(setting, config, study).cells else []
 
 
-def measured(run: Run) -> dict[str, Floats]:
-    """Locale -> [3], its values of MEASURES; NaN for the share kept of the last, and of what was not learned."""
-    R = np.array(run["R"], dtype=np.float64)
-    kept = np.where(np.arange(R.shape[1]) < R.shape[1] - 1, retained(R), np.nan)
-    return dict(zip(run["order"], np.column_stack([when_learned(R), R[-1], kept]), strict=True))
-
-
 def matched(low: Run, high: Run) -> tuple[float, int]:
     """How much more `high` keeps than `low` on languages that both learned equally well, and of how many."""
-    one, other = measured(low), measured(high)
+    one, other = (measures(run["order"], run["R"]) for run in (low, high))
     gaps = [other[m][2] - one[m][2] for m in one if abs(other[m][0] - one[m][0]) <= MATCHED]
     gaps = [gap for gap in gaps if gap == gap]
     return (float(np.mean(gaps)) if gaps else np.nan), len(gaps)
@@ -73,7 +65,10 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         at = f"SHARED, {NAMES[fixed][0]} {value:g}"
         by_setting = {s: {(tuple(run["order"]), run["seed"]): run for run in own if run[setting] == s} for s in settings}
         means = {
-            s: np.array([measured_mean(list(measured(run).values()), axis=0) for run in by_setting[s].values()]) for s in settings
+            s: np.array(
+                [measured_mean(list(measures(run["order"], run["R"]).values()), axis=0) for run in by_setting[s].values()]
+            )
+            for s in settings
         }
         for i, measure in enumerate(MEASURES):
             bars.append(Bars(f"{at}: {measure}", {f"{one} {s:g}": means[s][:, i].tolist() for s in settings}, measure))

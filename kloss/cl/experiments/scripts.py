@@ -21,7 +21,7 @@ from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval, measured_mean
 from ..study import Study, Trial
-from ..summary import by_label, by_language, lost, mean, script
+from ..summary import MEASURES, by_label, by_language, lost, mean, measures, script
 from ..units import Run
 from .section import Bars, Needs, Section, Table, between, signed
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # a report reads experiments, and needs no torch
 
 SEQUENCE = {"order": [str], "learned": [([int], None)], "end": [([int], None)]}
 SHAPE = {"label": str, "lr": float, "seed": int, "script": str, "alike": SEQUENCE, "mixed": SEQUENCE}
-MEASURES = ("F1 when learned", "F1 at the end", "share kept")
 Sequences = tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -86,10 +85,9 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
 
 
 def measured(sequence: Mapping[str, Any]) -> dict[str, Floats]:
-    """Locale -> [3], its values of MEASURES; NaN for the share kept of the last, and of what was not learned."""
+    """`measures` of what was recorded of a sequence."""
     learned, end = (f1_from_counts(sequence[name]) for name in ("learned", "end"))
-    kept = retained(np.vstack([np.zeros(len(end)), np.diag(learned)[:-1], end]))
-    return dict(zip(sequence["order"], np.column_stack([learned, end, kept]), strict=True))
+    return measures(sequence["order"], np.vstack([np.zeros(len(end)), np.diag(learned)[:-1], end]))
 
 
 Means = dict[tuple, Floats]  # (sequences, seed) -> [2, 3], the means of MEASURES over the first sequence and the mixed one
