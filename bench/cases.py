@@ -16,6 +16,11 @@ DROPOUT = 0.1
 triton_linear = partial(multi_lora_linear, backend="triton")
 
 
+def chosen_linear(x: Tensor, *rest: Any, **keywords: Any) -> Tensor:
+    """What a call gets on a GPU; on a CPU Triton's kernels in the interpreter."""
+    return multi_lora_linear(x, *rest, backend=None if x.is_cuda else "triton", **keywords)
+
+
 class Linear(NamedTuple):
     """A linear layer of the model. k, n: inputs, outputs. slices: products fused into one."""
 
@@ -169,6 +174,7 @@ def make_problem(
     adapters, t = batch.adapters, batch.total
     cu_seqlens = torch.arange(adapters + 1, dtype=torch.int32, device=device) * batch.rows
     segments = make_segments(cu_seqlens, torch.arange(adapters, dtype=torch.int32, device=device), adapters, rows=t)
+    segments = segments._replace(sorted=True)
     ones = torch.ones(adapters, device=device)
     dropout = Dropout(ones * DROPOUT, torch.arange(adapters, device=device), torch.arange(t, device=device), 3)
     return Problem(
@@ -177,7 +183,7 @@ def make_problem(
     )  # fmt: skip
 
 
-def forward_backward(problem: Problem, *, exact: bool = False, op: Callable = triton_linear) -> Callable[[], tuple[Tensor, ...]]:
+def forward_backward(problem: Problem, *, exact: bool = False, op: Callable = chosen_linear) -> Callable[[], tuple[Tensor, ...]]:
     """A call of the multi-adapter linear that returns y and the gradients of x, A and B."""
     _, weight, bias, _, _, scaling, segments, dropout, dy, slices = problem
     x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
@@ -189,7 +195,7 @@ def forward_backward(problem: Problem, *, exact: bool = False, op: Callable = tr
     return call
 
 
-def forward_only(problem: Problem, *, op: Callable = triton_linear) -> Callable[[], Tensor]:
+def forward_only(problem: Problem, *, op: Callable = chosen_linear) -> Callable[[], Tensor]:
     """A call for inference that returns y, without gradients and without dropout."""
     x, weight, bias, lora_a, lora_b, scaling, segments, _, _, slices = problem
     return torch.no_grad()(lambda: op(x, weight, bias, lora_a, lora_b, scaling, segments, slices=slices))

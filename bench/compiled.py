@@ -35,8 +35,10 @@ from kloss.kernels import (
     adapter_linear_triton,
     add_norm_triton,
     attention_triton,
+    cuda_library,
     dropout_triton,
     embed_triton,
+    lora_hopper,
     lora_tiles,
     lora_triton,
     token_loss_triton,
@@ -97,6 +99,7 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
     """Within it kernels are not launched but listed, as they would be on a GPU of that architecture."""
     launches: list[Launch] = []
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cuda_library, "linear", lambda *args, **keywords: None))
         for module in (*MODULES, tuned):
             patches = {name: _Recorder(name, launches) for name in vars(module).keys() & KERNELS.keys()}
             if hasattr(module, "arch_of"):
@@ -127,9 +130,9 @@ def launches_of(arch: int, **variant) -> dict[str, Launch]:
 
 def run_linear(
     segments: Segments, *, k: int, n: int, rank: int, slices: int = 1, dropout: bool = True, exact: bool = False,
-    dtype: torch.dtype = torch.bfloat16, lora_dtype: torch.dtype | None = None, mixed: bool = False,
+    dtype: torch.dtype = torch.bfloat16, lora_dtype: torch.dtype | None = None, mixed: bool = False, hopper: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """lora_dtype: of A and B; None: dtype. mixed: whether adapters have ranks of their own."""
+    """lora_dtype: of A and B; None: dtype. mixed: whether adapters have ranks of their own. hopper: as `lora_hopper` launches."""
     G, rows = segments.num_adapters, segments.order.numel()
     x, weight, bias, dy = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
     lora_a, lora_b = (torch.randn(G, *shape).to(lora_dtype or dtype) for shape in ((slices * rank, k), (n, rank)))
@@ -137,9 +140,10 @@ def run_linear(
     assert segments.work is not None
     lists = [segments.order, *segments.work]
     lists += [torch.full((G,), 0.5), torch.randint(99, (G,)), torch.randint(99, (rows,))] if dropout else []
-    y, s, keys = lora_triton.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
+    backend = lora_hopper if hopper else lora_triton
+    y, s, keys = backend.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
     saved = x, weight, lora_a, lora_b, scaling, s, keys
-    return [y, *lora_triton.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))]
+    return [y, *backend.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))]
 
 
 def run_attention(
@@ -215,15 +219,12 @@ def variants() -> Iterator[dict]:
     """Arguments of `launches_of` that between them reach every kernel, and every entry of the table that an architecture has."""
     qkv, down = dict(k=768, n=2304, slices=3), dict(k=3072, n=768)
     for rank in (32, 256):
-        yield dict(qkv, rank=rank, exact=True)
-        yield dict(down, rank=rank, mixed=True)
+        yield from (dict(qkv, rank=rank, exact=True), dict(qkv, rank=rank, hopper=True), dict(down, rank=rank, mixed=True))
     yield dict(k=768, n=768, rank=32, dtype=torch.float32)
     yield dict(op="attention", heads=12, width=64)
     yield dict(op="add_norm", width=768)
     yield dict(op="embed", width=768)
-    yield dict(op="heads", width=768)
-    yield dict(op="loss")
-    yield dict(op="dropout")
+    yield from (dict(op="heads", width=768), dict(op="loss"), dict(op="dropout"))
 
 
 def more_variants() -> Iterator[dict]:

@@ -74,6 +74,8 @@ FIRST = (
              values("tuned.WIDE reduce", 32, 256)),
 )  # fmt: skip
 LATER = (
+    Decision("lora_hopper.LEAST", "outputs below which the vendor has the base product on Hopper", "chosen",
+             (*AT_32, *LONE, Shape(0, 32, Batch(8, 384)), *AT_256), values("lora_hopper.LEAST", 0, 1 << 60)),
     Decision("attention_triton.CLASSES", "tiles of short sequences", "attention", (),
              {"(32, 64)": {"attention_triton.CLASSES half": (32, 64)}, "(64,)": {"attention_triton.CLASSES half": (64,)}}),
     Decision("add_norm_triton.BLOCK", "elements of a block of add_norm, of the embeddings and of dropout", "add_norm", (),
@@ -140,7 +142,7 @@ def launched_by(linears: Sequence[Linear]) -> Iterator[tuple[Mapping[str, object
         own = own or [variant for variant in compiled.variants() if variant.get("op") == decision.timed]
         yield from product(({}, *decision.candidates.values()), own)
 
-    ways: tuple[dict[str, bool], ...] = {}, {"exact": True}, {"dropout": False}
+    ways: tuple[dict[str, bool], ...] = {}, {"exact": True}, {"dropout": False}, {"hopper": True}
     yield from chain.from_iterable(map(decided, FIRST))
     yield from (({}, variant) for variant in compiled.variants() if "op" in variant)
     yield from (({}, linear(i, rank, **way)) for rank, i, way in product(cases.STUDY_RANKS, range(len(linears)), ways))

@@ -67,8 +67,9 @@ class Decision(NamedTuple):
 
     name: what is set.
     decides: what follows from it.
-    timed: "linear" (forward and backward), a key of ALONE, or one of `cases.PARTS`.
-    shapes: of "linear" and ALONE; their times are added up.
+    timed: "linear" (forward and backward, in Triton), "chosen" (the same by what serves best), a key of ALONE, or one of
+        `cases.PARTS`.
+    shapes: of all but `cases.PARTS`; their times are added up.
     candidates: what it could be -> the settings that make it so, as `changed` takes them. What is set now needs no entry.
     """
 
@@ -235,7 +236,8 @@ class Suite:
         linear, batch = linears[shape.linear], shape.batch or cases.STUDY
         kernel, exact = ALONE.get(timed, ("", False))
         cases.check(linear, batch, shape.rank, **where, forms=("exact",) if exact else ("chosen",))
-        calls = [cases.forward_backward(problem, exact=exact) for problem in self.problems(linear, batch, shape.rank)]
+        op = cases.chosen_linear if timed == "chosen" else cases.triton_linear
+        calls = [cases.forward_backward(problem, exact=exact, op=op) for problem in self.problems(linear, batch, shape.rank)]
         return [alone(call, kernel) for call in calls] if kernel else calls
 
     def vendor(self, linears: Sequence[Linear] = cases.XLMR_BASE) -> None:

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 CHIPS = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-KERNELS = {"adamw": {"squares", "finish", "update"}, "lists": {"phases", "entries"}, "spans": {"spans"}}
-MOST_REGISTERS = 64
+KERNELS = {"adamw": {"squares", "finish", "update"}, "lists": {"phases", "entries"}, "spans": {"spans"}, "linear": {"linear"}}
+COUNTS = {"adamw": 14, "lists": 2, "spans": 1, "linear": 8}  # types of gradients and copies, packed or not; types, widths, ways
+MOST_REGISTERS = {"linear": 168}  # as many as its 384 threads can have; of the others 64
 
 
 def tool(*arguments: str) -> str:
@@ -55,9 +56,10 @@ def test_every_chips_code(tmp_path):
     for (source, chip), cubin in cubins.items():
         used = kernels_of(tool("-res-usage", cubin), r":\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
         assert {name for name, _ in used} == KERNELS[source]
-        assert len(used) == {"adamw": 14, "lists": 2, "spans": 1}[source]  # types of gradients and copies, packed or not
+        assert len(used) == COUNTS[source]
         for kernel, (registers, stack, local) in used.items():
-            assert int(registers) <= MOST_REGISTERS and stack == local == "0", (source, chip, kernel, registers, stack, local)
+            given = source, chip, kernel, registers, stack, local
+            assert int(registers) <= MOST_REGISTERS.get(source, 64) and stack == local == "0", given
     for chip in CHIPS:
         code = kernels_of(tool("-sass", cubins["adamw", chip]), r"\n(.*?)(?=Function :|\Z)")
         updates = {arguments: body for (name, arguments), (body,) in code.items() if name == "update"}
@@ -68,6 +70,13 @@ def test_every_chips_code(tmp_path):
         code = kernels_of(tool("-sass", cubins["lists", chip]), r"\n(.*?)(?=Function :|\Z)")
         (body,) = next(rest for (name, _), rest in code.items() if name == "phases")
         assert len(re.findall(r"\bBAR\.SYNC", body)) >= 6, chip  # the first one guards nothing
+    code = kernels_of(tool("-sass", cubins["linear", "sm_90a"]), r"\n(.*?)(?=Function :|\Z)")
+    assert len(code) == COUNTS["linear"]
+    for arguments, (body,) in code.items():
+        counts = {word: body.count(word) for word in ("WARPGROUP.DEPBAR.LE gsb0, 0x1", "MULTICAST", "MEMBAR.ALL.GPU")}
+        waits, boxes, fences = counts.values()
+        assert waits == 1 and boxes >= 2, (arguments, counts)  # products of two steps are under way; a box goes to both CTAs
+        assert fences == 2, (arguments, counts)  # where a cluster begins and ends: within the steps they took half of the time
 
 
 def test_python_gives_each_entry_point_its_arguments():

@@ -71,6 +71,7 @@ def test_pack_keeps_every_token(parts):
     assert batch.adapter.tolist() == adapters
     assert torch.diff(batch.cu_seqlens).tolist() == [len(part) for part in wanted]
     assert batch.number.tolist() == [i for _, index, _ in parts for i in range(len(index))]
+    assert batch.in_order == batch.lists(torch.float32).segments.sorted
 
 
 def test_pooled_keeps_sentences_in_order():

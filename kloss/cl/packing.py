@@ -36,11 +36,17 @@ class PackedBatch(NamedTuple):
     most: int  # tokens of the adapter with most of them
     tokens: int  # without padding
     all_adapted: bool  # whether every sentence has an adapter
+    in_order: bool  # whether sentences lie by adapter, ascending, those without one last
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on a device; the host does not wait for a GPU."""
         numbers = send(self.numbers, device)
-        return self if numbers is self.numbers else PackedBatch(numbers, *_views(numbers, *self.capacity), *self[6:])
+        if numbers is self.numbers:
+            return self
+        input_ids, labels, number, cu_seqlens, adapter = _views(numbers, *self.capacity)
+        return self._replace(
+            numbers=numbers, input_ids=input_ids, labels=labels, number=number, cu_seqlens=cu_seqlens, adapter=adapter
+        )
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -51,14 +57,15 @@ class PackedBatch(NamedTuple):
     def bucket(self) -> tuple[int, ...]:
         """What decides, with the model, which kernels are launched, and over how much."""
         classes = sum(self.longest > rows for rows in CLASSES["half"])
-        return *self.capacity, self.num_adapters, classes, int(self.most > CHUNK), int(self.all_adapted)
+        return *self.capacity, self.num_adapters, classes, int(self.most > CHUNK), int(self.all_adapted), int(self.in_order)
 
     def lists(self, dtype: torch.dtype, step: Tensor | None = None) -> BatchLists:
         """`batch_lists` for activations of a dtype. step: int64 [G], each adapter's, where it drops."""
         sequence = None if step is None else self.number
         return batch_lists(
             self.cu_seqlens, self.adapter, self.num_adapters, self.capacity[0], dtype,
-            step=step, sequence=sequence, longest=self.longest, most=self.most, all_adapted=self.all_adapted,
+            step=step, sequence=sequence, longest=self.longest, most=self.most,
+            all_adapted=self.all_adapted, in_order=self.in_order,
         )  # fmt: skip
 
 
@@ -107,4 +114,5 @@ def pack(
     lengths = np.diff(text.offsets)
     owners = np.bincount(np.maximum(adapter[:count], 0), lengths)
     longest, most, adapted = int(lengths.max(initial=0)), int(owners.max(initial=0)), bool((adapter[:count] >= 0).all())
-    return PackedBatch(numbers, *tensors, num_adapters, longest, most, tokens, adapted)
+    in_order = bool((np.diff(np.where(adapter < 0, num_adapters, adapter)) >= 0).all())
+    return PackedBatch(numbers, *tensors, num_adapters, longest, most, tokens, adapted, in_order)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 65_535  # of a grid's second dimension
+HALVES = torch.bfloat16, torch.float16  # what `linear` computes
+COLUMNS, WIDEST = (256, 128), 8192  # columns of its tiles, and the most of all tiles
 SQUARES, CONSTANTS = 4096, 6  # elements of a row in one sum of squares, numbers that its update needs
 Long, Int, Pointer, Double = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_double
 Longs, Pointers = ctypes.POINTER(Long), ctypes.POINTER(Pointer)
@@ -23,6 +25,7 @@ ARGUMENTS = {
         *[Pointer] * 4,
     ],
     "kloss_span_counts": [*[Long] * 4, *[Pointer] * 8],
+    "kloss_linear": [Longs, Longs, *[Pointer] * 6, Long, *[Pointer] * 4],
     "kloss_work_lists": [Long, Long, Long, Int, *[Pointer] * 4, Pointers, Longs, Pointer, Pointer],
 }  # fmt: skip
 
@@ -126,6 +129,52 @@ def _span_counts(
         "kloss_span_counts", device, T, S, labels, counts.shape[0], longs(pred, (T,), "pred"), longs(gold, (T,), "gold"),
         _pointer(cu_seqlens, torch.int32, (S + 1,), device, "cu_seqlens"), longs(group, (S,), "group"),
         longs(tags, (labels,), "tags"), longs(types, (labels,), "types"), longs(counts, (counts.shape[0], 3), "counts"),
+    )  # fmt: skip
+
+
+def walks(tensor: Tensor) -> bool:
+    """Whether TMA can walk a matrix, or several: rows contiguous, addresses and strides multiples of 16 bytes."""
+    *outer, inner = tensor.stride()
+    dense = tensor.dim() < 3 or outer[-1] == tensor.shape[-1]
+    bytes_apart = [stride * tensor.element_size() for stride, size in zip(outer, tensor.shape, strict=False) if size > 1]
+    return inner == 1 and dense and not any(number % 16 for number in (tensor.data_ptr(), *bytes_apart))
+
+
+def linear(
+    x: Tensor, weight: Tensor, s: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor, tiles: Tensor,
+    p: Tensor | None = None, keys: Tensor | None = None, *, slices: int = 1, turned: bool = False,
+) -> None:  # fmt: skip
+    """y = x weightᵀ + s factor_gᵀ + bias for the rows of tiles, on Hopper, in x's dtype of 16 bits.
+
+    x: [T, K]. weight: [N, K]. s: [T, slices*R]. factor: [G, N, R]. y: [T, N]. tiles: `Work.tiles_64` of rows in order.
+    slices: the columns are so many equal blocks, and block i takes columns i*R..(i+1)*R of s.
+    turned: weight is [K, N] and factor [G, R, N]; slices is 1.
+    p, keys: fp32 [G] and int64 [T], dropout of the term of s and factor.
+    Raises ValueError for tensors that do not fit each other, or that TMA cannot walk.
+    """
+    (T, K), N, SR, G, device = x.shape, y.shape[1], s.shape[1], factor.shape[0], x.device
+    rank = SR // slices
+    shapes = {
+        "weight": (weight, (K, N) if turned else (N, K)), "s": (s, (T, SR)), "y": (y, (T, N)),
+        "factor": (factor, (G, SR, N) if turned else (G, N, rank)), "x": (x, (T, K)),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != device or not walks(tensor):
+            raise ValueError(
+                f"{name} must be {x.dtype} {list(shape)} on {device}, addresses and strides multiples of 16 bytes, "
+                f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    divided = SR % slices == N % slices == 0 and (slices == 1 or N // slices % COLUMNS[-1] == 0)
+    if x.dtype not in HALVES or rank % 16 or N > WIDEST or not divided:
+        raise ValueError(f"{x.dtype}, rank {rank}, {N} columns and {slices} slices do not fit the kernel's tiles")
+    columns = COLUMNS[0] if N // slices % COLUMNS[0] == 0 else COLUMNS[1]
+    sizes = T, K, N, G, SR, rank, slices, turned, x.dtype == torch.bfloat16, columns
+    strides = x.stride(0), weight.stride(0), s.stride(0), factor.stride(0) if G > 1 else N * rank, y.stride(0)
+    _launch(
+        "kloss_linear", device, (Long * len(sizes))(*sizes), (Long * len(strides))(*strides),
+        *(t.data_ptr() for t in (x, weight, s, factor)), _pointer(bias, x.dtype, (N,), device, "bias"), y.data_ptr(),
+        tiles.shape[0], _pointer(tiles, torch.int32, (tiles.shape[0], 3), device, "tiles"),
+        _pointer(p, torch.float32, (G,), device, "p"), _pointer(keys, torch.int64, (T,), device, "keys"),
     )  # fmt: skip
 
 

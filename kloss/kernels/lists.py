@@ -50,6 +50,7 @@ def batch_lists(
     longest: int | None = None,
     most: int | None = None,
     all_adapted: bool = False,
+    in_order: bool = False,
 ) -> BatchLists:
     """All lists of a batch; on a GPU with csrc's library in two launches, and nowhere is anything read back from a GPU.
 
@@ -58,6 +59,7 @@ def batch_lists(
     step: int64 [G], each adapter's, and sequence: int64 [S], for `row_keys`; or both None.
     longest, all_adapted: of `BatchLists`.
     most: rows of the adapter with most of them or more, or None. On a GPU a bound spares launches.
+    in_order: whether the host knows that rows lie by adapter, ascending, those without one last.
     Raises ValueError as `make_segments` and `row_keys` do.
     """
     device = cu_seqlens.device
@@ -68,7 +70,8 @@ def batch_lists(
         )
         assert made.longer is not None
         tiles = AttentionTiles(made.short, made.longer, cu_seqlens)
-        return BatchLists(made.segments, made.position, tiles, made.row_key, longest, all_adapted)
+        segments = made.segments._replace(sorted=in_order or None)
+        return BatchLists(segments, made.position, tiles, made.row_key, longest, all_adapted)
     segments, keys = make_segments(cu_seqlens, adapter, num_adapters, rows=rows), None
     if step is not None and sequence is not None:
         of_sequence = torch.cat([step, step.new_zeros(1)])[adapter.long()]  # adapter -1 finds the zero

@@ -77,7 +77,8 @@ def shrink_kernel(
     o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
     scaling = 1.0 if scaling_ptr is None else tl.load(scaling_ptr + g)
     if DROPOUT:
-        threshold, scaling = threshold_of(tl.load(p_ptr + g))
+        threshold, scale = threshold_of(tl.load(p_ptr + g))
+        scaling *= scale
         row_key = tl.load(row_key_ptr + o_t, mask=m_t, other=0)
         keys = stream_keys(tl.load(seed_ptr + g), row_key, site)
         if (i_c == 0) & (i_s == 0):

@@ -63,16 +63,16 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
-    with torch.cuda.device_of(x), _beside(x) as beside:
+    with torch.cuda.device_of(x), beside(x) as aside:
         if need_b:
-            with beside():
+            with aside():
                 reduce(dy, s, d_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
         if need_x or need_a:
             ds = torch.empty_like(s)
             b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
             shrink(dy, b, ds, order, work.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
         if need_a:
-            with beside():
+            with aside():
                 reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
             a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
@@ -82,8 +82,8 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Within it `with beside():` launches kernels that wait for what was launched before; nothing waits for them until the end.
+def beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Within it `with aside():` launches kernels that wait for what was launched before; nothing waits for them until the end.
 
     In a graph that is captured they run on another stream; launched one by one the events would cost more than they save.
     """
@@ -95,12 +95,12 @@ def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]
     other = _other_stream(x.device)
 
     @contextmanager
-    def beside() -> Iterator[None]:
+    def aside() -> Iterator[None]:
         other.wait_stream(here)
         with torch.cuda.stream(other):
             yield
 
-    yield beside
+    yield aside
     here.wait_stream(other)
 
 

@@ -23,7 +23,7 @@ from .eager import lower, widened
 from .lora_torch import Backward, Forward
 from .segments import Segments, make_segments, with_work
 
-BACKENDS = {"triton": "lora_triton", "csrc": "multi_lora_cpu", "torch": "lora_torch"}
+BACKENDS = {"triton": "lora_triton", "hopper": "lora_hopper", "csrc": "multi_lora_cpu", "torch": "lora_torch"}
 
 
 @cache
@@ -71,12 +71,14 @@ def multi_lora_linear(
     """
     x, weight, bias = lower(x, weight, bias)
     _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
-    backend = _fastest(x, weight, slices) if backend is None else _checked(backend, x, weight, slices)
+    wanted = exact or backend == "hopper"
+    hopper = not torch.compiler.is_compiling() and _hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
+    backend = _fastest(x, weight, slices, hopper) if backend is None else _checked(backend, x, weight, slices, hopper)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
     scaling = scaling.contiguous()  # the kernels take vectors by their address
     if ranks is not None:
         ranks = ranks.long().contiguous()
-    if backend == "triton":
+    if backend in ("triton", "hopper"):
         segments = with_work(segments)
         assert segments.work is not None
         lists = [segments.order, *segments.work]
@@ -120,18 +122,33 @@ def lora_linear(
     return multi_lora_linear(x, weight, bias, *adapter, segments, dropout=dropout, exact=exact, backend=backend)
 
 
-def _fastest(x: Tensor, weight: Tensor, slices: int) -> str:
+def _hopper_serves(x: Tensor, *rest: Any) -> bool:
+    if x.device.type != "cuda":
+        return False
+    from .lora_hopper import serves  # only here: it needs Triton
+
+    return serves(x, *rest)
+
+
+def _fastest(x: Tensor, weight: Tensor, slices: int, hopper: bool = False) -> str:
     if x.dtype == torch.float64:
         return "torch"
-    return "triton" if x.device.type != "cpu" else "csrc" if multi_lora_cpu.fits(x, weight, slices) else "torch"
+    if x.device.type != "cpu":
+        return "hopper" if hopper else "triton"
+    return "csrc" if multi_lora_cpu.fits(x, weight, slices) else "torch"
 
 
-def _checked(backend: str, x: Tensor, weight: Tensor, slices: int) -> str:
+def _checked(backend: str, x: Tensor, weight: Tensor, slices: int, hopper: bool) -> str:
     """The backend, if it can compute the layer."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' computes fp32, bf16 and fp16, got fp64; 'torch' computes it")
+    if backend == "hopper" and not hopper:
+        raise ValueError(
+            "backend 'hopper' needs such a GPU, 16 bits, a batch whose rows are in order, one rank that is a multiple of 16, and "
+            f"aligned tensors; got {x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"
+        )
     cannot_look = torch.compiler.is_compiling()  # for the extension on disk; the operator checks again
     if backend == "csrc" and not (cannot_look or (x.device.type == "cpu" and multi_lora_cpu.fits(x, weight, slices))):
         given = f"{x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"

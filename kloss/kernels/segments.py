@@ -42,7 +42,7 @@ class Segments(NamedTuple):
     row_adapter: int32 [T], the adapter of every row.
     order: int64 [T], rows sorted by adapter, each adapter's in their own order, base-only rows last.
     runs: (adapter, start, end) into order of each adapter that has rows, ascending. None on a GPU: reading it back would wait.
-    sorted: whether order is 0, 1, 2, ..., so that a run is a slice. None on a GPU.
+    sorted: whether order is 0, 1, 2, ..., so that a run is a slice. None on a GPU unless who packed the batch knows it.
     ends: int64 [G+1], adapter g ends at ends[g] in order, ends[G] = T.
     work: the Triton kernels' lists. None on a CPU, see `with_work`.
     """

@@ -1,0 +1,87 @@
+"""The multi-adapter linear on Hopper: csrc/cuda/linear.cu computes y and dx whole, `lora_triton.py`'s kernels the rest.
+
+    S  = s_g drop(x) A_gᵀ               shrink   [T, slices*R]               g = adapter of the row
+    y  = S B_gᵀ + b + x Wᵀ              linear   [T, N]
+    dS = s_g dy B_g                    shrink   [T, slices*R]
+    dx = mask ⊙ (dS A_g) + dy W        linear   [T, K]
+    dA_g = dSᵀ drop(x)                 reduce   [slices*R, K]               dB_g = dyᵀ S   [N, R]
+
+S holds its scaling, so that LoRA's term is nothing but further steps of the base product's contraction, and no sum is rounded
+before the last. Tiles are fixed, so it is exact always: an adapter's bits do not depend on who shares the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cuda_library
+from .lora_tiles import Factor, reduce, shrink
+from .lora_torch import Backward, Forward
+from .lora_triton import WORK, beside, saved
+from .segments import Segments, Work
+
+__all__ = ["backward", "forward", "saved", "serves"]
+LEAST = 1 << 60  # outputs below which it serves only where it is wanted: no whole step has run with it yet
+
+
+def serves(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, segments: Segments, ranks: Tensor | None, wanted: bool
+) -> bool:
+    """Whether the kernel computes this layer: 16 bits, rows in order, one rank, a Hopper, and sizes that fit its tiles.
+
+    wanted: also where it is not the fastest.
+    """
+    if x.device.type != "cuda" or not segments.sorted or ranks is not None or segments.order.numel() != x.shape[0]:
+        return False
+    tensors, R, dtype = (x, weight, lora_a, lora_b), lora_b.shape[2], x.dtype
+    if dtype not in cuda_library.HALVES or any(t.dtype != dtype for t in tensors):
+        return False
+    if not lora_b.shape[0] or (not wanted and x.shape[0] * weight.shape[0] < LEAST):
+        return False
+    (N, K), C = weight.shape, weight.shape[0] * R // lora_a.shape[1]
+    if R % 16 or K % 8 or max(N, K) > cuda_library.WIDEST or C % (cuda_library.COLUMNS[-1] if C < N else 8):
+        return False
+    return _is_hopper(x.device) and cuda_library.load() and all(cuda_library.walks(t) for t in tensors)
+
+
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """y, S and the keys; arguments as in `lora_triton.forward`."""
+    x, weight, bias, lora_a, lora_b, scaling, _, lists, site, slices, _ = call
+    order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
+    (_, SR, K), R = lora_a.shape, lora_b.shape[2]
+    s, keys = saved(x, SR, lists)
+    a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
+    draws = (*dropout, keys) if dropout else ()
+    with torch.cuda.device_of(x):
+        shrink(x, a, s, order, work.tiles_64, None, scaling, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    cuda_library.linear(x, weight, s, lora_b, bias, y, work.tiles_64, slices=slices)
+    return y, s, keys
+
+
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB, empty where not needed."""
+    dy, x, weight, lora_a, lora_b, scaling, s, keys, _, lists, slices, _, need_x, need_a, need_b, *_ = call
+    order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
+    (_, N, R), SR, K = lora_b.shape, s.shape[1], x.shape[1]
+    C = N // slices
+    p_and_keys = (dropout[0], keys) if dropout else (None, None)
+    dy = dy.contiguous()
+    dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
+    with torch.cuda.device_of(x), beside(x) as aside:
+        if need_b:
+            with aside():
+                reduce(dy, s, d_b, order, work, None, None, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
+        if need_x or need_a:
+            ds = torch.empty_like(s)
+            b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
+            shrink(dy, b, ds, order, work.tiles_64, None, scaling, K=C, C=R, R=R, blocks=slices)
+        if need_a:
+            with aside():
+                reduce(x, ds, d_a, order, work, None, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
+        if need_x:
+            cuda_library.linear(dy, weight, ds, lora_a, None, dx, work.tiles_64, *p_and_keys, turned=True)
+    return dx, *call.returned(d_a, d_b)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)

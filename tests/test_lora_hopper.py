@@ -1,0 +1,112 @@
+"""The multi-adapter linear on a Hopper GPU, where rows lie in order: values, gradients, isolation to the bit, who is served."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import assert_as_good, on_cpu, outputs, problem, sub_problem
+
+import kloss.kernels as kernels
+from kloss.kernels import lora_hopper
+
+hopper = partial(kernels.multi_lora_linear, backend="hopper")
+
+
+@pytest.fixture
+def gpu():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
+def ordered(case):
+    """The problem, with the knowledge that its rows are in order."""
+    assert torch.equal(case.segments.order.cpu(), torch.arange(case.segments.order.numel()))
+    return case._replace(segments=case.segments._replace(sorted=True))
+
+
+CASES = {
+    "one sequence": dict(lengths=[5], adapter=[0], adapters=1, k=64, n=128, rank=16),
+    "several tiles": dict(lengths=[100, 30, 70, 0, 333], adapter=[0, 0, 1, 3, 4], adapters=6, k=768, n=768, rank=32),
+    "rows without an adapter": dict(lengths=[100, 200, 60, 70], adapter=[0, 2, -1, -1], adapters=3, k=192, n=256, rank=48),
+    "slices": dict(lengths=[100, 200, 60, 300], adapter=[0, 2, 2, 3], adapters=4, k=384, n=1152, rank=32, slices=3),
+    "wide ranks": dict(lengths=[10, 64, 65], adapter=[0, 1, 2], adapters=3, k=256, n=768, rank=256, slices=3, bias=False),
+    "odd widths": dict(lengths=[63, 1, 64, 2], adapter=[0, 1, 2, 3], adapters=4, k=104, n=72, rank=80),
+    "many adapters": dict(lengths=[3] * 130, adapter=list(range(130)), adapters=130, k=128, n=256, rank=16),
+    "nobody": dict(lengths=[90], adapter=[-1], adapters=2, k=64, n=64, rank=16),
+    "more items than clusters": dict(lengths=[300] * 9, adapter=list(range(9)), adapters=9, k=128, n=2048, rank=32),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name, p, dtype, gpu):
+    assert_as_good(hopper, ordered(problem(**CASES[name], p=p, dtype=dtype, device="cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_an_adapter_has_the_same_bits_alone(p, gpu):
+    """Its sequences begin in the middle of a tile of the whole batch; a neighbour is NaN."""
+    case = ordered(problem([70, 30, 200, 5, 90], [0, 1, 2, 3, 4], adapters=5, k=128, n=384, rank=32, slices=3, p=p or 1e-9,
+                           dtype=torch.bfloat16, device="cuda"))  # fmt: skip
+    case.lora_a[1] = torch.nan
+    got = outputs(hopper, case, grads=("x", "lora_a", "lora_b"))
+    part, rows = sub_problem(case, [2], "cuda")
+    alone = outputs(hopper, ordered(part), grads=("x", "lora_a", "lora_b"))
+    for name in ("y", "x"):
+        assert torch.equal(got[name][rows], alone[name]), name
+    for name in ("lora_a", "lora_b"):
+        assert torch.equal(got[name][2], alone[name][2]), name
+
+
+@pytest.mark.gpu
+def test_it_takes_what_it_serves(gpu):
+    case = problem([300] * 52, list(range(52)), adapters=52, k=768, n=768, rank=32, dtype=torch.bfloat16, device="cuda")
+    x, weight, _, lora_a, lora_b, _, segments, *_ = case
+    served = partial(lora_hopper.serves, wanted=False)
+    ready = segments._replace(sorted=True)
+    assert served(x, weight, lora_a, lora_b, ready, None)
+    assert not served(x, weight, lora_a, lora_b, segments, None)  # nobody knows that rows are in order
+    assert not served(x, weight, lora_a, lora_b, ready, torch.full((52,), 32, device="cuda"))
+    assert not served(x, weight, lora_a.float(), lora_b, ready, None)
+    assert not served(x.t().contiguous().t(), weight, lora_a, lora_b, ready, None)
+    few = problem([30], [0], adapters=1, k=768, n=768, rank=32, dtype=torch.bfloat16, device="cuda")
+    own = few.x, few.weight, few.lora_a, few.lora_b, few.segments._replace(sorted=True), None
+    assert not served(*own) and lora_hopper.serves(*own, wanted=True)
+    with pytest.raises(ValueError, match="rows are in order"):
+        outputs(hopper, case)
+
+
+@pytest.mark.gpu
+def test_s_holds_its_scaling_before_it_is_rounded(gpu):
+    """drop(x) Aᵀ is 192,000, more than fp16 holds; times scaling it is 1,920."""
+    case = ordered(problem([5], [0], adapters=1, k=64, n=64, rank=16, dtype=torch.float16, device="cuda"))
+    case.x.fill_(1500)
+    case.lora_a.fill_(2)
+    case.scaling.fill_(0.01)
+    got = outputs(hopper, case, grads=())
+    assert got["y"].isfinite().all()
+    wanted = outputs(kernels.reference.multi_lora_linear, on_cpu(case), torch.float64, grads=())
+    torch.testing.assert_close(got["y"].cpu().double(), wanted["y"], rtol=2e-3, atol=2)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_takes_other_values(gpu):
+    """Addresses are part of a captured launch, contents are not."""
+    case = ordered(problem([100, 200], [0, 1], adapters=2, k=128, n=128, rank=16, dtype=torch.bfloat16, device="cuda"))
+    run = partial(outputs, hopper, grads=())
+    run(case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(case)["y"]
+    case.x.mul_(-3)
+    graph.replay()
+    assert torch.equal(y, run(case)["y"])
+
+
+def test_without_a_hopper_it_is_refused():
+    with pytest.raises(ValueError, match="needs such a GPU, 16 bits"):
+        outputs(hopper, problem([5], [0], adapters=1))
