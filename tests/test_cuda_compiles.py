@@ -19,7 +19,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 CHIPS = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 KERNELS = {"adamw": {"squares", "finish", "update"}, "lists": {"phases", "entries"}, "spans": {"spans"}, "linear": {"linear"}}
-COUNTS = {"adamw": 14, "lists": 2, "spans": 1, "linear": 8}  # types of gradients and copies, packed or not; types, widths, ways
+COUNTS = {"adamw": 17, "lists": 2, "spans": 1, "linear": 8}  # types of gradients and copies, packed or not; types, widths, ways
 MOST_REGISTERS = {"linear": 168}  # as many as its 384 threads can have; of the others 64
 
 

@@ -13,20 +13,52 @@ using kloss::FP16;
 using kloss::narrow;
 using kloss::widen;
 
-// A chunk's sum of squares, a lane each thread. Grid [chunks, G].
-template <class Grad>
-__global__ void __launch_bounds__(AdamW::LANES) squares_kernel(const __grid_constant__ AdamW a) {
-  __shared__ float sums[AdamW::LANES];
-  int64_t g = blockIdx.y, chunk = blockIdx.x;
-  int lane = threadIdx.x;
+constexpr int THREADS = 256, WARP = 32;
+
+// N neighbouring elements, read and written by one instruction.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T of[N];
+};
+
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N>& pack(T* row, int64_t at) {
+  return *(Pack<T, N>*)(row + at);
+}
+
+constexpr int CHUNKS = THREADS / WARP;  // of a block of `squares_kernel`, a warp each when lanes are added
+
+// Sums of squares of CHUNKS chunks, N lanes each thread. Grid [cdiv(chunks, CHUNKS), G]. N: as of `update_kernel`.
+template <class Grad, int N>
+__global__ void __launch_bounds__(THREADS) squares_kernel(const __grid_constant__ AdamW a) {
+  constexpr int TEAM = AdamW::LANES / N, HIGH = AdamW::LANES / WARP;  // threads of a chunk; lanes that a thread adds
+  __shared__ float sums[CHUNKS][AdamW::LANES];
+  int64_t g = blockIdx.y, first = (int64_t)blockIdx.x * CHUNKS;
+  int lane = threadIdx.x % TEAM * N;
   if (!a.active[g]) return;
-  sums[lane] = 0;
-  a.squares<Grad>(g, chunk, lane, lane + 1, sums);
-  for (int half = AdamW::LANES / 2; half; half /= 2) {
-    __syncthreads();
-    if (lane < half) AdamW::fold(sums, half, lane);
+  for (int c = threadIdx.x / TEAM; c < CHUNKS; c += THREADS / TEAM) {
+    float own[N] = {};
+    if (first + c < a.chunks())
+      for (int64_t i = (first + c) * AdamW::CHUNK + lane; i < a.last_of(first + c); i += AdamW::LANES) {
+        Pack<Grad, N> d = pack<N>((Grad*)a.grad + g * a.grad_stride, i);
+#pragma unroll
+        for (int k = 0; k < N; ++k) AdamW::square(widen(d.of[k]), own[k]);
+      }
+#pragma unroll
+    for (int k = 0; k < N; ++k) sums[c][lane + k] = own[k];
   }
-  if (lane == 0) a.partial[g * a.chunks() + chunk] = sums[0];
+  __syncthreads();
+  int c = threadIdx.x / WARP, low = threadIdx.x % WARP;
+  float own[HIGH];
+#pragma unroll
+  for (int k = 0; k < HIGH; ++k) own[k] = sums[c][low + WARP * k];
+#pragma unroll
+  for (int half = HIGH / 2; half; half /= 2)
+#pragma unroll
+    for (int k = 0; k < half; ++k) AdamW::fold(own, half, k);
+  float sum = own[0];
+  for (int half = WARP / 2; half; half /= 2) sum += __shfl_down_sync(~0u, sum, half);  // the same tree, further down
+  if (low == 0 && first + c < a.chunks()) a.partial[g * a.chunks() + first + c] = sum;
 }
 
 // A row each block of one warp. Grid [G].
@@ -40,19 +72,6 @@ __global__ void __launch_bounds__(AdamW::TOTALS) finish_kernel(const __grid_cons
     if (lane < half) AdamW::fold(totals, half, lane);
   }
   if (lane == 0) a.finish(g, totals[0]);
-}
-
-constexpr int THREADS = 256;
-
-// N neighbouring elements, read and written by one instruction.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T of[N];
-};
-
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N>& pack(T* row, int64_t at) {
-  return *(Pack<T, N>*)(row + at);
 }
 
 // Grid [chunks, G]. N: 4 where all rows start at multiples of 4 elements and have such a width, else 1.
@@ -91,7 +110,11 @@ void update(const AdamW& a, dim3 chunks, bool packed, cudaStream_t stream) {
 template <class Grad>
 void launch(const AdamW& a, int work_type, bool packed, cudaStream_t stream) {
   dim3 chunks((unsigned)a.chunks(), (unsigned)a.rows);
-  squares_kernel<Grad><<<chunks, AdamW::LANES, 0, stream>>>(a);
+  dim3 blocks((unsigned)kloss::ceil_div(a.chunks(), CHUNKS), (unsigned)a.rows);
+  if (packed)
+    squares_kernel<Grad, 4><<<blocks, THREADS, 0, stream>>>(a);
+  else
+    squares_kernel<Grad, 1><<<blocks, THREADS, 0, stream>>>(a);
   finish_kernel<<<(unsigned)a.rows, AdamW::TOTALS, 0, stream>>>(a);
   if constexpr (std::is_same_v<Grad, float>) {
     if (work_type == 1) return update<Grad, BF16>(a, chunks, packed, stream);

@@ -57,12 +57,10 @@ struct AdamW {
     int64_t count = last_of(chunk) - chunk * CHUNK;
     for (int64_t start = 0; start < count; start += LANES) {
       int end = count - start < last ? (int)(count - start) : last;
-      for (int l = first; l < end; ++l) {
-        float value = widen(x[start + l]);
-        sums[l] = fmaf(value, value, sums[l]);
-      }
+      for (int l = first; l < end; ++l) square(widen(x[start + l]), sums[l]);
     }
   }
+  KLOSS_HD static void square(float value, float& sum) { sum = fmaf(value, value, sum); }
 
   // One level of a tree over sums: half = LANES / 2, LANES / 4, ..., 1, all l < half; the total is in sums[0].
   template <class T>
