@@ -24,7 +24,7 @@ MEMORY = ("Memcpy", "Memset")
 # Parts of a step by the names of kernels: Triton's are whole names, csrc's stand within C++ ones, the vendor's vary.
 PARTS = {
     "S, dS": r"^shrink_kernel",
-    "y, dx": r"^expand_kernel|gemm|nvjet|cutlass|splitK",  # LoRA's terms and the base products, in one kernel where fused
+    "y, dx": r"^expand_kernel|\blinear_kernel|gemm|nvjet|cutlass|splitK",  # LoRA's terms and the base products
     "dA, dB": r"^(reduce|sum)_kernel",
     "attention": r"^(attend_|zero_behind)",
     "add_norm": r"^(add_norm|dropout_kernel)",

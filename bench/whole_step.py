@@ -297,10 +297,11 @@ def ways_of_a_step(step: TrainingStep) -> dict[str, Callable[[], object]]:
     ways: dict[str, Callable[[], object]] = {"eager": step.run}
     device = step.bank.param.device
     if device.type == "cuda":
-        from kloss.kernels import lora_triton  # only here: it needs Triton
+        from kloss.kernels import lora_hopper, lora_triton  # only here: they need Triton
 
         ways["replayed"] = partial(step.run, Graphs(device))
         ways["replayed, one stream"] = mock.patch.object(lora_triton, "BESIDE", False)(partial(step.run, Graphs(device)))
+        ways["replayed, vendor's products"] = mock.patch.object(lora_hopper, "LEAST", 1 << 60)(partial(step.run, Graphs(device)))
     return ways
 
 

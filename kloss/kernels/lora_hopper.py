@@ -20,7 +20,7 @@ from .lora_triton import WORK, beside, saved
 from .segments import Segments, Work
 
 __all__ = ["backward", "forward", "saved", "serves"]
-LEAST = 1 << 60  # outputs below which it serves only where it is wanted: no whole step has run with it yet
+LEAST = 132 * 256 * 256  # outputs: two tiles for each multiprocessor. With fewer the vendor can divide contractions, too
 
 
 def serves(
@@ -28,16 +28,17 @@ def serves(
 ) -> bool:
     """Whether the kernel computes this layer: 16 bits, rows in order, one rank, a Hopper, and sizes that fit its tiles.
 
-    wanted: also where it is not the fastest.
+    wanted: also where it may not be the fastest: with few outputs, and with widths that are no multiples of its wider tile.
     """
     if x.device.type != "cuda" or not segments.sorted or ranks is not None or segments.order.numel() != x.shape[0]:
         return False
     tensors, R, dtype = (x, weight, lora_a, lora_b), lora_b.shape[2], x.dtype
     if dtype not in cuda_library.HALVES or any(t.dtype != dtype for t in tensors):
         return False
-    if not lora_b.shape[0] or (not wanted and x.shape[0] * weight.shape[0] < LEAST):
-        return False
     (N, K), C = weight.shape, weight.shape[0] * R // lora_a.shape[1]
+    wide = cuda_library.COLUMNS[0]
+    if not lora_b.shape[0] or (not wanted and (x.shape[0] * N < LEAST or C % wide or K % wide)):
+        return False
     if R % 16 or K % 8 or max(N, K) > cuda_library.WIDEST or C % (cuda_library.COLUMNS[-1] if C < N else 8):
         return False
     return _is_hopper(x.device) and cuda_library.load() and all(cuda_library.walks(t) for t in tensors)

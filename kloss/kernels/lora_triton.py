@@ -13,8 +13,8 @@ x's dtype with their factor, as torch rounds them in that dtype. Dropout's scale
 applied to fp32 sums.
 
 The base product comes last. `expand` writes the LoRA term and the vendor's product accumulates on top of it in place: what is
-rounded in between is the smaller term. With exact=True `expand` adds the base product in its accumulator, in fixed tiles; on an
-H100 that is slower at every size that was tried.
+rounded in between is the smaller term (an H100's library rounds the product too). With exact=True `expand` adds the base product
+in its accumulator, in fixed tiles; on an H100 that is slower at every size that was tried. `lora_hopper.py` is neither.
 """
 
 from collections.abc import Callable, Iterator
