@@ -20,7 +20,8 @@ check: $(ENV)/ready-to-test
 	$(PY) -m mypy
 
 bench: $(ENV)/ready-to-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-columns=median,iqr,rounds
+	OMP_NUM_THREADS=1 $(PY) -m bench.crossover $(ARGS)
 
 kernels: $(ENV)/ready-to-test
 	$(PY) -m bench.compiled $(ARGS)

@@ -1,4 +1,4 @@
-"""What the multi-adapter linear is measured against: torch's grouped_mm and peft, on the same data and the same work.
+"""What the multi-adapter linear is measured against: torch, its grouped_mm and peft, on the same data and the same work.
 
 Same work: forward, and backward with gradients of x, A and B; dropout of the adapters' input; weights in the compute dtype.
 Each side is written as its users would at their best, not as autograd would by itself.
@@ -59,13 +59,33 @@ def grouped_mm(problem: Problem, p: float = DROPOUT) -> Callable[[], tuple[Tenso
     return call
 
 
+def torch_loop(problem: Problem) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], Tensor]]:
+    """One base product for all rows, and the LoRA products in a loop under autograd: forward and backward, and inference."""
+    x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
+    rows, slices, p = problem.x.shape[0] // lora_a.shape[0], problem.slices, DROPOUT if problem.dropout else 0.0
+
+    def forward(p: float = 0.0) -> Tensor:
+        updates = []
+        for x_g, a, b, scaling in zip(x.split(rows), lora_a.unbind(), lora_b.unbind(), problem.scaling, strict=True):
+            s = (F.dropout(x_g, p) @ a.t() * scaling).chunk(slices, 1)
+            updates.append(torch.cat([s_i @ b_i.t() for s_i, b_i in zip(s, b.chunk(slices), strict=True)], 1))
+        return F.linear(x, problem.weight, problem.bias) + torch.cat(updates)
+
+    def both() -> tuple[Tensor, ...]:
+        y = forward(p)
+        return y, *torch.autograd.grad(y, leaves, problem.dy)
+
+    return both, torch.no_grad()(forward)
+
+
 class PeftLinear:
     """One linear under peft with the problem's weights and adapters.
 
     A fused q, k, v is three linears on one input, as in the model that peft knows.
     """
 
-    def __init__(self, problem: Problem, p: float = DROPOUT):
+    def __init__(self, problem: Problem, p: float = DROPOUT, *, switched: bool = True):
+        """switched: by peft's `set_adapter`; else an adapter's name is put in its place, and all adapters are trainable."""
         from peft import LoraConfig, inject_adapter_in_model
 
         self.problem, slices, (adapters, _, rank) = problem, problem.slices, problem.lora_b.shape
@@ -80,7 +100,9 @@ class PeftLinear:
         config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=targets)
         for name in self.names:
             inject_adapter_in_model(config, model, adapter_name=name)
-        self.layers = list(model.to(problem.x.dtype))
+        self.layers, self.switched = list(model.to(problem.x.dtype)), switched
+        for layer in [] if switched else self.layers:
+            layer.requires_grad_(True).base_layer.requires_grad_(False)
         with torch.no_grad():
             factors = zip(problem.lora_a.chunk(slices, 1), problem.lora_b.chunk(slices, 1), strict=True)
             for layer, (a, b) in zip(self.layers, factors, strict=True):
@@ -95,7 +117,10 @@ class PeftLinear:
     def outputs(self, g: int, x: Tensor) -> list[Tensor]:
         """The outputs of adapter g, for each slice."""
         for layer in self.layers:
-            layer.set_adapter(self.names[g])
+            if self.switched:
+                layer.set_adapter(self.names[g])
+            else:
+                layer._active_adapter = [self.names[g]]
         return [layer(x) for layer in self.layers]
 
     def adapter(self, g: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -109,6 +134,14 @@ class PeftLinear:
         """Forward and backward of one adapter at a time."""
         for g in range(len(self.names)):
             self.adapter(g)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """y, dx, dA and dB as kloss returns them."""
+        slices = self.problem.slices
+        outputs, gradients = zip(*(self.adapter(g) for g in range(len(self.names))), strict=True)
+        dx, *weights = (torch.stack(tensors) for tensors in zip(*gradients, strict=True))
+        y = torch.cat([torch.cat(tensors, 1) for tensors in outputs])
+        return y, dx.flatten(0, 1), torch.cat(weights[:slices], 1), torch.cat(weights[slices:], 1)
 
     @torch.no_grad()
     def mixed(self) -> list[Tensor]:

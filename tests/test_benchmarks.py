@@ -8,11 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import DEVICES, assert_no_worse
 from torch import Tensor
 
-from bench.baselines import PeftLinear
+from bench.baselines import PeftLinear, torch_loop
 from bench.cases import DROPOUT, Batch, Linear, Problem, forward_backward, forward_only, make_problem
 from kloss.kernels import multi_lora_linear
 
@@ -42,35 +41,7 @@ def peft_calls(problem: Problem) -> tuple[Callable, Callable]:
     return training.in_turn, forward
 
 
-def torch_calls(problem: Problem) -> tuple[Callable, Callable]:
-    """One base product for all rows, and the LoRA products in a loop under autograd."""
-    x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
-    rows, slices, p = problem.x.shape[0] // lora_a.shape[0], problem.slices, DROPOUT if problem.dropout else 0.0
-
-    def forward(p=0.0):
-        updates = []
-        for x_g, a, b, scaling in zip(x.split(rows), lora_a.unbind(), lora_b.unbind(), problem.scaling, strict=True):
-            s = (F.dropout(x_g, p) @ a.t() * scaling).chunk(slices, 1)
-            updates.append(torch.cat([s_i @ b_i.t() for s_i, b_i in zip(s, b.chunk(slices), strict=True)], 1))
-        return F.linear(x, problem.weight, problem.bias) + torch.cat(updates)
-
-    def both():
-        y = forward(p)
-        return y, *torch.autograd.grad(y, leaves, problem.dy)
-
-    return both, torch.no_grad()(forward)
-
-
-LIBRARIES = {"kloss": kloss_calls, "peft": peft_calls, "torch": torch_calls}
-
-
-def peft_results(problem: Problem) -> tuple[Tensor, ...]:
-    """y, dx, dA and dB as kloss returns them."""
-    side, slices = PeftLinear(problem, 0.0), problem.slices
-    outputs, gradients = zip(*(side.adapter(g) for g in range(len(side.names))), strict=True)
-    dx, *weights = (torch.stack(tensors) for tensors in zip(*gradients, strict=True))
-    y = torch.cat([torch.cat(tensors, 1) for tensors in outputs])
-    return y, dx.flatten(0, 1), torch.cat(weights[:slices], 1), torch.cat(weights[slices:], 1)
+LIBRARIES = {"kloss": kloss_calls, "peft": peft_calls, "torch": torch_loop}
 
 
 @cache
@@ -79,8 +50,8 @@ def check(library: str, case: str, device: str) -> None:
     problem = problem_of(case, device)._replace(dropout=None)
     exact = problem._replace(**{name: t.double() for name, t in problem._asdict().items() if isinstance(t, Tensor)})
     both, forward = LIBRARIES[library](problem)
-    results = peft_results(problem) if library == "peft" else both()
-    plain, oracle, adapter = torch_calls(problem)[0](), torch_calls(exact)[0](), problem.segments.row_adapter
+    results = PeftLinear(problem, 0.0).results() if library == "peft" else both()
+    plain, oracle, adapter = torch_loop(problem)[0](), torch_loop(exact)[0](), problem.segments.row_adapter
     rows = adapter, adapter, None, None, adapter
     for *values, group in zip((*results, forward()), (*plain, plain[0]), (*oracle, oracle[0]), rows, strict=True):
         assert_no_worse(*(value.detach() for value in values), group)
