@@ -1,5 +1,6 @@
 """Builds kloss. Everything static is in pyproject.toml; here is csrc/: C++ where torch and a compiler are, CUDA where nvcc is."""
 
+import os
 import shutil
 from glob import glob
 
@@ -32,12 +33,18 @@ else:
     # Against torch's stable ABI as of 2.11, the oldest that kloss runs with: what is built with a later torch loads there.
     # A square root is an instruction only where it need not set errno, nor keep the order of traps.
     flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    modules = [CppExtension("kloss._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": flags}, py_limited_api=True)]
+    strip = [] if "-fsanitize" in os.environ.get("CXXFLAGS", "") else ["-s"]  # a tenth of the size; a sanitizer names functions
+    arguments = {"extra_compile_args": {"cxx": flags}, "extra_link_args": strip, "py_limited_api": True}
+    modules = [CppExtension("kloss._C", SOURCES, depends=HEADERS, **arguments)]
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
     if nvcc:  # its sources are not named here: torch would ask for the CUDA that it was built with
         modules.append(Extension("kloss._cuda", [], py_limited_api=True))
     for module in modules:
         module.optional = True  # without a compiler kloss runs in plain torch
-    extension = {"ext_modules": modules, "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
+    extension = {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this Python and all later ones
+    }
 
 setup(**extension)
