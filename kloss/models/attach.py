@@ -11,7 +11,6 @@ and step come from `attach`, `load_peft` and `use_adapters`.
 
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -24,73 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
+from ..kernels import multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
+from .blocks import Batch, RepeatedRows, Shared
 from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .targets import find_targets, named, plain_modules, routed, time_first
-
-
-class _Running(threading.local):
-    """The batch of the current thread's innermost `use_adapters`. A copy of a model starts without."""
-
-    batch: "_Batch | None" = None
-
-    def __reduce__(self) -> tuple:
-        return _Running, ()
-
-
-class _Shared:
-    """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the current batch."""
-
-    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int, ends: list[str] | None):
-        self.ranks, self.rank, self.alphas, self.chances = ranks, max(ranks), alphas, chances
-        self.ends = ends  # of the layers' names, as they were given; None: all-linear
-        self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
-        self.seeds = stream_keys(torch.tensor([seed]), torch.arange(len(ranks)), 0)  # int64 [G]
-        self.step, self.running = 0, _Running()
-
-
-_Arguments = tuple[Segments, Tensor, Tensor | None, Dropout | None]
-
-
-class _Batch:
-    """A block of `use_adapters`. ids: the adapter of each batch row, or -1."""
-
-    def __init__(self, shared: _Shared, ids: list[int], step: int):
-        self.shared, self.ids, self.step = shared, ids, step
-        self.alike = all(g == ids[0] for g in ids)
-        self.cache: dict[tuple[int, int, torch.device, bool], _Arguments] = {}
-
-    def arguments(self, size: int, length: int, device: torch.device, training: bool) -> _Arguments:
-        """Arguments of `multi_lora_linear` that all layers share, computed once.
-
-        size: of the input's first dimension, that of the batch unless all ids are alike.
-        length: rows of the input to each of the first dimension.
-        Returns segments, scaling fp32 [G], ranks int64 [G] (None if all are R), and dropout at site 0 or None.
-        """
-        key = size, length, device, training and any(self.shared.chances)
-        if key not in self.cache:
-            with torch.inference_mode(False):  # a training step may use what an evaluation computed
-                self.cache[key] = self._compute(*key)
-        return self.cache[key]
-
-    def _compute(self, size: int, length: int, device: torch.device, drops: bool) -> _Arguments:
-        shared = self.shared
-        ids = torch.tensor(self.ids[:1] * size if self.alike else self.ids, dtype=torch.int32)
-        offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
-        segments = make_segments(offsets, ids.to(device), len(shared.ranks), rows=size * length)
-        scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
-        ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
-        if not drops:
-            return segments, scaling, ranks, None
-        # Earlier batch rows of the same adapter.
-        number = torch.arange(size) if self.alike else (ids[:, None] == ids).tril(-1).sum(1)
-        most = int(number.max()) + 1 if size else 0
-        if most > 1 << 16 or length > 1 << 16:
-            raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
-        keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
-        chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
-        return segments, scaling, ranks, Dropout(chances, shared.seeds.to(device), keys, 0)
 
 
 class MultiAdapterLinear(nn.Module):
@@ -107,9 +44,9 @@ class MultiAdapterLinear(nn.Module):
     bias: Tensor | None
 
     batch_first: bool | None = None  # whether inputs are [B, length, ...]: what the model or earlier inputs say, if anything
-    routed = False  # within an expert, whose inputs [n, K] are tokens that a router chose
+    routed = False  # its inputs [n, K] are tokens that a router chose, by its place in the model or by their number
 
-    def __init__(self, linear: nn.Linear, shared: _Shared, name: str, site: int):
+    def __init__(self, linear: nn.Linear, shared: Shared, name: str, site: int):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.shared, self.name, self.site = shared, name, site
@@ -133,10 +70,11 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        batch, weight, bias = self.shared.running.batch, self.weight, self.bias
+        weight, bias, blocks = self.weight, self.bias, self.shared.blocks
+        batch = None if torch.compiler.is_compiling() and not blocks.open else blocks.batch(self.name)
         if batch is None:
             return F.linear(x, weight, bias)
-        self._check_layout(x.shape, batch)
+        self._check_layout(x, batch)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
         size, length = (1, 1) if x.dim() < 2 else (x.shape[0], x.shape[1:-1].numel())
@@ -147,26 +85,32 @@ class MultiAdapterLinear(nn.Module):
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _check_layout(self, shape: torch.Size, batch: _Batch) -> None:
+    def _check_layout(self, x: Tensor, batch: Batch) -> None:
         """Raises ValueError where a batch of several adapters meets an input whose first dimension may not be the batch.
 
-        Where the second dimension is as long as the batch too, `batch_first` decides. Unknown passes.
+        Where the second dimension is as long as the batch too, `batch_first` decides, and the strides if nothing is known yet.
         """
-        size = len(batch.ids)
+        size, shape = len(batch.ids), x.shape
         first, second = len(shape) > 1 and shape[0] == size, len(shape) > 2 and shape[1] == size
         if first is not second and size > 1 and len(shape) > 2 and not torch.compiler.is_compiling():
             if first:
                 self.batch_first = True
             elif self.batch_first is None and shape[0] % size:  # a multiple may be a batch of beams
                 self.batch_first = False
+        if size > 1 and len(shape) == 2 and shape[0] % size and not torch.compiler.is_compiling():
+            self.routed = True
         if batch.alike:
             return
         if not first:
             needed = f"[{size}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
             raise ValueError(f"{self.name}: the input has shape {list(shape)}, needed is {needed}; or one id for all rows")
-        if second and self.batch_first is False or len(shape) == 2 and self.routed:
-            why = "which may have time before batch, as another length would show" if second else "the tokens that a router chose"
-            raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
+        if second and not self.batch_first and (self.batch_first is False or x.stride(0) < x.stride(1)):
+            why = "which may have time before batch, as another length would show"
+        elif len(shape) == 2 and self.routed:
+            why = "the tokens that a router chose"
+        else:
+            return
+        raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
 
 
 def attach(
@@ -206,7 +150,7 @@ def attach(
     )
     chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    linears, shared = find_targets(model, ends), _Shared(ranks, alphas, chances, seed, ends)
+    linears, shared = find_targets(model, ends), Shared(ranks, alphas, chances, seed, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
@@ -216,6 +160,9 @@ def attach(
         if module in layers:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layers[module])
+    repeats = RepeatedRows(shared.blocks)
+    model.register_forward_pre_hook(repeats.before, with_kwargs=True)
+    model.register_forward_hook(repeats.after, with_kwargs=True, always_call=True)
     return model
 
 
@@ -235,13 +182,19 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
         layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
-    Blocks may be nested, and each thread has its own. With gradient checkpointing call backward inside the block: it computes the
-    layers again, in the calling thread. The mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that
-    adapter, position, layer, feature), never on neighbours.
-    A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model or an earlier
-    input told of it. Not seen: length B from the first input on, in modules of your own, and B tokens that a router of your own
-    chose.
-    Raises UserError for a model without adapters, and for ids that are not adapters of it.
+    Blocks may be nested, and each task of asyncio and each thread has its own. Outside of all blocks a model is the base model;
+    a new thread has to say so, by a block of ids -1, since it may have been started to see the block of another.
+    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. Reentrant
+    checkpoints within checkpoints want backward in the forward pass's thread, on a GPU by
+    `torch.autograd.set_multithreading_enabled(False)`.
+    `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
+    The dropout mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that adapter, position, layer,
+    feature), never on neighbours.
+    A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model, an earlier
+    input or the strides tell of it, and so are B tokens that a router chose, if the model or an earlier number tells. Not seen:
+    the first input of a module of your own, if it is contiguous and its first dimension is B by chance.
+    Raises UserError for a model without adapters, for ids that are not adapters of it, in a thread that said nothing, and where
+    blocks end out of order.
     """
     shared = _layers(model)[0].shared
     ids, adapters = torch.as_tensor(adapter_ids), len(shared.ranks)
@@ -253,12 +206,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
         raise UserError(f"step must be a whole number in [0, 2^31), got {step!r}")
     if model.training:
         shared.step = step + 1
-    before, shared.running.batch = shared.running.batch, _Batch(shared, ids.tolist(), step)
-    try:
-        with torch.autograd.set_multithreading_enabled(False):  # another thread has no batch for checkpointed layers
-            yield
-    finally:
-        shared.running.batch = before
+    with shared.blocks.within(Batch(shared, ids.tolist(), step)):
+        yield
 
 
 def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
@@ -311,7 +260,7 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
     if head not in ("error", "ignore"):
         raise UserError(f"head must be 'error' or 'ignore', got {head!r}")
     shared = _layers(model)[0].shared
-    if shared.running.batch is not None:
+    if shared.blocks.innermost() is not None:
         raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
     adapter = read_adapter(folder, shared.rank)
     whole = [name for name in adapter.tensors if adapter.in_saved_whole(name)]
