@@ -21,6 +21,8 @@ import kloss
 from kloss.errors import UserError
 from kloss.models.attach import MultiAdapterLinear, load_peft, save_peft
 
+LABELS = torch.tensor([[1, 2, -1, 3, 0], [4, -1, -1, 1, 1], [0, 0, 0, 1, -1], [-1, 4, -1, -1, -1], [2, 1, 2, 1, 2]])
+LABELS[LABELS < 0] = -100
 IDS = torch.tensor([[0, 7, 9, 11, 2], [0, 5, 8, 30, 2], [0, 41, 3, 2, 1], [0, 9, 9, 2, 1], [0, 12, 6, 7, 2]])
 MASK = (IDS != 1).long()
 MIXED = [2, 0, -1, 2, 1]
@@ -458,7 +460,9 @@ def test_mistakes_in_attach_change_nothing():
     hooked.roberta.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
     for given, options, match in (
-        (model, dict(adapters=0), "adapters must be a whole number of at least 1, got 0"),
+        (model, dict(adapters=0), "adapters must be a whole number of at least 1 or a list of different names, got 0"),
+        (model, dict(adapters=["a", "b", "a"]), "list of different names, got .'a', 'b', 'a'"),
+        (model, dict(adapters="abc"), "list of different names, got 'abc'"),
         (model, dict(rank=0), "rank must be a whole number of at least 1, .*; got 0"),
         (model, dict(rank=2.5), "rank must be a whole number"),
         (model, dict(adapters=3, rank=[1, 2]), r"one for each of the 3 adapters; got \[1, 2\]"),

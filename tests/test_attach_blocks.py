@@ -115,7 +115,10 @@ def test_the_base_model_is_computed_again_as_the_base_model(reentrant):
     base(x).square().sum().backward()
     with kloss.use_adapters(model, [0] * 4):
         model(x).sum()
-    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    with torch.no_grad(), kloss.use_adapters(model, [1] * 4):
+        model(x)
+    y.backward(2 * y.detach())
     assert all(layer.lora_a.grad is None for layer in layers(model).values())
     assert torch.equal(model[0].weight.grad, base[0].weight.grad)
 
@@ -144,6 +147,7 @@ def test_nested_checkpoints_and_a_graph_that_is_kept(inner, outer):
     with kloss.use_adapters(model, [0, 1, 2, 0]):
         y = checkpoint(lambda x: checkpoint(model, x, use_reentrant=inner), x, use_reentrant=outer).square().sum()
     with kloss.use_adapters(model, [1] * 4):
+        model(x)
         y.backward(retain_graph=True)
         assert_same(gradients(model), wanted)
         y.backward()
@@ -152,15 +156,56 @@ def test_nested_checkpoints_and_a_graph_that_is_kept(inner, outer):
 
 def test_a_pass_of_long_ago_is_refused(monkeypatch):
     monkeypatch.setattr("kloss.models.blocks.PASSES", 8)
-    model, x = small(), X.clone().requires_grad_()
-    with kloss.use_adapters(model, [1] * 4):
-        y = checkpoint(model, x, use_reentrant=True).sum()
-    for g in [0, 1] * 5:
-        with kloss.use_adapters(model, [g]):
-            checkpoint(model[0], x, use_reentrant=True)
+    for has_gradients in (False, True):
+        model, x = small(), X.clone().requires_grad_()
+        with kloss.use_adapters(model, [2]):
             model(x)
-    with pytest.raises(UserError, match="^0 is computed again .*: call backward inside use_adapters"):
-        y.backward()
+        with kloss.use_adapters(model, [1] * 4):
+            y = checkpoint(model, x, use_reentrant=not has_gradients).sum()
+        for g in [0, 1] * 5:
+            with kloss.use_adapters(model, [g]), torch.set_grad_enabled(has_gradients):
+                model(x)
+        with pytest.raises(UserError, match="^0 is computed again .*: call backward inside use_adapters"):
+            y.backward()
+
+
+def test_threads_that_train_at_once():
+    """Two threads with the same numbers of nodes: in a block each knows its own, outside they can be told apart no more."""
+    model, got = small(), {}
+    with kloss.use_adapters(model, [1] * 4):
+        model(X).square().sum().backward()
+    wanted = gradients(model)
+
+    def work(ids, inside):
+        x = X.clone().requires_grad_()
+        with kloss.use_adapters(model, ids):
+            y = checkpoint(model, x, use_reentrant=True).square().sum()
+            if inside:
+                y.backward()
+        if not inside:
+            try:
+                y.backward()
+            except UserError as error:
+                got["refused"] = str(error)
+
+    for ids, inside in (([0] * 4, True), ([1] * 4, True), ([1] * 4, False)):
+        model.zero_grad()
+        thread = threading.Thread(target=work, args=(ids, inside))
+        thread.start()
+        thread.join()
+        if ids[0] == 1 and inside:
+            assert_same(gradients(model), wanted)
+    assert "in the forward pass's thread" in got["refused"]
+
+
+def test_what_was_computed_again_is_kept_for_one_batch():
+    model, x = small(), X.clone().requires_grad_()
+    losses = []
+    for g in range(3):
+        with kloss.use_adapters(model, [g] * 4):
+            losses.append(checkpoint(model, x, use_reentrant=False).sum())
+    sum(losses).backward()
+    assert sum(len(batch.cache) for batch in {*model[0].shared.blocks._own.passes.batches}) == 1
 
 
 def test_a_new_thread_must_say_whose_adapters_it_wants():
@@ -272,12 +317,14 @@ def test_only_generate_repeats_ids():
     model = randomised(kloss.attach(llama(), 3, 4))
     for grad in (True, False):
         with torch.set_grad_enabled(grad), kloss.use_adapters(model, [0, 1]), pytest.raises(ValueError, match="first dimension"):
-            model(input_ids=IDS[:4])
+            model(input_ids=IDS[:4], **{"use_cache": True} if grad else {})
     with kloss.use_adapters(model, [0, 1]):
         with pytest.raises(ValueError, match="first dimension"), torch.no_grad():
             model(input_ids=IDS[:3], use_cache=True)
         with torch.no_grad():
             model(input_ids=IDS[:4], use_cache=True)
+            with pytest.raises(IndexError):
+                model(input_ids=IDS[:4] + 100, use_cache=True)
             model(input_ids=IDS[:2])  # as before
 
 

@@ -15,7 +15,10 @@ PROGRAM = sorted(
     if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".j2", ".css")
 )
 # A module may import what stands left of it, and its own package.
-FLOORS = ("errors", "files", "kernels", "machine", "models", "config", "cl", "report", "presets", "estimate", "console", "run")
+FLOORS = (
+    *("errors", "files", "kernels", "machine", "models", "optim", "config"),
+    *("cl", "report", "presets", "estimate", "console", "run"),
+)
 
 
 def module_of(path: Path) -> str:

@@ -5,13 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attach import IDS, MASK, MIXED, MODELS, attached, layers, llama, logits
+from test_attach import IDS, LABELS, MASK, MIXED, MODELS, attached, layers, llama, logits
 
 import kloss
 from kloss.errors import UserError
-
-LABELS = torch.tensor([[1, 2, -100, 3, 0], [4, -100, -100, 1, 1], [0, 0, 0, 1, -100], [-100] * 5, [2, 1, 2, 1, 2]])
-LABELS[3, 1] = 4
 
 
 def alone(model, g, shift):

@@ -115,7 +115,7 @@ class MultiAdapterLinear(nn.Module):
 
 def attach(
     model: nn.Module,
-    adapters: int = 52,
+    adapters: int | Sequence[str] = 52,
     rank: int | Sequence[int] = 32,
     targets: str | Sequence[str] = "all-linear",
     *,
@@ -125,7 +125,7 @@ def attach(
 ) -> nn.Module:
     """Put LoRA adapters on a model, in place: the targets' nn.Linear layers become `MultiAdapterLinear`.
 
-    adapters: G.
+    adapters: G, or the name of each; without names they are called "0", "1" and so on.
     rank: one for all or one per adapter; the largest is R.
     targets: ends of layer names: ("query", "value") matches every name that is one of them or ends in "." and one of them.
         "all-linear" matches every nn.Linear except the output head. The head is `model.get_output_embeddings()` and what lies
@@ -140,17 +140,17 @@ def attach(
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
-    if not isinstance(adapters, Integral) or isinstance(adapters, bool) or adapters < 1:
-        raise UserError(f"adapters must be a whole number of at least 1, got {adapters!r}")
+    names = _names(adapters)
+    adapters = len(names)
     if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
         raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
-    ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
+    ranks = one_each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
     alphas = (
-        list(ranks) if alpha is None else _each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
+        list(ranks) if alpha is None else one_each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
     )
-    chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
+    chances = one_each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    linears, shared = find_targets(model, ends), Shared(ranks, alphas, chances, seed, ends)
+    linears, shared = find_targets(model, ends), Shared(names, ranks, alphas, chances, seed, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
@@ -166,8 +166,17 @@ def attach(
     return model
 
 
-def _each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
-    """One value per adapter, from one for all or from a sequence."""
+def _names(adapters: Any) -> list[str]:
+    if isinstance(adapters, Integral) and not isinstance(adapters, bool) and int(adapters) >= 1:
+        return [str(g) for g in range(adapters)]
+    names = [*adapters] if isinstance(adapters, list | tuple) else []
+    if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+        raise UserError(f"adapters must be a whole number of at least 1 or a list of different names, got {adapters!r}")
+    return names
+
+
+def one_each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
+    """One value per adapter, from one for all or from a sequence. Raises UserError for another number or what is not allowed."""
     values = [given] * adapters if isinstance(given, Real) else list(given)
     if len(values) != adapters or not all(isinstance(v, Real) and not isinstance(v, bool) and is_allowed(v) for v in values):
         raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
@@ -175,11 +184,11 @@ def _each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callab
 
 
 @contextmanager
-def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None) -> Iterator[None]:
+def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *, step: int | None = None) -> Iterator[None]:
     """Within the block each batch row is computed with its own adapter.
 
-    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone. If they differ, every adapted
-        layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
+    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone; a list may hold names. If they
+        differ, every adapted layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
     Blocks may be nested, and each task of asyncio and each thread has its own. Outside of all blocks a model is the base model;
@@ -196,8 +205,14 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
     Raises UserError for a model without adapters, for ids that are not adapters of it, in a thread that said nothing, and where
     blocks end out of order.
     """
-    shared = _layers(model)[0].shared
-    ids, adapters = torch.as_tensor(adapter_ids), len(shared.ranks)
+    shared = adapted_layers(model)[0].shared
+    adapters, rows = len(shared.names), {name: g for g, name in enumerate(shared.names)}
+    if isinstance(adapter_ids, list | tuple):
+        unknown = [g for g in adapter_ids if isinstance(g, str) and g not in rows]
+        if unknown:
+            raise UserError(f"there is no adapter {unknown[0]}; there are {', '.join(shared.names)}")
+        adapter_ids = [rows[g] if isinstance(g, str) else g for g in adapter_ids]
+    ids = torch.as_tensor(adapter_ids)
     integers = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
     if not integers or int(ids.min()) < -1 or int(ids.max()) >= adapters:
         raise UserError(f"adapter_ids must be one whole number in [-1, {adapters}) for each batch row, got {adapter_ids}")
@@ -210,7 +225,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
         yield
 
 
-def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
+def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
+    """The adapted layers of a model. Raises UserError for one without adapters, and for several models with adapters."""
     layers = [module for module in model.modules() if isinstance(module, MultiAdapterLinear)]
     models = len({layer.shared for layer in layers})
     if models != 1:
@@ -220,7 +236,7 @@ def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
 
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
     """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
-    layers, tensors = _layers(model), {}
+    layers, tensors = adapted_layers(model), {}
     ranks = layers[0].shared.ranks
     if not 0 <= g < len(ranks):
         raise UserError(f"there is no adapter {g}, the model has 0 to {len(ranks) - 1}")
@@ -233,7 +249,7 @@ def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Ten
 
 def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     """Write adapter g as peft does, for the model given to `attach`: adapter_config.json and adapter_model.safetensors."""
-    layers = _layers(model)
+    layers = adapted_layers(model)
     shared, names = layers[0].shared, [layer.name for layer in layers]
     ends = sorted({name.rpartition(".")[2] for name in names}) if shared.ends is None else shared.ends
     exact = named(plain_modules(model), ends) == set(names)
@@ -259,7 +275,7 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
     """
     if head not in ("error", "ignore"):
         raise UserError(f"head must be 'error' or 'ignore', got {head!r}")
-    shared = _layers(model)[0].shared
+    shared = adapted_layers(model)[0].shared
     if shared.blocks.innermost() is not None:
         raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
     adapter = read_adapter(folder, shared.rank)

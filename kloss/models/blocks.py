@@ -21,14 +21,23 @@ from ..errors import UserError
 from ..kernels import Dropout, Segments, make_segments, row_keys
 from ..kernels.dropout import stream_keys
 
-PASSES = 4096  # that a thread remembers for backward
+PASSES = 1 << 14  # through layers, that a thread remembers for backward
 INPUTS = "decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"
 
 
 class Shared:
     """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the open blocks."""
 
-    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int, ends: list[str] | None):
+    def __init__(
+        self,
+        names: list[str],
+        ranks: list[int],
+        alphas: list[float],
+        chances: list[float],
+        seed: int,
+        ends: list[str] | None,
+    ):
+        self.names = names
         self.ranks, self.rank, self.alphas, self.chances = ranks, max(ranks), alphas, chances
         self.ends = ends  # of the layers' names, as they were given; None: all-linear
         self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
@@ -128,7 +137,7 @@ class _Passes:
         if number < self.since:
             return None
         # A reentrant checkpoint is the node itself, any other one is around the node.
-        if isinstance(node, BackwardCFunction) and type(node).__name__ != "_MultiLoraBackward" and number + 1 in self.hidden:
+        if isinstance(node, BackwardCFunction) and number + 1 in self.hidden:
             return (self.hidden[number + 1],)
         i = bisect_right(self.starts, number)
         return (self.batches[i - 1],) if i else None

@@ -37,7 +37,7 @@ def adapter_losses(logits: Tensor, labels: Tensor | None, adapter_ids: Sequence[
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORED, reduction="none")
         losses, counted = losses.view(labels.shape), labels != IGNORED
-    # By select, never by multiplying: the NaN of one adapter stays its own.
-    sums, counts = (x.unsqueeze(-1).flatten(1).sum(1) for x in (torch.where(counted, losses, 0.0), counted))  # [B]
+    sums, counts = (x.unsqueeze(-1).flatten(1).sum(1) for x in (losses, counted))  # [B]
     own = torch.arange(int(ids.max()) + 1, device=logits.device)[:, None] == ids.to(logits.device)  # [G, B]
+    # By select, never by multiplying: the NaN of one adapter stays its own.
     return torch.where(own, sums, 0.0).sum(1) / torch.where(own, counts, 0).sum(1).clamp(min=1)
