@@ -16,8 +16,8 @@ from torch import nn
 
 from .errors import UserError
 from .kernels.adamw import LARGEST
-from .models.attach import one_each
 from .models.rows import Rows
+from .models.settings import one_each
 from .models.stacked import StackedRows
 
 Rate = float | Callable[[int], float]
@@ -82,6 +82,7 @@ class AdapterAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.follow()
         rows, active = self.rows, self.rows.collect()
         for group, is_active, steps in zip(self.param_groups, active.tolist(), rows.steps.tolist(), strict=True):
             if is_active and group["schedule"] is not None:
@@ -99,12 +100,26 @@ class AdapterAdamW(torch.optim.Optimizer):
             warnings.warn(f"{which} gradients that are not finite: weights and moments stay as they were", stacklevel=2)
         return loss
 
+    def follow(self) -> None:
+        """Follow adapters that came, went or began anew (`kloss.adapters`, `load_peft`). Each step does this by itself.
+
+        A new adapter gets the settings of the first, a fork those of its source; they can be changed in its parameter group.
+        """
+        rows = self.rows.follow()
+        if rows is not None:
+            groups = [{**self.param_groups[max(row, 0)], "params": []} for row in rows]
+            groups[0]["params"] = self.rows.parameters
+            self.param_groups[:] = groups
+        for group, name in zip(self.param_groups, self.rows.names, strict=True):
+            group["name"] = name
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.rows.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The adapters' moments and steps, in rows, with their names; and their parameter groups, without schedules."""
+        self.follow()
         state = {name: getattr(self.rows, name) for name in MOMENTS}
         state |= {"names": [*self.rows.names], "layout": self.rows.layout, "betas": self.betas, "eps": self.eps}
         groups = [{key: value for key, value in group.items() if key not in NOT_SAVED} for group in self.param_groups]
@@ -116,6 +131,7 @@ class AdapterAdamW(torch.optim.Optimizer):
 
         Raises UserError, with nothing changed, for a state of another optimiser, other adapters or other layers.
         """
+        self.follow()
         state, groups = state_dict["state"], state_dict["param_groups"]
         if not {*MOMENTS, "names", "layout"} <= state.keys():
             raise UserError("this state is not of an AdapterAdamW")

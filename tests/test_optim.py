@@ -31,9 +31,9 @@ def rows_of(model, optimizer, g) -> list[torch.Tensor]:
 
 
 def backward(model, ids):
-    with kloss.use_adapters(model, ids):
+    with kloss.use_adapters(model, ids) as numbers:
         out = logits(model)
-    kloss.adapter_losses(out, LABELS, ids).sum().backward()
+    kloss.adapter_losses(out, LABELS, numbers).sum().backward()
 
 
 def trained(optimizer, model, batches=ROWS):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attach import IDS, LABELS, MASK, attached, layers, logits
+from test_attach import IDS, LABELS, MASK, attached, layers, logits, xlmr
 from transformers import Trainer, TrainingArguments
 
 import kloss
@@ -25,8 +25,8 @@ def adapters(model):
     return {f"{n}.{k}": getattr(layer, k).detach().clone() for n, layer in layers(model).items() for k in ("lora_a", "lora_b")}
 
 
-def trained(folder, make, *, resume=None, **settings):
-    model = attached(make).train()
+def trained(folder, make, *, resume=None, dropout=0.0, **settings):
+    model = attached(make, dropout=dropout).train()
     model.enable_input_require_grads()
     optimizer = AdapterAdamW(model, [1e-2, 1e-3, 3e-2], max_norm=[0.1, float("inf"), 1.0])
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -43,8 +43,6 @@ def trained(folder, make, *, resume=None, **settings):
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_trains_what_a_loop_trains(tmp_path):
-    from test_attach import xlmr
-
     model = attached(xlmr).train()
     optimizer = AdapterAdamW(model, [1e-2, 1e-3, 3e-2], max_norm=[0.1, float("inf"), 1.0])
     for step in range(4):
@@ -67,3 +65,10 @@ def test_trainer_trains_what_a_loop_trains(tmp_path):
             assert (factor[g] - start[name][g]).abs().max() > 1e-4, (name, g)
         torch.testing.assert_close(straight[name], factor, rtol=1e-3, atol=1e-5)  # Trainer shuffles the rows
         assert all(torch.equal(run[name], straight[name]) for run in (reentrant, other, resumed)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_with_dropout_that_is_resumed_goes_on_with_the_same_masks(tmp_path):
+    straight = trained(tmp_path, xlmr, dropout=0.3)
+    resumed = trained(tmp_path, xlmr, dropout=0.3, resume=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(factor, straight[name]) for name, factor in resumed.items())

@@ -4,9 +4,9 @@
     with kloss.use_adapters(model, [3, 0, -1, 3]):  # an adapter per batch row; -1: the base model alone
         logits = model(input_ids, attention_mask=mask).logits
 
-The adapters are ordinary parameters, so an ordinary optimiser trains them. An adapter without rows in a batch gets a gradient of
-zero, to which the optimiser still applies momentum and weight decay. A state dict holds the weights only: ranks, scalings, seed
-and step come from `attach`, `load_peft` and `use_adapters`.
+The adapters are ordinary parameters. An adapter without rows in a batch gets a gradient of zero, to which an ordinary optimiser
+still applies momentum and weight decay; `kloss.optim.AdapterAdamW` leaves it as it is. A state dict holds weights, names, ranks,
+scalings, seeds and the dropout's step, and one without them is refused. `kloss.adapters` adds, removes, copies, saves and loads.
 """
 
 import math
@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from ..errors import UserError
 from ..kernels import multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
 from .blocks import Batch, RepeatedRows, Shared
-from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
+from .peft_files import fitted, read_adapter, write_adapter
+from .settings import check_names
 from .targets import find_targets, named, plain_modules, routed, time_first
 
 
@@ -52,15 +53,29 @@ class MultiAdapterLinear(nn.Module):
         self.shared, self.name, self.site = shared, name, site
         for parameter in ("weight", "bias"):
             self.register_parameter(parameter, linear._parameters[parameter])
-        device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
-        name_hash = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
-        row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
-        keys = stream_keys(shared.seeds[:, None].to(device), row, name_hash)  # [G, R]
-        a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
-        live = row < torch.tensor(shared.ranks, device=device)[:, None]
-        self.lora_a = nn.Parameter(torch.where(live[..., None], a, 0.0))
-        self.lora_b = nn.Parameter(a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
+        self.lora_a = nn.Parameter(self.drawn(range(len(shared.ranks))))
+        self.lora_b = nn.Parameter(self.lora_a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
         self.train(linear.training)
+
+    def drawn(self, adapters: Sequence[int]) -> Tensor:
+        """A of some adapters as they begin: [n, R, K]."""
+        shared, device = self.shared, self.weight.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        seeds, ranks = (torch.tensor([each[g] for g in adapters], device=device) for each in (shared.seeds, shared.ranks))
+        name_hash = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest())
+        row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
+        keys = stream_keys(seeds[:, None], row, name_hash)  # [n, R]
+        a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
+        return torch.where((row < ranks[:, None])[..., None], a, 0.0)
+
+    def get_extra_state(self) -> Tensor:
+        """The adapters' settings, for a state dict."""
+        return self.shared.packed()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take them over, for all layers of the model. Raises UserError inside `use_adapters`, and for others that do not fit."""
+        self.shared.outside()
+        self.shared.unpack(state, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
@@ -140,17 +155,12 @@ def attach(
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
-    names = _names(adapters)
-    adapters = len(names)
+    whole = isinstance(adapters, Integral) and not isinstance(adapters, bool) and int(adapters) >= 1
+    names = [str(g) for g in range(adapters)] if whole else check_names(adapters)  # type: ignore[arg-type]
     if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
         raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
-    ranks = one_each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
-    alphas = (
-        list(ranks) if alpha is None else one_each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
-    )
-    chances = one_each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    linears, shared = find_targets(model, ends), Shared(names, ranks, alphas, chances, seed, ends)
+    linears, shared = find_targets(model, ends), Shared(names, rank, alpha, dropout, seed, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
@@ -166,26 +176,9 @@ def attach(
     return model
 
 
-def _names(adapters: Any) -> list[str]:
-    if isinstance(adapters, Integral) and not isinstance(adapters, bool) and int(adapters) >= 1:
-        return [str(g) for g in range(adapters)]
-    names = [*adapters] if isinstance(adapters, list | tuple) else []
-    if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
-        raise UserError(f"adapters must be a whole number of at least 1 or a list of different names, got {adapters!r}")
-    return names
-
-
-def one_each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
-    """One value per adapter, from one for all or from a sequence. Raises UserError for another number or what is not allowed."""
-    values = [given] * adapters if isinstance(given, Real) else list(given)
-    if len(values) != adapters or not all(isinstance(v, Real) and not isinstance(v, bool) and is_allowed(v) for v in values):
-        raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
-    return values
-
-
 @contextmanager
-def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *, step: int | None = None) -> Iterator[None]:
-    """Within the block each batch row is computed with its own adapter.
+def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *, step: int | None = None) -> Iterator[list[int]]:
+    """Within the block each batch row is computed with its own adapter. It gives the rows' adapters as numbers.
 
     adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone; a list may hold names. If they
         differ, every adapted layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
@@ -206,12 +199,9 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
     blocks end out of order.
     """
     shared = adapted_layers(model)[0].shared
-    adapters, rows = len(shared.names), {name: g for g, name in enumerate(shared.names)}
+    adapters = len(shared.names)
     if isinstance(adapter_ids, list | tuple):
-        unknown = [g for g in adapter_ids if isinstance(g, str) and g not in rows]
-        if unknown:
-            raise UserError(f"there is no adapter {unknown[0]}; there are {', '.join(shared.names)}")
-        adapter_ids = [rows[g] if isinstance(g, str) else g for g in adapter_ids]
+        adapter_ids = [shared.index(g) if isinstance(g, str) else g for g in adapter_ids]
     ids = torch.as_tensor(adapter_ids)
     integers = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
     if not integers or int(ids.min()) < -1 or int(ids.max()) >= adapters:
@@ -221,8 +211,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
         raise UserError(f"step must be a whole number in [0, 2^31), got {step!r}")
     if model.training:
         shared.step = step + 1
-    with shared.blocks.within(Batch(shared, ids.tolist(), step)):
-        yield
+    with shared.blocks.within(Batch(shared, numbers := ids.tolist(), step)):
+        yield numbers
 
 
 def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
@@ -237,20 +227,21 @@ def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
     """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
     layers, tensors = adapted_layers(model), {}
-    ranks = layers[0].shared.ranks
-    if not 0 <= g < len(ranks):
-        raise UserError(f"there is no adapter {g}, the model has 0 to {len(ranks) - 1}")
-    rank = ranks[g] if rank is None else rank
+    rank = layers[0].shared.ranks[g] if rank is None else rank
     for layer in layers:
         tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]
         tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, :rank]
     return tensors
 
 
-def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
-    """Write adapter g as peft does, for the model given to `attach`: adapter_config.json and adapter_model.safetensors."""
+def save_peft(model: nn.Module, folder: str | Path, g: int | str) -> None:
+    """Write adapter g, a row or a name, as peft does: adapter_config.json and adapter_model.safetensors.
+
+    model: the one given to `attach`.
+    """
     layers = adapted_layers(model)
     shared, names = layers[0].shared, [layer.name for layer in layers]
+    g = shared.index(g)
     ends = sorted({name.rpartition(".")[2] for name in names}) if shared.ends is None else shared.ends
     exact = named(plain_modules(model), ends) == set(names)
     write_adapter(
@@ -264,8 +255,8 @@ def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     )
 
 
-def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["error", "ignore"] = "error") -> None:
-    """Overwrite adapter g with one that peft or `save_peft` wrote.
+def load_peft(model: nn.Module, folder: str | Path, g: int | str, *, head: Literal["error", "ignore"] = "error") -> None:
+    """Overwrite adapter g, a row or a name, with one that peft or `save_peft` wrote; its optimiser's state starts anew.
 
     head: what to do with modules that were saved whole (modules_to_save), for which attached adapters have no place. peft saves
         the head with every adapter of the tasks TOKEN_CLS and SEQ_CLS. "ignore" leaves the model's own as they are.
@@ -273,11 +264,18 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
     Raises UserError inside `use_adapters`, for files that are missing, damaged or of another method, a rank above R, numbers that
     are not finite, or a tensor that no adapted layer has. Then nothing has changed.
     """
+    read_peft(model, folder, g, head=head)()
+
+
+def read_peft(
+    model: nn.Module, folder: str | Path, g: int | str, *, head: Literal["error", "ignore"] = "error"
+) -> Callable[[], None]:
+    """The first half of `load_peft`, which changes nothing. Returns the other half, which cannot fail."""
     if head not in ("error", "ignore"):
         raise UserError(f"head must be 'error' or 'ignore', got {head!r}")
     shared = adapted_layers(model)[0].shared
-    if shared.blocks.innermost() is not None:
-        raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
+    shared.outside()
+    g = shared.index(g)
     adapter = read_adapter(folder, shared.rank)
     whole = [name for name in adapter.tensors if adapter.in_saved_whole(name)]
     if whole and head == "error":
@@ -288,8 +286,13 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
         )
     views, tensors = _tensors(model, g, adapter.rank), {n: t for n, t in adapter.tensors.items() if n not in whole}
     ready = fitted(folder, tensors, views, "the adapted layers of this model")
-    for view in _tensors(model, g, shared.rank).values():
-        view.zero_()
-    for name, tensor in ready.items():
-        views[name].copy_(tensor)
-    shared.ranks[g], shared.alphas[g], shared.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling
+
+    def write() -> None:
+        for view in _tensors(model, g, shared.rank).values():
+            view.zero_()
+        for name, tensor in ready.items():
+            views[name].copy_(tensor)
+        shared.ranks[g], shared.alphas[g], shared.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling
+        shared.begin_anew(g)
+
+    return write

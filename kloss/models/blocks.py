@@ -19,31 +19,24 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import UserError
 from ..kernels import Dropout, Segments, make_segments, row_keys
-from ..kernels.dropout import stream_keys
+from .settings import Settings
 
 PASSES = 1 << 14  # through layers, that a thread remembers for backward
 INPUTS = "decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"
 
 
-class Shared:
-    """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the open blocks."""
+class Shared(Settings):
+    """What all adapted layers of a model share: the adapters' settings and the blocks."""
 
-    def __init__(
-        self,
-        names: list[str],
-        ranks: list[int],
-        alphas: list[float],
-        chances: list[float],
-        seed: int,
-        ends: list[str] | None,
-    ):
-        self.names = names
-        self.ranks, self.rank, self.alphas, self.chances = ranks, max(ranks), alphas, chances
-        self.ends = ends  # of the layers' names, as they were given; None: all-linear
-        self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
-        self.seeds = stream_keys(torch.tensor([seed]), torch.arange(len(ranks)), 0)  # int64 [G]
-        self.step, self.blocks = 0, Blocks()
+    def __init__(self, *settings: Any):
+        super().__init__(*settings)
+        self.blocks = Blocks()
         _open.set(_open.get(()))  # who attaches knows that outside of blocks there is the base model
+
+    def outside(self) -> None:
+        """Raises UserError while a block is open."""
+        if self.blocks.open:
+            raise UserError("adapters change outside use_adapters, whose batch holds their settings")
 
 
 class Arguments(NamedTuple):
@@ -100,7 +93,7 @@ class Batch:
             raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
         keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
         chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
-        return Arguments(segments, scaling, ranks, Dropout(chances, shared.seeds.to(device), keys, 0))
+        return Arguments(segments, scaling, ranks, Dropout(chances, torch.tensor(shared.seeds, device=device), keys, 0))
 
 
 _open: ContextVar[tuple[Batch, ...]] = ContextVar("kloss.use_adapters")  # of all models, the innermost last
@@ -173,6 +166,11 @@ class Blocks:
         if self.used:
             self._passes().note(batch)
         return batch
+
+    def forget(self) -> None:
+        """Forget all passes: their batches' rows are not these adapters' any more."""
+        self._own, self._again = threading.local(), None
+        self._of_threads.clear()
 
     def innermost(self) -> Batch | None:
         """The batch of this model's innermost block in this task or thread."""

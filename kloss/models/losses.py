@@ -18,7 +18,7 @@ def adapter_losses(logits: Tensor, labels: Tensor | None, adapter_ids: Sequence[
 
     logits: float [B, ..., C], for the cross-entropy in fp32. With labels None they are losses [B, ...] of your own.
     labels: int [B, ...], -100 for what does not count. None: all losses count.
-    adapter_ids: int [B], as in `use_adapters`; rows of -1 have no adapter and count for none.
+    adapter_ids: int [B], as `use_adapters` takes and gives them; rows of -1 have no adapter and count for none.
     shift: whether position i predicts label i + 1, as in causal language models.
     Returns fp32 [highest id + 1]; 0 for an adapter of whose labels none counts.
     Raises UserError for tensors that do not fit each other.

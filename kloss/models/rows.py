@@ -96,6 +96,10 @@ class Rows:
         """The tensors that hold the weights."""
         return [self.param]
 
+    def follow(self) -> list[int] | None:
+        """The rows of before that these are now; None: they stay."""
+        return None
+
     def collect(self) -> Tensor:
         """Get ready for `adamw_`. Returns bool [G], the rows with a gradient that is not zero."""
         return nonzero(self.grad)

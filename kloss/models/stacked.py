@@ -30,7 +30,8 @@ class StackedRows(Rows):
                     width = aligned(width + factor[0].numel())
         if not self.slots:
             raise UserError("no adapter of this model requires gradients")
-        super().__init__(torch.zeros(self._layers[0].lora_a.shape[0], width, device=self._layers[0].lora_a.device))
+        super().__init__(self._layers[0].lora_a.new_zeros(len(self.names), width, requires_grad=False))
+        self._births = [*self._layers[0].shared.births]
 
     @property
     def names(self) -> list[str]:
@@ -51,6 +52,32 @@ class StackedRows(Rows):
     def _factors(self) -> Iterator[tuple[nn.Parameter, slice]]:
         for (i, kind), slot in self.slots.items():
             yield getattr(self._layers[i], kind), slot
+
+    def follow(self) -> list[int] | None:
+        """Give each adapter its own moments and steps, after adapters came, went or began anew.
+
+        Returns for each adapter the row that it or what it is a copy of had, -1 for a new one; None: nothing happened.
+        """
+        shared, before = self._layers[0].shared, self._births
+        if shared.births == before:
+            return None
+        keys, past, slots = [key for key, _ in before], list[int](), list[int]()
+        for birth in shared.births:
+            source = birth
+            while source not in before and source[1] == 0 and source[0] in shared.sources:
+                source = shared.sources[source[0]]
+            past.append(before.index(source) if source in before else -1)
+            key = birth[0]
+            while key not in keys and key in shared.sources:
+                key = shared.sources[key][0]
+            slots.append(keys.index(key) if key in keys else -1)
+        known = [g for g, row in enumerate(past) if row >= 0]
+        moments, steps = self.moments, self.steps
+        super().__init__(self.param.new_zeros(len(past), self.param.shape[1]))
+        self.moments[:, known] = moments[:, [past[g] for g in known]]
+        self.steps[known] = steps[[past[g] for g in known]]
+        self._births = [*shared.births]
+        return slots
 
     def zero_grad(self) -> None:
         """Forget the model's gradients."""
