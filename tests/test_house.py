@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES = 400
 PROGRAM = sorted(
     path
-    for folder, pattern in (("kloss", "**/*"), ("bench", "*.py"), ("csrc", "**/*"))
+    for folder, pattern in (("kloss", "**/*"), ("bench", "*.py"), ("examples", "*.py"), ("csrc", "**/*"))
     for path in (ROOT / folder).glob(pattern)
     if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".j2", ".css")
 )
