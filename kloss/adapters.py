@@ -96,7 +96,7 @@ def reset(model: nn.Module, adapter: Adapter) -> None:
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write each adapter as peft does, into a folder of its name within `folder`.
+    """Write each adapter as peft does, into a folder of its name within `folder`, where folders of other names stay.
 
     Raises UserError, with nothing written, for a name that no folder can have.
     """

@@ -38,7 +38,7 @@ class AdapterAdamW(torch.optim.Optimizer):
     lr, weight_decay and max_norm are one for all or one for each adapter, and entries of the adapter's parameter group.
     An adapter whose gradients are all zero or None had no rows. It is left to the bit: weights, moments, step. So is one whose
     gradients are not finite: a warning names it, and `skipped` does until the next step. `norms`, fp32 [G], are the norms of the
-    last step, before clipping.
+    last step, before clipping. torch's GradScaler has one scale for all: where one adapter overflows, it skips the step of all.
     Raises UserError for a model without adapters, adapters that are not fp32, and numbers out of range.
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101, by `kernels.adapter_adamw_`.
     """
@@ -84,9 +84,10 @@ class AdapterAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.follow()
         rows, active = self.rows, self.rows.collect()
-        for group, is_active, steps in zip(self.param_groups, active.tolist(), rows.steps.tolist(), strict=True):
-            if is_active and group["schedule"] is not None:
-                group["lr"] = group["schedule"](steps)
+        if any(group["schedule"] is not None for group in self.param_groups):  # else nobody waits for a GPU
+            for group, is_active, steps in zip(self.param_groups, active.tolist(), rows.steps.tolist(), strict=True):
+                if is_active and group["schedule"] is not None:
+                    group["lr"] = group["schedule"](steps)
         lr, weight_decay, max_norm = (
             torch.tensor([group[key] for group in self.param_groups], dtype=torch.float32, device=rows.param.device)
             for key in ("lr", "weight_decay", "max_norm")
@@ -101,7 +102,9 @@ class AdapterAdamW(torch.optim.Optimizer):
         return loss
 
     def follow(self) -> None:
-        """Follow adapters that came, went or began anew (`kloss.adapters`, `load_peft`). Each step does this by itself.
+        """Follow adapters that came, went or began anew (`kloss.adapters`, `load_peft`), and a model that moved to a device.
+
+        Each step does this by itself.
 
         A new adapter gets the settings of the first, a fork those of its source; they can be changed in its parameter group.
         """

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from pretend import GPU, pretended_gpu
 from test_attach import IDS, LABELS, MASK, attached, layers, logits, randomised, xlmr
 from torch import nn
 from toy import toy_model
@@ -291,3 +292,25 @@ def test_a_row_with_any_gradient_is_active():
     rows = torch.zeros(6, 3, 2)
     rows[1, 2, 1], rows[2, 0, 0], rows[3, 1, 1], rows[4, 1, 0] = -1.0, 1e-45, float("nan"), float("inf")
     assert nonzero(rows).tolist() == [False, True, True, True, True, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_a_model_that_moves_to_a_gpu_takes_its_optimiser_along(monkeypatch):
+    def stepped(model, optimizer, seed, device="cpu"):
+        with_gradients(model, seed)
+        if device == GPU:
+            model = model.to(GPU)
+        optimizer.step()
+        return model
+
+    models = [linears(["0", "1", "2"]) for _ in range(2)]
+    optimizers = [AdapterAdamW(model, [0.1, 0.2, 0.3], max_norm=1.0) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        stepped(model, optimizer, 0)
+    stepped(models[0], optimizers[0], 1)
+    with pretended_gpu(monkeypatch):
+        stepped(models[1], optimizers[1], 1, GPU)
+        assert optimizers[1].rows.param.device == GPU and optimizers[1].rows.moments.device == GPU
+        moved = {name: f.detach().cpu() for name, f in factors(models[1]).items()}
+    for name, f in factors(models[0]).items():
+        torch.testing.assert_close(moved[name], f.detach())

@@ -184,8 +184,9 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
         differ, every adapted layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
-    Blocks may be nested, and each task of asyncio and each thread has its own. Outside of all blocks a model is the base model;
-    a new thread has to say so, by a block of ids -1, since it may have been started to see the block of another.
+    Blocks may be nested, and each task of asyncio and each thread has its own. A generator must not yield inside one. Outside of
+    all blocks a model is the base model; a new thread has to say so, by a block of ids -1, since it may have been started to see
+    the block of another.
     Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. Reentrant
     checkpoints within checkpoints want backward in the forward pass's thread, on a GPU by
     `torch.autograd.set_multithreading_enabled(False)`.

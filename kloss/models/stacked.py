@@ -54,12 +54,12 @@ class StackedRows(Rows):
             yield getattr(self._layers[i], kind), slot
 
     def follow(self) -> list[int] | None:
-        """Give each adapter its own moments and steps, after adapters came, went or began anew.
+        """Give each adapter its own moments and steps, after adapters came, went or began anew, or the model moved to a device.
 
         Returns for each adapter the row that it or what it is a copy of had, -1 for a new one; None: nothing happened.
         """
-        shared, before = self._layers[0].shared, self._births
-        if shared.births == before:
+        shared, before, device = self._layers[0].shared, self._births, self._layers[0].lora_a.device
+        if shared.births == before and self.param.device == device:
             return None
         keys, past, slots = [key for key, _ in before], list[int](), list[int]()
         for birth in shared.births:
@@ -71,11 +71,11 @@ class StackedRows(Rows):
             while key not in keys and key in shared.sources:
                 key = shared.sources[key][0]
             slots.append(keys.index(key) if key in keys else -1)
-        known = [g for g, row in enumerate(past) if row >= 0]
-        moments, steps = self.moments, self.steps
-        super().__init__(self.param.new_zeros(len(past), self.param.shape[1]))
-        self.moments[:, known] = moments[:, [past[g] for g in known]]
-        self.steps[known] = steps[[past[g] for g in known]]
+        moments, steps, rows = self.moments, self.steps, torch.tensor(past, device=self.param.device)
+        super().__init__(torch.zeros(len(past), self.param.shape[1], device=device))
+        fresh = (rows < 0).to(device)
+        self.moments.copy_(moments[:, rows.clamp(min=0)]).masked_fill_(fresh[:, None], 0)
+        self.steps.copy_(steps[rows.clamp(min=0)]).masked_fill_(fresh, 0)
         self._births = [*shared.births]
         return slots
 
@@ -92,17 +92,23 @@ class StackedRows(Rows):
                 active |= nonzero(factor.grad).to(active.device)
         rows = _index(active)
         for factor, slot in self._factors():
-            self.param[rows, slot] = factor.detach()[rows].flatten(1).to(self.param.device)
-            self.grad[rows, slot] = 0 if factor.grad is None else factor.grad[rows].flatten(1).to(self.param.device)
+            self.param[rows, slot] = _rows(factor.detach(), rows).to(self.param.device)
+            self.grad[rows, slot] = 0 if factor.grad is None else _rows(factor.grad, rows).to(self.param.device)
         return active
 
     def spread(self, rows: Tensor) -> None:
         """Copy the weights of these rows back."""
         index = _index(rows)
         for factor, slot in self._factors():
-            factor.detach()[index] = self.param[index, slot].unflatten(1, factor.shape[1:]).to(factor.device)
+            weights = self.param[index, slot].unflatten(1, factor.shape[1:]).to(factor.device)
+            factor.detach()[index if isinstance(index, slice) else index.to(factor.device)] = weights
 
 
-def _index(rows: Tensor) -> slice | list[int]:
+def _index(rows: Tensor) -> slice | Tensor:
     """An index of rows, bool [G]."""
-    return slice(None) if bool(rows.all()) else rows.nonzero()[:, 0].tolist()
+    return slice(None) if bool(rows.all()) else rows.nonzero()[:, 0]
+
+
+def _rows(stacked: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows of [G, ...], flat."""
+    return stacked[rows if isinstance(rows, slice) else rows.to(stacked.device)].flatten(1)
