@@ -10,6 +10,7 @@ Another optimiser, a scheduler or a wrapper for several processes has to be made
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -35,14 +36,13 @@ def add(model: nn.Module, name: str, *, rank: int | None = None, alpha: float | 
     """
     shared = _changing(model)
     _check_new(shared, name)
-    rank = shared.rank if rank is None else rank
-    one_each("rank", rank, 1, f"a whole number in 1..{shared.rank}", lambda r: isinstance(r, int) and 1 <= r <= shared.rank)
-    alpha = float(rank) if alpha is None else alpha
-    one_each("alpha", alpha, 1, *ALPHA)
-    one_each("dropout", dropout, 1, *DROPOUT)
+    fits = f"a whole number in 1..{shared.rank}", lambda rank: isinstance(rank, Integral) and 1 <= int(rank) <= shared.rank
+    (rank,) = one_each("rank", shared.rank if rank is None else rank, 1, *fits)
+    (alpha,) = one_each("alpha", rank if alpha is None else alpha, 1, *ALPHA)
+    (chance,) = one_each("dropout", dropout, 1, *DROPOUT)
     g = len(shared.names)
     _take(model, [*range(g), 0])
-    shared.ranks[g], shared.alphas[g], shared.scaling[g], shared.chances[g] = rank, alpha, alpha / rank, dropout
+    shared.ranks[g], shared.alphas[g], shared.scaling[g], shared.chances[g] = rank, alpha, alpha / rank, chance
     shared.born(g, name)
     reset(model, g)
     return g
