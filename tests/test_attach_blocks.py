@@ -31,6 +31,7 @@ def test_interleaved_tasks_keep_their_adapters():
     async def task(g):
         with kloss.use_adapters(model, [g] * 4):
             await asyncio.sleep(0)
+            assert not torch.autograd.is_multithreading_enabled()
             first = model(X)
             await asyncio.sleep(0)
             got[g] = first, model(X), await asyncio.to_thread(model, X)

@@ -187,9 +187,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
     Blocks may be nested, and each task of asyncio and each thread has its own. A generator must not yield inside one. Outside of
     all blocks a model is the base model; a new thread has to say so, by a block of ids -1, since it may have been started to see
     the block of another.
-    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. Reentrant
-    checkpoints within checkpoints want backward in the forward pass's thread, on a GPU by
-    `torch.autograd.set_multithreading_enabled(False)`.
+    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. On a GPU
+    reentrant checkpoints within checkpoints want it inside a block, where it stays in this thread.
     `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
     The dropout mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that adapter, position, layer,
     feature), never on neighbours.

@@ -97,6 +97,7 @@ class Batch:
 
 
 _open: ContextVar[tuple[Batch, ...]] = ContextVar("kloss.use_adapters")  # of all models, the innermost last
+_thread = threading.local()  # blocks: that it began and did not end; many: whether its backward ran in several threads before
 _Hit = tuple[Batch | None]  # of a pass that was noted, None: the base model's
 
 
@@ -219,12 +220,14 @@ class Blocks:
         with self._lock:
             self._count += 1
             self.open = True
+        _count_in_thread(1)
 
     def leave(self, batch: Batch) -> None:
         """End a block, and those within it that were left open. Raises UserError where it is not the innermost."""
         with self._lock:
             self._count -= 1
             self.open = self._count > 0
+        _count_in_thread(-1)
         batch.cache.clear()
         stack = _open.get(())
         _open.set(stack[: stack.index(batch)] if batch in stack else stack)
@@ -233,6 +236,16 @@ class Blocks:
                 "a block of use_adapters ended out of order: blocks end innermost first, in the task or thread they began in. "
                 "A generator must not yield inside one"
             )
+
+
+def _count_in_thread(change: int) -> None:
+    """Keep a GPU's backward in this thread while it has blocks. There nested checkpoints are known too."""
+    before = getattr(_thread, "blocks", 0)
+    _thread.blocks = max(0, before + change)
+    if not before:
+        _thread.many = torch.autograd.is_multithreading_enabled()
+    if not before or not _thread.blocks:
+        torch.autograd.set_multithreading_enabled(_thread.many and not _thread.blocks)
 
 
 class RepeatedRows:
