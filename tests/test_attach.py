@@ -21,6 +21,8 @@ import kloss
 from kloss.errors import UserError
 from kloss.models.attach import MultiAdapterLinear, load_peft, save_peft
 
+LABELS = torch.tensor([[1, 2, -1, 3, 0], [4, -1, -1, 1, 1], [0, 0, 0, 1, -1], [-1, 4, -1, -1, -1], [2, 1, 2, 1, 2]])
+LABELS[LABELS < 0] = -100
 IDS = torch.tensor([[0, 7, 9, 11, 2], [0, 5, 8, 30, 2], [0, 41, 3, 2, 1], [0, 9, 9, 2, 1], [0, 12, 6, 7, 2]])
 MASK = (IDS != 1).long()
 MIXED = [2, 0, -1, 2, 1]
@@ -355,7 +357,7 @@ def test_gradient_checkpointing_computes_the_same_again(make, reentrant):
 
 def test_segments_are_made_once_and_shared(monkeypatch):
     ours, calls = attached(xlmr), []
-    module = sys.modules["kloss.models.attach"]
+    module = sys.modules["kloss.models.blocks"]
     make_segments = module.make_segments
     monkeypatch.setattr(module, "make_segments", lambda *a, **k: calls.append(a) or make_segments(*a, **k))
     with kloss.use_adapters(ours, MIXED):
@@ -375,7 +377,7 @@ def test_blocks_nest_and_end_with_what_was_before():
         with kloss.use_adapters(ours, ids):
             alone.append(logits(ours))
     with kloss.use_adapters(ours, [0] * 5):
-        assert not torch.autograd.is_multithreading_enabled()  # else a GPU's backward would run in a thread without a block
+        assert not torch.autograd.is_multithreading_enabled()  # a GPU's backward stays in this thread, whose passes are known
         with pytest.raises(KeyError), kloss.use_adapters(ours, [1] * 5):
             assert torch.equal(logits(ours), alone[1])
             raise KeyError
@@ -389,24 +391,16 @@ def test_blocks_nest_and_end_with_what_was_before():
 
 def test_threads_do_not_mix():
     ours, results = attached(xlmr), {}
-    wanted = [logits(ours).detach()]
-    for g in range(2):
-        with kloss.use_adapters(ours, [g] * 5):
-            wanted.append(logits(ours).detach())
+    wanted = [with_ids(ours, [g] * 5, IDS, MASK).logits for g in (-1, 0, 1)]
     meet = threading.Barrier(3, timeout=30)
 
     def work(name, ids):
-        if ids is None:
+        with kloss.use_adapters(ours, ids):
             meet.wait()
             results[name] = logits(ours).detach()
             meet.wait()
-        else:
-            with kloss.use_adapters(ours, ids):
-                meet.wait()
-                results[name] = logits(ours).detach()
-                meet.wait()
 
-    threads = [threading.Thread(target=work, args=(i, ids)) for i, ids in enumerate((None, [0] * 5, [1] * 5))]
+    threads = [threading.Thread(target=work, args=(i, [i - 1] * 5)) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -467,7 +461,9 @@ def test_mistakes_in_attach_change_nothing():
     hooked.roberta.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
     for given, options, match in (
-        (model, dict(adapters=0), "adapters must be a whole number of at least 1, got 0"),
+        (model, dict(adapters=0), "adapters must be a whole number of at least 1 or a list of different names, got 0"),
+        (model, dict(adapters=["a", "b", "a"]), "list of different names, got .'a', 'b', 'a'"),
+        (model, dict(adapters="abc"), "list of different names, got 'abc'"),
         (model, dict(rank=0), "rank must be a whole number of at least 1, .*; got 0"),
         (model, dict(rank=2.5), "rank must be a whole number"),
         (model, dict(adapters=3, rank=[1, 2]), r"one for each of the 3 adapters; got \[1, 2\]"),

@@ -10,12 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES = 400
 PROGRAM = sorted(
     path
-    for folder, pattern in (("kloss", "**/*"), ("bench", "*.py"), ("csrc", "**/*"))
+    for folder, pattern in (("kloss", "**/*"), ("bench", "*.py"), ("examples", "*.py"), ("csrc", "**/*"))
     for path in (ROOT / folder).glob(pattern)
     if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".j2", ".css")
 )
 # A module may import what stands left of it, and its own package.
-FLOORS = ("errors", "files", "kernels", "machine", "models", "config", "cl", "report", "presets", "estimate", "console", "run")
+FLOORS = (
+    *("errors", "files", "kernels", "machine", "models", "optim", "adapters", "config"),
+    *("cl", "report", "presets", "estimate", "console", "run"),
+)
 
 
 def module_of(path: Path) -> str:

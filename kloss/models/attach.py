@@ -4,93 +4,31 @@
     with kloss.use_adapters(model, [3, 0, -1, 3]):  # an adapter per batch row; -1: the base model alone
         logits = model(input_ids, attention_mask=mask).logits
 
-The adapters are ordinary parameters, so an ordinary optimiser trains them. An adapter without rows in a batch gets a gradient of
-zero, to which the optimiser still applies momentum and weight decay. A state dict holds the weights only: ranks, scalings, seed
-and step come from `attach`, `load_peft` and `use_adapters`.
+The adapters are ordinary parameters. An adapter without rows in a batch gets a gradient of zero, to which an ordinary optimiser
+still applies momentum and weight decay; `kloss.optim.AdapterAdamW` leaves it as it is. A state dict holds weights, names, ranks,
+scalings, seeds and the dropout's step, and one without them is refused. `kloss.adapters` adds, removes, copies, saves and loads.
 """
 
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import Dropout, Segments, make_segments, multi_lora_linear, row_keys
+from ..kernels import multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
-from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
+from .blocks import Batch, RepeatedRows, Shared
+from .peft_files import fitted, read_adapter, write_adapter
+from .settings import check_names
 from .targets import find_targets, named, plain_modules, routed, time_first
-
-
-class _Running(threading.local):
-    """The batch of the current thread's innermost `use_adapters`. A copy of a model starts without."""
-
-    batch: "_Batch | None" = None
-
-    def __reduce__(self) -> tuple:
-        return _Running, ()
-
-
-class _Shared:
-    """State that all adapted layers of a model share: the adapters' settings, the dropout's step, the current batch."""
-
-    def __init__(self, ranks: list[int], alphas: list[float], chances: list[float], seed: int, ends: list[str] | None):
-        self.ranks, self.rank, self.alphas, self.chances = ranks, max(ranks), alphas, chances
-        self.ends = ends  # of the layers' names, as they were given; None: all-linear
-        self.scaling = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
-        self.seeds = stream_keys(torch.tensor([seed]), torch.arange(len(ranks)), 0)  # int64 [G]
-        self.step, self.running = 0, _Running()
-
-
-_Arguments = tuple[Segments, Tensor, Tensor | None, Dropout | None]
-
-
-class _Batch:
-    """A block of `use_adapters`. ids: the adapter of each batch row, or -1."""
-
-    def __init__(self, shared: _Shared, ids: list[int], step: int):
-        self.shared, self.ids, self.step = shared, ids, step
-        self.alike = all(g == ids[0] for g in ids)
-        self.cache: dict[tuple[int, int, torch.device, bool], _Arguments] = {}
-
-    def arguments(self, size: int, length: int, device: torch.device, training: bool) -> _Arguments:
-        """Arguments of `multi_lora_linear` that all layers share, computed once.
-
-        size: of the input's first dimension, that of the batch unless all ids are alike.
-        length: rows of the input to each of the first dimension.
-        Returns segments, scaling fp32 [G], ranks int64 [G] (None if all are R), and dropout at site 0 or None.
-        """
-        key = size, length, device, training and any(self.shared.chances)
-        if key not in self.cache:
-            with torch.inference_mode(False):  # a training step may use what an evaluation computed
-                self.cache[key] = self._compute(*key)
-        return self.cache[key]
-
-    def _compute(self, size: int, length: int, device: torch.device, drops: bool) -> _Arguments:
-        shared = self.shared
-        ids = torch.tensor(self.ids[:1] * size if self.alike else self.ids, dtype=torch.int32)
-        offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
-        segments = make_segments(offsets, ids.to(device), len(shared.ranks), rows=size * length)
-        scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
-        ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
-        if not drops:
-            return segments, scaling, ranks, None
-        # Earlier batch rows of the same adapter.
-        number = torch.arange(size) if self.alike else (ids[:, None] == ids).tril(-1).sum(1)
-        most = int(number.max()) + 1 if size else 0
-        if most > 1 << 16 or length > 1 << 16:
-            raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
-        keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
-        chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
-        return segments, scaling, ranks, Dropout(chances, shared.seeds.to(device), keys, 0)
 
 
 class MultiAdapterLinear(nn.Module):
@@ -107,23 +45,37 @@ class MultiAdapterLinear(nn.Module):
     bias: Tensor | None
 
     batch_first: bool | None = None  # whether inputs are [B, length, ...]: what the model or earlier inputs say, if anything
-    routed = False  # within an expert, whose inputs [n, K] are tokens that a router chose
+    routed = False  # its inputs [n, K] are tokens that a router chose, by its place in the model or by their number
 
-    def __init__(self, linear: nn.Linear, shared: _Shared, name: str, site: int):
+    def __init__(self, linear: nn.Linear, shared: Shared, name: str, site: int):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.shared, self.name, self.site = shared, name, site
         for parameter in ("weight", "bias"):
             self.register_parameter(parameter, linear._parameters[parameter])
-        device, dtype = linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32)
-        name_hash = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
-        row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
-        keys = stream_keys(shared.seeds[:, None].to(device), row, name_hash)  # [G, R]
-        a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
-        live = row < torch.tensor(shared.ranks, device=device)[:, None]
-        self.lora_a = nn.Parameter(torch.where(live[..., None], a, 0.0))
-        self.lora_b = nn.Parameter(a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
+        self.lora_a = nn.Parameter(self.drawn(range(len(shared.ranks))))
+        self.lora_b = nn.Parameter(self.lora_a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
         self.train(linear.training)
+
+    def drawn(self, adapters: Sequence[int]) -> Tensor:
+        """A of some adapters as they begin: [n, R, K]."""
+        shared, device = self.shared, self.weight.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        seeds, ranks = (torch.tensor([each[g] for g in adapters], device=device) for each in (shared.seeds, shared.ranks))
+        name_hash = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest())
+        row, column = (torch.arange(size, device=device) for size in (shared.rank, self.in_features))
+        keys = stream_keys(seeds[:, None], row, name_hash)  # [n, R]
+        a = draws(keys[..., None], column.int()).to(dtype) / (2**31 * math.sqrt(self.in_features))
+        return torch.where((row < ranks[:, None])[..., None], a, 0.0)
+
+    def get_extra_state(self) -> Tensor:
+        """The adapters' settings, for a state dict."""
+        return self.shared.packed()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take them over, for all layers of the model. Raises UserError inside `use_adapters`, and for others that do not fit."""
+        self.shared.outside()
+        self.shared.unpack(state, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
@@ -133,10 +85,11 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        batch, weight, bias = self.shared.running.batch, self.weight, self.bias
+        weight, bias, blocks = self.weight, self.bias, self.shared.blocks
+        batch = None if torch.compiler.is_compiling() and not blocks.open else blocks.batch(self.name)
         if batch is None:
             return F.linear(x, weight, bias)
-        self._check_layout(x.shape, batch)
+        self._check_layout(x, batch)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
         size, length = (1, 1) if x.dim() < 2 else (x.shape[0], x.shape[1:-1].numel())
@@ -147,31 +100,37 @@ class MultiAdapterLinear(nn.Module):
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _check_layout(self, shape: torch.Size, batch: _Batch) -> None:
+    def _check_layout(self, x: Tensor, batch: Batch) -> None:
         """Raises ValueError where a batch of several adapters meets an input whose first dimension may not be the batch.
 
-        Where the second dimension is as long as the batch too, `batch_first` decides. Unknown passes.
+        Where the second dimension is as long as the batch too, `batch_first` decides, and the strides if nothing is known yet.
         """
-        size = len(batch.ids)
+        size, shape = len(batch.ids), x.shape
         first, second = len(shape) > 1 and shape[0] == size, len(shape) > 2 and shape[1] == size
         if first is not second and size > 1 and len(shape) > 2 and not torch.compiler.is_compiling():
             if first:
                 self.batch_first = True
             elif self.batch_first is None and shape[0] % size:  # a multiple may be a batch of beams
                 self.batch_first = False
+        if size > 1 and len(shape) == 2 and shape[0] % size and not torch.compiler.is_compiling():
+            self.routed = True
         if batch.alike:
             return
         if not first:
             needed = f"[{size}, ..., {self.in_features}], a first dimension that is the batch of use_adapters"
             raise ValueError(f"{self.name}: the input has shape {list(shape)}, needed is {needed}; or one id for all rows")
-        if second and self.batch_first is False or len(shape) == 2 and self.routed:
-            why = "which may have time before batch, as another length would show" if second else "the tokens that a router chose"
-            raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
+        if second and not self.batch_first and (self.batch_first is False or x.stride(0) < x.stride(1)):
+            why = "which may have time before batch, as another length would show"
+        elif len(shape) == 2 and self.routed:
+            why = "the tokens that a router chose"
+        else:
+            return
+        raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
 
 
 def attach(
     model: nn.Module,
-    adapters: int = 52,
+    adapters: int | Sequence[str] = 52,
     rank: int | Sequence[int] = 32,
     targets: str | Sequence[str] = "all-linear",
     *,
@@ -181,7 +140,7 @@ def attach(
 ) -> nn.Module:
     """Put LoRA adapters on a model, in place: the targets' nn.Linear layers become `MultiAdapterLinear`.
 
-    adapters: G.
+    adapters: G, or the name of each; without names they are called "0", "1" and so on.
     rank: one for all or one per adapter; the largest is R.
     targets: ends of layer names: ("query", "value") matches every name that is one of them or ends in "." and one of them.
         "all-linear" matches every nn.Linear except the output head. The head is `model.get_output_embeddings()` and what lies
@@ -196,17 +155,12 @@ def attach(
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
-    if not isinstance(adapters, Integral) or isinstance(adapters, bool) or adapters < 1:
-        raise UserError(f"adapters must be a whole number of at least 1, got {adapters!r}")
+    whole = isinstance(adapters, Integral) and not isinstance(adapters, bool) and int(adapters) >= 1
+    names = [str(g) for g in range(adapters)] if whole else check_names(adapters)  # type: ignore[arg-type]
     if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
         raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
-    ranks = _each("rank", rank, adapters, "a whole number of at least 1", lambda r: isinstance(r, Integral) and r >= 1)
-    alphas = (
-        list(ranks) if alpha is None else _each("alpha", alpha, adapters, "a finite number", lambda a: abs(a) <= LARGEST_ALPHA)
-    )
-    chances = _each("dropout", dropout, adapters, "in [0, 1)", lambda p: 0 <= p < 1)
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    linears, shared = find_targets(model, ends), _Shared(ranks, alphas, chances, seed, ends)
+    linears, shared = find_targets(model, ends), Shared(names, rank, alpha, dropout, seed, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
@@ -216,35 +170,39 @@ def attach(
         if module in layers:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layers[module])
+    repeats = RepeatedRows(shared.blocks)
+    model.register_forward_pre_hook(repeats.before, with_kwargs=True)
+    model.register_forward_hook(repeats.after, with_kwargs=True, always_call=True)
     return model
 
 
-def _each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
-    """One value per adapter, from one for all or from a sequence."""
-    values = [given] * adapters if isinstance(given, Real) else list(given)
-    if len(values) != adapters or not all(isinstance(v, Real) and not isinstance(v, bool) and is_allowed(v) for v in values):
-        raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
-    return values
-
-
 @contextmanager
-def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step: int | None = None) -> Iterator[None]:
-    """Within the block each batch row is computed with its own adapter.
+def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *, step: int | None = None) -> Iterator[list[int]]:
+    """Within the block each batch row is computed with its own adapter. It gives the rows' adapters as numbers.
 
-    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone. If they differ, every adapted
-        layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
+    adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone; a list may hold names. If they
+        differ, every adapted layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
     step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
         last step given. Give it to resume a training run.
-    Blocks may be nested, and each thread has its own. With gradient checkpointing call backward inside the block: it computes the
-    layers again, in the calling thread. The mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that
-    adapter, position, layer, feature), never on neighbours.
-    A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model or an earlier
-    input told of it. Not seen: length B from the first input on, in modules of your own, and B tokens that a router of your own
-    chose.
-    Raises UserError for a model without adapters, and for ids that are not adapters of it.
+    Blocks may be nested, and each task of asyncio and each thread has its own. A generator must not yield inside one. Outside of
+    all blocks a model is the base model; a new thread has to say so, by a block of ids -1, since it may have been started to see
+    the block of another.
+    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. On a GPU
+    reentrant checkpoints within checkpoints want it inside a block, where it stays in this thread.
+    `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
+    The dropout mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that adapter, position, layer,
+    feature), never on neighbours.
+    A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model, an earlier
+    input or the strides tell of it, and so are B tokens that a router chose, if the model or an earlier number tells. Not seen:
+    the first input of a module of your own, if it is contiguous and its first dimension is B by chance.
+    Raises UserError for a model without adapters, for ids that are not adapters of it, in a thread that said nothing, and where
+    blocks end out of order.
     """
-    shared = _layers(model)[0].shared
-    ids, adapters = torch.as_tensor(adapter_ids), len(shared.ranks)
+    shared = adapted_layers(model)[0].shared
+    adapters = len(shared.names)
+    if isinstance(adapter_ids, list | tuple):
+        adapter_ids = [shared.index(g) if isinstance(g, str) else g for g in adapter_ids]
+    ids = torch.as_tensor(adapter_ids)
     integers = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
     if not integers or int(ids.min()) < -1 or int(ids.max()) >= adapters:
         raise UserError(f"adapter_ids must be one whole number in [-1, {adapters}) for each batch row, got {adapter_ids}")
@@ -253,15 +211,12 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int] | Tensor, *, step:
         raise UserError(f"step must be a whole number in [0, 2^31), got {step!r}")
     if model.training:
         shared.step = step + 1
-    before, shared.running.batch = shared.running.batch, _Batch(shared, ids.tolist(), step)
-    try:
-        with torch.autograd.set_multithreading_enabled(False):  # another thread has no batch for checkpointed layers
-            yield
-    finally:
-        shared.running.batch = before
+    with shared.blocks.within(Batch(shared, numbers := ids.tolist(), step)):
+        yield numbers
 
 
-def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
+def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
+    """The adapted layers of a model. Raises UserError for one without adapters, and for several models with adapters."""
     layers = [module for module in model.modules() if isinstance(module, MultiAdapterLinear)]
     models = len({layer.shared for layer in layers})
     if models != 1:
@@ -271,21 +226,22 @@ def _layers(model: nn.Module) -> list[MultiAdapterLinear]:
 
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
     """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
-    layers, tensors = _layers(model), {}
-    ranks = layers[0].shared.ranks
-    if not 0 <= g < len(ranks):
-        raise UserError(f"there is no adapter {g}, the model has 0 to {len(ranks) - 1}")
-    rank = ranks[g] if rank is None else rank
+    layers, tensors = adapted_layers(model), {}
+    rank = layers[0].shared.ranks[g] if rank is None else rank
     for layer in layers:
         tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]
         tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, :rank]
     return tensors
 
 
-def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
-    """Write adapter g as peft does, for the model given to `attach`: adapter_config.json and adapter_model.safetensors."""
-    layers = _layers(model)
+def save_peft(model: nn.Module, folder: str | Path, g: int | str) -> None:
+    """Write adapter g, a row or a name, as peft does: adapter_config.json and adapter_model.safetensors.
+
+    model: the one given to `attach`.
+    """
+    layers = adapted_layers(model)
     shared, names = layers[0].shared, [layer.name for layer in layers]
+    g = shared.index(g)
     ends = sorted({name.rpartition(".")[2] for name in names}) if shared.ends is None else shared.ends
     exact = named(plain_modules(model), ends) == set(names)
     write_adapter(
@@ -299,8 +255,8 @@ def save_peft(model: nn.Module, folder: str | Path, g: int) -> None:
     )
 
 
-def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["error", "ignore"] = "error") -> None:
-    """Overwrite adapter g with one that peft or `save_peft` wrote.
+def load_peft(model: nn.Module, folder: str | Path, g: int | str, *, head: Literal["error", "ignore"] = "error") -> None:
+    """Overwrite adapter g, a row or a name, with one that peft or `save_peft` wrote; its optimiser's state starts anew.
 
     head: what to do with modules that were saved whole (modules_to_save), for which attached adapters have no place. peft saves
         the head with every adapter of the tasks TOKEN_CLS and SEQ_CLS. "ignore" leaves the model's own as they are.
@@ -308,11 +264,18 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
     Raises UserError inside `use_adapters`, for files that are missing, damaged or of another method, a rank above R, numbers that
     are not finite, or a tensor that no adapted layer has. Then nothing has changed.
     """
+    read_peft(model, folder, g, head=head)()
+
+
+def read_peft(
+    model: nn.Module, folder: str | Path, g: int | str, *, head: Literal["error", "ignore"] = "error"
+) -> Callable[[], None]:
+    """The first half of `load_peft`, which changes nothing. Returns the other half, which cannot fail."""
     if head not in ("error", "ignore"):
         raise UserError(f"head must be 'error' or 'ignore', got {head!r}")
-    shared = _layers(model)[0].shared
-    if shared.running.batch is not None:
-        raise UserError("load adapters outside use_adapters, whose batch holds their scalings")
+    shared = adapted_layers(model)[0].shared
+    shared.outside()
+    g = shared.index(g)
     adapter = read_adapter(folder, shared.rank)
     whole = [name for name in adapter.tensors if adapter.in_saved_whole(name)]
     if whole and head == "error":
@@ -323,8 +286,13 @@ def load_peft(model: nn.Module, folder: str | Path, g: int, *, head: Literal["er
         )
     views, tensors = _tensors(model, g, adapter.rank), {n: t for n, t in adapter.tensors.items() if n not in whole}
     ready = fitted(folder, tensors, views, "the adapted layers of this model")
-    for view in _tensors(model, g, shared.rank).values():
-        view.zero_()
-    for name, tensor in ready.items():
-        views[name].copy_(tensor)
-    shared.ranks[g], shared.alphas[g], shared.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling
+
+    def write() -> None:
+        for view in _tensors(model, g, shared.rank).values():
+            view.zero_()
+        for name, tensor in ready.items():
+            views[name].copy_(tensor)
+        shared.ranks[g], shared.alphas[g], shared.scaling[g] = adapter.rank, adapter.alpha, adapter.scaling
+        shared.begin_anew(g)
+
+    return write

@@ -103,6 +103,11 @@ class AdapterBank(Rows):
         self._spans: dict[tuple[int, int], AdapterBank] = {}
         self._fresh: dict[tuple[int, int], AdapterBank] = {}
 
+    @property
+    def layout(self) -> dict[str, list[int]]:
+        """Each slot's first column, then its shape."""
+        return {name: [slot.start, *slot.shape] for name, slot in self.slots.items()}
+
     def view(self, matrix: Tensor, name: str) -> Tensor:
         """The slot `name` of every row of a matrix [G, P], as a strided view [G, *shape]."""
         slot = self.slots[name]
@@ -301,14 +306,15 @@ def _slots(config: XLMRConfig, targets: Sequence[str], rank: int, head: bool) ->
     slots, start = {}, 0
     for name, shape in shapes.items():
         slots[name] = Slot(start, shape)
-        start = _aligned(start + math.prod(shape))
+        start = aligned(start + math.prod(shape))
     return slots
 
 
-def _aligned(columns: int) -> int:
+def aligned(columns: int) -> int:
+    """The next column where a slot may start."""
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
 def _width(slots: dict[str, Slot]) -> int:
     last = list(slots.values())[-1]
-    return _aligned(last.start + math.prod(last.shape))
+    return aligned(last.start + math.prod(last.shape))

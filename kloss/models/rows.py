@@ -81,6 +81,32 @@ class Rows:
         """Zero the gradients of all rows."""
         self.grad.zero_()
 
+    @property
+    def names(self) -> list[str]:
+        """What the rows are called."""
+        return [str(g) for g in range(self.adapters)]
+
+    @property
+    def layout(self) -> dict[str, list[int]]:
+        """What a row holds, by name: its first column, then its shape."""
+        return {"row": [0, self.param.shape[1]]}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tensors that hold the weights."""
+        return [self.param]
+
+    def follow(self) -> list[int] | None:
+        """The rows of before that these are now; None: they stay."""
+        return None
+
+    def collect(self) -> Tensor:
+        """Get ready for `adamw_`. Returns bool [G], the rows with a gradient that is not zero."""
+        return nonzero(self.grad)
+
+    def spread(self, rows: Tensor) -> None:
+        """Take over what `adamw_` did to these rows, bool [G]."""
+
     @torch.no_grad()
     def refresh(self, rows: int | slice = slice(None)) -> None:
         """Copy the master copy of some rows to the working copy."""
@@ -88,7 +114,15 @@ class Rows:
             self.work[rows].copy_(self.param[rows])
 
     def adamw_(
-        self, lr: Tensor, *, weight_decay: Tensor, max_norm: Tensor, active: Tensor | None = None, head_lr: Tensor | None = None
+        self,
+        lr: Tensor,
+        *,
+        weight_decay: Tensor,
+        max_norm: Tensor,
+        active: Tensor | None = None,
+        head_lr: Tensor | None = None,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
     ) -> Tensor:
         """Update all rows in place by `adapter_adamw_`, the working copy with them.
 
@@ -100,7 +134,7 @@ class Rows:
         active = torch.ones_like(self.steps, dtype=torch.bool) if active is None else active
         return adapter_adamw_(
             self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.steps, lr,
-            betas=BETAS, eps=EPS, weight_decay=weight_decay, max_norm=max_norm, active=active,
+            betas=betas, eps=eps, weight_decay=weight_decay, max_norm=max_norm, active=active,
             work=None if self.work is self.param else self.work,
             tail=None if head_lr is None else self.head_start, tail_lr=None if self.head_start is None else head_lr,
         )  # fmt: skip
@@ -159,3 +193,9 @@ class Rows:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self.refresh()
+
+
+def nonzero(grad: Tensor) -> Tensor:
+    """Which rows of [G, ...] hold another number than zero, NaN included: bool [G]."""
+    grad = grad.flatten(1)
+    return (grad.amin(1) != 0) | (grad.amax(1) != 0)  # aminmax takes ten times as long
