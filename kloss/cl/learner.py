@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .rules import Rule
+
 Scores = dict[int, dict[str, list[int]]]  # experiences completed -> locale -> [true positives, predicted, gold]
 
 
@@ -24,6 +26,11 @@ class Learner:
     head_lr: float | None = None  # of the head; None: lr
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
+    rule: Rule | None = None  # between gradient and update; of an adapter
+
+    def __post_init__(self) -> None:
+        if self.rule is not None and self.rank is None:
+            raise ValueError(f"{self.rule} works on adapters, and this learner trains the whole model")
 
     @property
     def name(self) -> str:
@@ -32,4 +39,5 @@ class Learner:
         languages = first if len(locales) == 1 else f"{shape} from {first}"
         weights = "all weights" if self.rank is None else f"r={self.rank}"
         languages += "" if self.start is None else f" behind {self.start[0].name.split(', ')[0]}"
-        return f"{languages}, {weights}, lr={self.lr:g}, seed {self.seed}"
+        rule = "" if self.rule is None else f", {type(self.rule).__name__} {self.rule.number:g}"
+        return f"{languages}, {weights}, lr={self.lr:g}{rule}, seed {self.seed}"

@@ -1,6 +1,6 @@
 """One training step of all learners of a bank: what the trainer runs and what the benchmarks time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +11,11 @@ from ..kernels import StepDropout, token_loss
 from ..models import Rows, XLMRForTokenClassification
 from .graphs import Graphs
 from .learner import Learner
-from .packing import PackedBatch
+from .packing import PackedBatch, Part, pack
+from .rules import Rule
+from .stream import StreamBatch
+
+COPIES = 8  # of a row, that take a sentence each
 
 
 class StepSettings(NamedTuple):
@@ -51,6 +55,9 @@ class StepSettings(NamedTuple):
         head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None
         return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm)
 
+    def without_dropout(self) -> "StepSettings":
+        return self._replace(dropout=None, lora_dropout=None)
+
     def lr(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Learning rates of each learner's next update, fp32 [G], and of its head: lr min(1, (step + 1) / warmup).
 
@@ -58,6 +65,18 @@ class StepSettings(NamedTuple):
         """
         share = ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)
         return (self.peak_lr * share).float(), None if self.head_lr is None else (self.head_lr * share).float()
+
+
+class Ruled(NamedTuple):
+    """A row whose rule changes its gradient in a step.
+
+    memory: the replayed sentences of its reference gradient, if it has one.
+    """
+
+    row: int
+    rule: Rule
+    state: Mapping[str, Tensor]
+    memory: PackedBatch | None
 
 
 def train_step(
@@ -68,6 +87,7 @@ def train_step(
     *,
     graphs: Graphs | None = None,
     active: Tensor | None = None,
+    ruled: Sequence[Ruled] = (),
 ) -> tuple[Tensor, Tensor]:
     """Update the rows of the bank once: forward and backward for each batch, then AdamW for all rows.
 
@@ -75,14 +95,22 @@ def train_step(
     batches: on the host; each holds the sequences of the next `num_adapters` rows, together they cover the bank.
     graphs: those of this model, bank and settings; None: none are captured.
     active: bool [G], the rows to update; None: all.
+    ruled: the rows with rules that apply.
     Returns the losses and the gradient norms before clipping, fp32 [G]. A row with a norm that is not finite is not updated.
     """
     graphs = Graphs(bank.param.device, enabled=False) if graphs is None else graphs
+    references: dict[int, Tensor] = {}
+    for row, _, _, memory in ruled:
+        if memory is not None:
+            graphs(("memory", row), partial(_backward, model, bank, settings.without_dropout(), row, row + 1), memory)
+            references[row] = bank.grad[row].clone()  # the passes below set it anew
     losses, first = [], 0
     for batch in batches:
         last = first + batch.num_adapters
         losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
+    for row, rule, state, _ in ruled:
+        rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
     lr, head_lr = settings.lr(bank.steps)
     norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
     return torch.cat(losses), norms
@@ -103,3 +131,21 @@ def _backward(
     loss, _ = token_loss(logits, batch.labels, lists.segments)
     loss.sum().backward()
     return loss.detach()
+
+
+def squared_gradients(
+    model: XLMRForTokenClassification, bank: Rows, settings: StepSettings, row: int, sentences: StreamBatch
+) -> Tensor:
+    """Mean over sentences of the square of each one's gradient in a row of the bank, without dropout. Returns fp32 [P].
+
+    Copies of the row have a sentence each, so one packed pass gives the gradients of several.
+    """
+    copies, (pool, indices, _) = bank.select([row] * COPIES), sentences
+    total = torch.zeros_like(bank.param[row])
+    for start in range(0, len(indices), COPIES):
+        some = indices[start : start + COPIES]
+        batch = pack([Part(pool, some[i : i + 1], i) for i in range(len(some))], COPIES).to(total.device)
+        _backward(model, copies, settings.without_dropout(), 0, COPIES, batch)
+        for grad in copies.grad.float():
+            total.addcmul_(grad, grad)
+    return total / len(indices)

@@ -1,5 +1,6 @@
 """What a learner trains on, batch after batch. Its position is three counters, so a resumed stream is the same stream."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,12 +28,16 @@ class Stream:
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.experience = self.epoch = self.batch = 0
         self._loaded: tuple[int, int] | None = None
+        self._replayed: tuple[tuple[int, float], Sentences] | None = None
 
     @classmethod
     def of(cls, corpus: Corpus, learner: Learner) -> "Stream":
         """Return a learner's stream at its start."""
         epochs, batch_size, seed = learner.epochs, learner.batch_size, learner.seed
         return cls(corpus, learner.experiences, epochs=epochs, batch_size=batch_size, seed=seed)
+
+    def _pool_of(self, experience: int) -> Sentences:
+        return Sentences.concatenate([self.corpus.sentences(locale, "train") for locale in self.experiences[experience]])
 
     @property
     def finished(self) -> bool:
@@ -49,8 +54,7 @@ class Stream:
     def next(self) -> StreamBatch:
         """Return the next batch and advance the counters."""
         if self._loaded is None or self._loaded[0] != self.experience:
-            locales = self.experiences[self.experience]
-            self._pool = Sentences.concatenate([self.corpus.sentences(locale, "train") for locale in locales])
+            self._pool = self._pool_of(self.experience)
         if self._loaded != (self.experience, self.epoch):
             generator = np.random.default_rng([self.seed, self.experience, self.epoch])
             self._order = generator.permutation(self._pool.number)
@@ -64,6 +68,22 @@ class Stream:
         if ended:
             self.experience, self.epoch = self.experience + 1, 0
         return StreamBatch(pool, index, ended)
+
+    def some(self, experience: int, count: int) -> StreamBatch:
+        """Return `count` sentences of an experience, at even distances; all if there are fewer."""
+        pool = self._pool_of(experience)
+        return StreamBatch(pool, _even(pool.number, count), False)
+
+    def replayed(self, share: float) -> StreamBatch:
+        """Return a batch for the present position, drawn from `share` of the sentences of each locale of earlier experiences."""
+        if self._replayed is None or self._replayed[0] != (self.experience, share):
+            earlier = dict.fromkeys(locale for locales in self.experiences[: self.experience] for locale in locales)
+            whole = [self.corpus.sentences(locale, "train") for locale in earlier]
+            parts = [part.take(_even(part.number, math.ceil(share * part.number))) for part in whole]
+            self._replayed = (self.experience, share), Sentences.concatenate(parts)
+        pool = self._replayed[1]
+        generator = np.random.default_rng([self.seed, *self.counters()])
+        return StreamBatch(pool, generator.permutation(pool.number)[: self.batch_size], False)
 
     def steps(self) -> int:
         """Return the number of batches of the whole stream."""
@@ -82,3 +102,9 @@ class Stream:
         """Return the number of tokens of the whole stream."""
         locales = [locale for experience in self.experiences for locale in experience]
         return self.epochs * sum(len(self.corpus.sentences(locale, "train").input_ids) for locale in locales)
+
+
+def _even(number: int, count: int) -> np.ndarray:
+    """Return the indices of `count` of `number` sentences, at even distances; of all if there are fewer."""
+    count = min(number, count)
+    return np.arange(count) * number // max(count, 1)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
+from ..models.rows import overwrite
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
@@ -17,7 +20,7 @@ from .packing import PackedBatch, Part, pack, send
 from .probes import State
 from .shapes import check_shape
 from .states import KeptRow
-from .step import StepSettings, train_step
+from .step import Ruled, StepSettings, squared_gradients, train_step
 from .stream import Stream
 
 
@@ -69,6 +72,8 @@ class Cohort:
                 exact=exact,
             )
         self.streams = [Stream.of(corpus, learner) for learner in learners]
+        self.rules = {g: learner.rule for g, learner in enumerate(learners) if learner.rule is not None}
+        self.noted = {g: {n: torch.zeros_like(self.bank.param[g]) for n in rule.state} for g, rule in self.rules.items()}
         self.scores: list[Scores] = [{} for _ in learners]
         self.failed: dict[int, str] = {}
         self.tokens = 0
@@ -99,7 +104,12 @@ class Cohort:
         counters = [stream.counters() for stream in self.streams]
         scores = [{str(experience): row for experience, row in table.items()} for table in self.scores]
         failed = {str(g): reason for g, reason in self.failed.items()}
-        return self.bank.state(), {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
+        return self._tensors(), {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The bank's state, and what rules have noted."""
+        noted = {f"{name} of {g}": tensor for g, tensors in self.noted.items() for name, tensor in tensors.items()}
+        return self.bank.state() | noted
 
     def load_state(self, tensors: dict[str, Tensor], state: dict, *, finite: bool = False) -> None:
         """The inverse of `state`. Raises UserError if tensors and JSON cannot be these learners'.
@@ -107,7 +117,8 @@ class Cohort:
         finite: refuse weights and moments that are not finite, but for learners that have diverged.
         """
         check_progress(state, self.streams, self.to_score)
-        self.bank.load_state(tensors)
+        overwrite(self._tensors(), tensors)
+        self.bank.refresh()
         for g, stream in enumerate(self.streams):
             if not 0 <= self.steps[g] <= stream.steps():
                 raise UserError(f"steps of learner {g} are {int(self.steps[g])}, not 0 to {stream.steps()}")
@@ -132,7 +143,9 @@ class Cohort:
             self._team = team = _Team(self, learners)
             while team.goes_on():
                 loss, ended = team.advance()
-                self._score(team.bank, [learners[row] for row in ended], ended, team.graphs)
+                if ended:
+                    team.note(ended)
+                    self._score(team.bank, [learners[row] for row in ended], ended, team.graphs)
                 after_step(self, loss)
             team.write_back()
             self._team = None
@@ -196,6 +209,14 @@ def check_progress(state: object, streams: Sequence[Stream], to_score: Sequence[
                 raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
 
 
+class _Packed(NamedTuple):
+    """A step's batches, one a pass; the rows whose experience ends with it; those whose rule applies."""
+
+    batches: list[PackedBatch]
+    ended: list[int]
+    ruled: list[Ruled]
+
+
 class _Team:
     """The learners of a cohort that are training, with their rows side by side in a bank.
 
@@ -208,7 +229,7 @@ class _Team:
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
         self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact)
         self.graphs = Graphs(cohort.device)
-        self._ahead: tuple[list[PackedBatch], list[list[int]]] | None = None
+        self._ahead: tuple[_Packed, list[list[int]]] | None = None
         self._start()
 
     def _start(self) -> None:
@@ -238,24 +259,50 @@ class _Team:
             room -= tokens
         return [*passes, (first, len(self.learners))]
 
-    def _pack(self) -> tuple[list[PackedBatch], list[int]]:
-        """The next batch of each pass, and the rows whose experience ends with it."""
-        batches, ended = [], []
+    def _pack(self) -> "_Packed":
+        """All that the next step needs of the streams, which move on."""
+        packed = _Packed([], [], [])
         for first, last in self.passes:
             parts = []
             for row in (row for row in self.live if first <= row < last):
-                batch = self.cohort.streams[self.learners[row]].next()
+                stream = self.cohort.streams[self.learners[row]]
+                packed.ruled.extend(self._ruled(row, stream))
+                batch = stream.next()
                 parts.append(Part(batch.sentences, batch.indices, row - first))
-                ended += [row] * batch.ended
-            batches.append(pack(parts, last - first, padded=self.graphs.enabled))
-        return batches, ended
+                packed.ended.extend([row] * batch.ended)
+            packed.batches.append(pack(parts, last - first, padded=self.graphs.enabled))
+        return packed
+
+    def _ruled(self, row: int, stream: Stream) -> list[Ruled]:
+        """The row with its rule, if it has one that applies to its stream's next batch."""
+        g = self.learners[row]
+        rule = self.cohort.rules.get(g)
+        if rule is None or stream.experience == 0:
+            return []
+        memory = None
+        if rule.replays:
+            pool, indices, _ = stream.replayed(rule.number)
+            memory = pack([Part(pool, indices, 0)], 1, padded=self.graphs.enabled)
+        return [Ruled(row, rule, self.cohort.noted[g], memory)]
+
+    def note(self, ended: Sequence[int]) -> None:
+        """Have the rules of rows whose experience has ended note what was learned."""
+        for row in ended:
+            g = self.learners[row]
+            rule, stream = self.cohort.rules.get(g), self.cohort.streams[g]
+            if rule is not None and not stream.finished:
+                rule.learned(self.bank.param[row], self.cohort.noted[g], partial(self._squares, row, stream))
+
+    def _squares(self, row: int, stream: Stream, count: int) -> Tensor:
+        sentences = stream.some(stream.experience - 1, count)
+        return squared_gradients(self.cohort.model, self.bank, self.settings, row, sentences)
 
     def _pack_ahead(self) -> None:
         """Pack the next step, while a GPU computes this one. Not across the end of an experience, where scores come between."""
         before = [self.cohort.streams[g].counters() for g in self.learners]
-        batches, ended = self._pack()
-        self._ahead = batches, before
-        if ended:
+        packed = self._pack()
+        self._ahead = packed, before
+        if packed.ended:
             self.rewind()
 
     def rewind(self) -> None:
@@ -272,10 +319,10 @@ class _Team:
         not finite is entered in the cohort's `failed`.
         """
         cohort = self.cohort
-        batches, ended = self._pack() if self._ahead is None else (self._ahead[0], [])
+        batches, ended, ruled = self._pack() if self._ahead is None else self._ahead[0]
         self._ahead = None
         cohort.tokens += sum(batch.tokens for batch in batches)
-        results = train_step(cohort.model, self.bank, self.settings, batches, graphs=self.graphs, active=self.active)
+        results = train_step(cohort.model, self.bank, self.settings, batches, graphs=self.graphs, active=self.active, ruled=ruled)
         both = torch.stack([result.float() for result in results])
         if self.graphs.enabled and not ended:
             self._pack_ahead()
