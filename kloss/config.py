@@ -20,7 +20,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "epochs batch_size pretrain_batch limit eval_limit": (1, 1_000_000_000),
     "pass_tokens": (0, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
-    "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
+    "score_every warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
     "seed": (0, 2**62),
     "dropout lora_dropout": (0, 0.999),
@@ -46,6 +46,8 @@ class DataConfig:
     eval_limit: int | None = None  # utterances per language that are scored, at even distances
     # What is scored: choose settings on `dev`, and look at `test` once, with what was chosen.
     eval_split: Literal["dev", "test"] = field(default="test", metadata=_LATER)
+    # Score learners within their experiences too, after every so many steps: `curves` of scores.json. 0: only at their ends.
+    score_every: int = field(default=0, metadata=_LATER)
     max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 

@@ -85,6 +85,39 @@ def test_the_table_of_scores_has_every_cells_counts(small):
     assert units == [0, 0, 1, 2, 3]
 
 
+def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
+    """24 utterances in batches of 8, two epochs: six steps an experience."""
+    arguments, folder = small
+    arguments = [*arguments, "--strategies", "shared", "non-shared", "--experiments", "savings", "--checkpoint-seconds", "0"]
+    assert main([*arguments, "--out", str(folder / "plain")]) == 0
+    arguments += ["--score-every", "2"]
+    assert main([*arguments, "--out", str(folder / "whole")]) == 0
+    calls, original = [], _Team.advance
+
+    def advance(team):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(team)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Team, "advance", advance)
+        assert main([*arguments, "--out", str(folder / "stopped")]) == 130
+    assert main([*arguments, "--out", str(folder / "stopped")]) == 0
+    whole = (folder / "whole" / "scores.json").read_bytes()
+    assert (folder / "stopped" / "scores.json").read_bytes() == whole
+    plain, traced = (json.loads((folder / name / "scores.json").read_text()) for name in ("plain", "whole"))
+    for run in traced["runs"]:
+        learners, experiences = (1, 3) if run["strategy"] == "shared" else (3, 1)
+        places = [(entry["learner"], entry["experience"], entry["step"]) for entry in run["curves"]]
+        assert places == [(g, i + 1, 6 * i + k) for g in range(learners) for i in range(experiences) for k in (2, 4)]
+        for entry in run["curves"]:
+            locales = set(run["order"]) if learners == 1 else {run["order"][entry["learner"]]}
+            assert locales <= entry["counts"].keys() and all(len(count) == 3 for count in entry["counts"].values())
+        del run["curves"]
+    assert traced == plain
+
+
 def test_settings_are_chosen_on_dev(small, capsys):
     arguments, folder = small
     assert main([*arguments, "--strategies", "shared", "--eval-split", "dev", "--out", str(folder / "dev")]) == 0

@@ -13,7 +13,7 @@ from .metrics import FLOOR, summarise
 from .runner import Outcome
 from .strategies import STRATEGIES
 from .stream import Stream
-from .study import Study
+from .study import Study, Trial
 from .summary import comparisons, summary_rows
 from .units import traits, unit_of
 
@@ -62,6 +62,8 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         )
         run = runs[-1]
         run["metrics"] = summarise(matrix, traits(run).own)
+        if config.score_every:
+            run["curves"] = curves(config, corpus, study, trial, outcome)
         run["unit"] = numbers.setdefault((trial.label, trial.lr, *unit_of(run)), len(numbers))
     return {
         "format": 1,
@@ -93,6 +95,23 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
         ],
     }
+
+
+def curves(config: Config, corpus: Corpus, study: Study, trial: Trial, outcome: Outcome) -> list[dict]:
+    """Scores within experiences.
+
+    An entry has the experience, counted from 1, the steps so far, and locale -> true positives, predicted and gold spans.
+    learner: which of the trial's, counted from 0.
+    """
+    entries = []
+    for learner, g in enumerate(trial.learners):
+        stream, curve = Stream.of(corpus, study.learners[g]), outcome.curves[g]
+        stream.seek([len(stream.experiences), 0, 0])
+        marks = stream.marks(config.score_every).items()
+        entries += [
+            {"learner": learner, "experience": i + 1, "step": step, "counts": curve[step]} for step, i in marks if step in curve
+        ]
+    return entries
 
 
 COLUMNS = ("strategy", "rank", "rate", "order", "seed", "step", "trained", "tested", "TP", "predicted", "gold")

@@ -58,12 +58,14 @@ class StepSettings(NamedTuple):
     def without_dropout(self) -> "StepSettings":
         return self._replace(dropout=None, lora_dropout=None)
 
-    def lr(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Learning rates of each learner's next update, fp32 [G], and of its head: lr min(1, (step + 1) / warmup).
+    def lr(self, steps: Tensor, rate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Learning rates of each learner's next update, fp32 [G], and of its head: lr rate min(1, (step + 1) / warmup).
 
         steps: int64 [G], the updates so far.
+        rate: fp64 [G], of the present experience; None: 1.
         """
         share = ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)
+        share = share if rate is None else share * rate
         return (self.peak_lr * share).float(), None if self.head_lr is None else (self.head_lr * share).float()
 
 
@@ -88,6 +90,7 @@ def train_step(
     graphs: Graphs | None = None,
     active: Tensor | None = None,
     ruled: Sequence[Ruled] = (),
+    rate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update the rows of the bank once: forward and backward for each batch, then AdamW for all rows.
 
@@ -96,6 +99,7 @@ def train_step(
     graphs: those of this model, bank and settings; None: none are captured.
     active: bool [G], the rows to update; None: all.
     ruled: the rows with rules that apply.
+    rate: as in `StepSettings.lr`.
     Returns the losses and the gradient norms before clipping, fp32 [G]. A row with a norm that is not finite is not updated.
     """
     graphs = Graphs(bank.param.device, enabled=False) if graphs is None else graphs
@@ -111,7 +115,7 @@ def train_step(
         first = last
     for row, rule, state, _ in ruled:
         rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
-    lr, head_lr = settings.lr(bank.steps)
+    lr, head_lr = settings.lr(bank.steps, rate)
     norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
     return torch.cat(losses), norms
 
