@@ -11,7 +11,9 @@ from .errors import UserError
 from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
-ExperimentName = Literal["where", "damage", "merge", "order", "pairs", "rates", "ranks", "savings", "scripts", "mechanism"]
+ExperimentName = Literal[
+    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "savings", "scripts", "mechanism"
+]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
@@ -58,10 +60,13 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
-    # `rates` and `ranks` keep, what relearning saves (`savings`), whether common `scripts` help, what goes with forgetting
-    # (`mechanism`).
+    # `rates` and `ranks` keep, which `remedies` help, what relearning saves (`savings`), whether common `scripts` help, what goes
+    # with forgetting (`mechanism`).
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
+    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
+    # factor. Several strengths of one may be given.
+    remedies: tuple[str, ...] = field(default=("replay=0.1", "a-gem=0.1", "l2=1", "ewc=1", "lr-adjust=0.8"), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once

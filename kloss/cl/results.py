@@ -10,6 +10,7 @@ from ..models import XLMRConfig
 from .corpus import Corpus
 from .experiments import recorded
 from .metrics import FLOOR, summarise
+from .rules import EWC
 from .runner import Outcome
 from .strategies import STRATEGIES
 from .stream import Stream
@@ -37,6 +38,16 @@ CHOICES = (
     "CFT after Winata et al. 2023; multi-hop transfer in two readings of ours, impact and retention.",
     "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text: 30 % of the "
     "tokens, each to be told from tokens drawn from the text. It is not XLM-R base, and its figures are not the paper's.",
+)
+
+REMEDIES = (
+    "Replay adds that share of each earlier language's utterances to each experience, at even distances, the same in every "
+    "epoch; A-GEM draws a batch of them for each step and takes its gradient without dropout.",
+    f"L2 pulls with half the squared distance to the adapter at the end of the last experience. EWC is online, with decay "
+    f"{EWC.KEEP}; its Fisher information is the mean square of the gradients of {EWC.SENTENCES} single utterances with their own "
+    "labels, scaled to a mean of 1. Rules act before clipping.",
+    "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
+    "rate of the one before.",
 )
 
 
@@ -92,7 +103,8 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "comparisons": comparisons({"runs": runs}),
         **({"experiments": recorded(config, corpus, study, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
-            choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
+            choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
+            for choice in (*CHOICES, *(REMEDIES if "remedies" in config.experiments else ()))
         ],
     }
 
