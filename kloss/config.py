@@ -85,6 +85,9 @@ class AdapterConfig:
     select: str = field(default="", metadata=_NOT_IDENTITY)
     # Learning rate of all heads, with every --lr and --full-lr. None: that of all else. 0: they stay as drawn.
     head_lr: float | None = field(default=None, metadata=_LATER)
+    # Parts of adapters that train, as patterns of their names 0.qkv.a, 0.qkv.b, …, head.weight, head.bias; the others stay as
+    # drawn. `*.b head.*` freezes A, `[0-3].* head.*` trains the lowest four layers. Quote them.
+    trains: tuple[str, ...] = field(default=("*",), metadata=_LATER)
     full_lr: float = 5e-4  # learning rate of full fine-tuning
     epochs: int = 8  # passes over each experience
     batch_size: int = 16  # utterances per batch and learner
@@ -171,6 +174,8 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
                 for value in values if isinstance(values, tuple) else (values,):
                     if value is not None and not least <= value <= most:  # not: NaN compares false
                         raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {shown(value)}")
+        if not self.trains:
+            raise UserError("--trains needs at least one pattern")
         for name in ("strategies", "rank", "lr"):
             values = getattr(self, name)
             twice = [value for n, value in enumerate(values) if value in values[:n]]

@@ -9,6 +9,8 @@ from .rules import Rule
 # Experiences completed, or updates made -> locale -> [true positives, predicted, gold]
 Scores = dict[int, dict[str, list[int]]]
 
+ALL = ("*",)  # every slot of an adapter
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -66,11 +68,14 @@ class Learner:
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
     rule: Rule | None = None  # between gradient and update; of an adapter
+    trains: tuple[str, ...] = ALL  # patterns of the slots of an adapter that train; the others stay as they are, to the bit
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experiences", tuple(map(Experience.of, self.experiences)))
         if self.rule is not None and self.rank is None:
             raise ValueError(f"{self.rule} works on adapters, and this learner trains the whole model")
+        if self.trains != ALL and self.rank is None:
+            raise ValueError(f"slots {self.trains} are those of an adapter, and this learner trains the whole model")
 
     @property
     def name(self) -> str:

@@ -118,7 +118,7 @@ def train_study(
             watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
             with on_signals(watch.stop):
                 cohort.train(watch)
-                weights = [cohort.bank.trainable(i) for i in range(len(members))]
+                weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(learners)]
                 if config.save_adapters:
                     _save_adapters(cohort, members, folder)
                 finished[str(number)] = cohort.state()[1] | {"weights": weights}

@@ -2,20 +2,29 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import StepDropout, token_loss
-from ..models import Rows, XLMRForTokenClassification
+from ..models import AdapterBank, Rows, XLMRForTokenClassification
 from .graphs import Graphs
-from .learner import Learner
+from .learner import ALL, Learner
 from .packing import PackedBatch, Part, pack
 from .rules import Rule
 from .stream import StreamBatch
 
 COPIES = 8  # of a row, that take a sentence each
+
+
+class Frozen(NamedTuple):
+    """Columns of rows first..last-1 that no step changes. mask: bool [P]."""
+
+    first: int
+    last: int
+    mask: Tensor
 
 
 class StepSettings(NamedTuple):
@@ -26,6 +35,7 @@ class StepSettings(NamedTuple):
     seeds: int64.
     peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of all and of the heads, and the steps of that.
         head_lr: None where heads have the rate of all else.
+    frozen: what does not train.
     """
 
     dropout: Tensor | None
@@ -36,10 +46,13 @@ class StepSettings(NamedTuple):
     warmup: Tensor
     weight_decay: Tensor
     max_norm: Tensor
+    frozen: tuple[Frozen, ...] = ()
 
     @classmethod
-    def of(cls, learners: Sequence[Learner], device: torch.device, *, exact: bool = False) -> "StepSettings":
-        """The settings of some learners. exact: as in AdapterBank."""
+    def of(
+        cls, learners: Sequence[Learner], device: torch.device, *, exact: bool = False, bank: Rows | None = None
+    ) -> "StepSettings":
+        """The settings of some learners. exact: as in AdapterBank. bank: theirs, where a part of some does not train."""
 
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(learner, name) for learner in learners], dtype=dtype, device=device)
@@ -53,7 +66,14 @@ class StepSettings(NamedTuple):
         heads = [learner.lr if learner.head_lr is None else learner.head_lr for learner in learners]
         own = heads != [learner.lr for learner in learners]
         head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None
-        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm)
+        frozen, first = [], 0
+        for trains, group in groupby(learners, lambda learner: learner.trains):
+            last = first + len(list(group))
+            if trains != ALL:
+                assert isinstance(bank, AdapterBank)
+                frozen.append(Frozen(first, last, ~bank.columns(trains)))
+            first = last
+        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm, tuple(frozen))
 
     def without_dropout(self) -> "StepSettings":
         return self._replace(dropout=None, lora_dropout=None)
@@ -107,16 +127,23 @@ def train_step(
     for row, _, _, memory in ruled:
         if memory is not None:
             graphs(("memory", row), partial(_backward, model, bank, settings.without_dropout(), row, row + 1), memory)
+            _freeze(bank, settings)
             references[row] = bank.grad[row].clone()  # the passes below set it anew
     losses, first = [], 0
     for batch in batches:
         last = first + batch.num_adapters
         losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
+    _freeze(bank, settings)
     for row, rule, state, _ in ruled:
         rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
     lr, head_lr = settings.lr(bank.steps, rate)
+    before = [bank.param[first:last].clone() for first, last, _ in settings.frozen]
     norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
+    for (first, last, mask), kept in zip(settings.frozen, before, strict=True):
+        param = bank.param[first:last]
+        param.copy_(torch.where(mask, kept, param))  # weight decay moves what has no gradient
+        bank.refresh(slice(first, last))
     return torch.cat(losses), norms
 
 
@@ -135,6 +162,12 @@ def _backward(
     loss, _ = token_loss(logits, batch.labels, lists.segments)
     loss.sum().backward()
     return loss.detach()
+
+
+def _freeze(bank: Rows, settings: StepSettings) -> None:
+    """Zero the gradients of what does not train."""
+    for first, last, mask in settings.frozen:
+        bank.grad[first:last].masked_fill_(mask, 0)
 
 
 def squared_gradients(

@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
-from .learner import Experience, Learner, Scores
+from .learner import ALL, Experience, Learner, Scores
 from .probes import Probe, State
 from .spans import f1_from_counts
 from .strategies import STRATEGIES, Layout
@@ -141,4 +141,5 @@ def _learner(config: Config, stream: Sequence[Sequence[str] | Experience], rank:
         weight_decay=config.weight_decay,
         max_norm=config.max_norm,
         head_lr=config.head_lr,
+        trains=ALL if rank is None else config.trains,
     )

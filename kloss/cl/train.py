@@ -215,7 +215,7 @@ class _Team:
         self.cohort, self.learners = cohort, learners
         everyone = len(learners) == len(cohort.learners)
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
-        self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact)
+        self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact, bank=self.bank)
         self.rated = any(experience.rate != 1 for g in learners for experience in cohort.learners[g].experiences)
         self.graphs = Graphs(cohort.device)
         self._ahead: tuple[_Packed, list[list[int]]] | None = None

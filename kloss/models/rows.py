@@ -73,8 +73,8 @@ class Rows:
         """Where backward writes the gradients of `adapters_of`; None: it adds them to `grad`."""
         return None
 
-    def trainable(self, g: int) -> int:
-        """Number of weights that row g trains."""
+    def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:
+        """Number of weights that row g trains; patterns of slots have a meaning for adapters alone."""
         return self.param.shape[1]
 
     def zero_grad(self) -> None:
