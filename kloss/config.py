@@ -65,8 +65,10 @@ class StudyConfig:
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
     # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
-    # factor. Several strengths of one may be given.
-    remedies: tuple[str, ...] = field(default=("replay=0.1", "a-gem=0.1", "l2=1", "ewc=1", "lr-adjust=0.8"), metadata=_LATER)
+    # factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
+    remedies: tuple[str, ...] = field(
+        default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
+    )
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once

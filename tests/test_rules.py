@@ -1,6 +1,8 @@
 """Rules between gradient and update: each does what its paper says, to its own learner, and survives a stop bit for bit."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from test_train import BASE, SIX, Stop, cohort_of
 from toy import ToyCorpus, toy_model
 
 from kloss.cl import step, train
-from kloss.cl.learner import Learner
+from kloss.cl.learner import Experience, Learner
 from kloss.cl.packing import Part, pack
 from kloss.cl.rules import AGEM, EWC, L2, RULES, Rule, total
 from kloss.cl.step import StepSettings, squared_gradients
@@ -109,6 +111,7 @@ def test_on_a_gpu_the_host_waits_for_no_rule(monkeypatch):
     learners = [learner(g, rule=RULES[name](NUMBERS[name]), lora_dropout=0.0) for g, name in enumerate(RULES)]
     learners = [replace(one, experiences=(("aa",), ("bb",)), epochs=2, batch_size=2) for one in learners]
     learners[0] = replace(learners[0], trains=("*.b", "head.*"))
+    learners[1] = replace(learners[1], experiences=(Experience(("aa",)), Experience(("bb",), rate=0.5)))
 
     def trained(device, after=lambda cohort, loss: None):
         cohort = train.Cohort(toy_model(**LAYERS).to(device), corpus, learners, [{}] * len(learners))
@@ -149,6 +152,9 @@ def test_penalties_are_the_gradients_of_what_they_say():
         changed = grad.clone()
         rule.adjust(changed, param, state, None)
         torch.testing.assert_close(changed.double(), grad + leaf.grad, rtol=1e-5, atol=1e-6)
+        half = grad.bfloat16()
+        rule.adjust(half, param, state, None)
+        torch.testing.assert_close(half.double(), grad.bfloat16() + leaf.grad, rtol=2**-8, atol=1e-6)
 
 
 def test_fishers_are_scaled_to_a_mean_of_one_and_fade():
@@ -263,6 +269,24 @@ def test_a_rule_holds_what_it_should():
         both.train()
         moved[rule] = float((first.bank.param - both.bank.param).norm())
     assert moved[L2(1e4)] < 0.5 * moved[None] and moved[EWC(1e4)] < moved[None]
+
+
+def test_contributings_rule_is_one():
+    """It trains, differs from none, and survives a stop."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(class \w+\(Rule\).*?)```", text, re.DOTALL)
+    names: dict = {"Rule": Rule}
+    exec(code, names)
+    one = replace(THREE, rule=names["Fade"](2.0))
+    plain, whole, stopped, resumed = (cohort_of([each], CORPUS) for each in (replace(one, rule=None), one, one, one))
+    states = []
+    plain.train()
+    whole.train()
+    stopped.train(lambda cohort, loss: states.append(({k: v.clone() for k, v in cohort.state()[0].items()}, cohort.state()[1])))
+    resumed.load_state(*states[13])
+    resumed.train()
+    assert torch.equal(resumed.bank.param, whole.bank.param) and not torch.equal(plain.bank.param, whole.bank.param)
+    assert whole.noted[0]["ended"].unique().tolist() == [2]
 
 
 def test_a_rule_is_for_adapters():

@@ -180,14 +180,15 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         for remedy, of in values.items():
             pairs = {key: of[key] - plain[key] for key in of.keys() & plain.keys()}
             if not pairs:
-                rows.append((remedy, "diverged", *[""] * 6, f"{costs[remedy]:.2f}"))
+                rows.append((remedy, "diverged", *[""] * len(MEASURES), f"{costs[remedy]:.2f}"))
                 continue
             measured = [{key: float(pair[m]) for key, pair in pairs.items()} for m in range(len(MEASURES))]
             gains[remedy] = [(float(np.mean(list(gaps.values()))), crossed_interval(gaps)) for gaps in measured]
-            cells = [text for gap, ends in gains[remedy] for text in (signed(gap, 3), between(ends, 3))]
+            cells = [f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})" for gap, ends in gains[remedy]]
             rows.append((remedy, f"{np.mean([f1 for f1, *_ in of.values()]):.3f}", *cells, f"{costs[remedy]:.2f}"))
-        head = ["remedy", MEASURES[0]] + [text for measure in MEASURES for text in (f"{measure}: difference", "95 % interval")]
-        tables.append(Table(f"{label}: against plain SHARED", [*head, "utterances, × plain"], rows))
+        rows.sort(key=lambda row: gains[row[0]][0][0] if row[0] in gains else -np.inf, reverse=True)
+        head = ("remedy", MEASURES[0], *(f"{measure}: difference" for measure in MEASURES), "utterances, × plain")
+        tables.append(Table(f"{label}: against plain SHARED, with 95 % intervals", head, rows))
         for m in (0, 2):
             dots = {name: [float(x[m]) for x in of.values()] for name, of in ({PLAIN: plain} | values).items() if of}
             bars.append(Bars(f"{label}: {MEASURES[m]}, by remedy", dots, "F1"))
