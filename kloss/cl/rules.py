@@ -67,7 +67,7 @@ class EWC(Rule):
     """L2 with each weight's own strength: its diagonal Fisher information, online (Schwarz et al. 2018, arXiv 1805.06370).
 
     F is the mean square of the gradients of single sentences of the experience, with their own labels, scaled to a mean of 1 over
-    the row; it is added to KEEP times the one before.
+    all weights with one; it is added to KEEP times the one before.
     """
 
     state = ("anchor", "fisher")
@@ -75,7 +75,8 @@ class EWC(Rule):
 
     def learned(self, param: "Tensor", state: State, squares: Squares) -> None:
         fisher = squares(self.SENTENCES)
-        state["fisher"].mul_(self.KEEP).add_(fisher / (total(fisher) / fisher.numel()).clamp_min(1e-30))
+        weights = total((fisher > 0).float())  # not the zeros behind an adapter's own rank, whose number depends on others
+        state["fisher"].mul_(self.KEEP).add_(fisher * (weights / total(fisher).clamp_min(1e-30)))
         state["anchor"].copy_(param)
 
     def adjust(self, grad: "Tensor", param: "Tensor", state: State, reference: "Tensor | None") -> None:

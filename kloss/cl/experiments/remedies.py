@@ -18,7 +18,6 @@ from ..probes import Counts
 from ..rules import RULES
 from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval
-from ..stream import Stream
 from ..study import Study, Trial, rated_label
 from .section import Bars, Needs, Section, Table, between, signed
 
@@ -100,6 +99,8 @@ def plan(config: Config, study: Study) -> Needs:
 
 def cost(corpus: "Corpus", learner: Learner) -> int:
     """Sentences that training visits, those of a second gradient included."""
+    from ..stream import Stream  # needs torch
+
     stream, seconds = Stream.of(corpus, learner), 0
     if learner.rule is not None and learner.rule.replays:
         seconds = learner.batch_size * sum(stream.steps_of(i) for i in range(1, len(stream.experiences)))
