@@ -22,7 +22,7 @@ from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
 from kloss.console import Console
 from kloss.errors import UserError
-from kloss.estimate import estimated_seconds
+from kloss.estimate import describe, estimated_seconds
 from kloss.models import TINY
 from kloss.presets import demo, first_five, paper
 from kloss.run import main, parse, prepare, without_effect
@@ -106,6 +106,15 @@ def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
     assert main([*arguments, "--out", str(folder / "stopped")]) == 0
     whole = (folder / "whole" / "scores.json").read_bytes()
     assert (folder / "stopped" / "scores.json").read_bytes() == whole
+    plan = []
+    with Console().progress() as progress:
+        for some in (arguments[:-2], arguments):
+            corpus, study = prepare(parse(some), progress)
+            plan.append(int(dict(describe(parse(some), corpus, study))["scoring"].split()[0]))
+    # NON-SHARED's learners end with every language that comes later; each experience is scored twice within.
+    ends = [locales for table in study.to_score[:4] for i, locales in table.items() if i > 0]
+    tokens = sum(len(corpus.sentences(locale, "test").input_ids) for locales in ends for locale in locales)
+    assert len(ends) == 3 + 3 and plan[1] - plan[0] == 2 * tokens
     plain, traced = (json.loads((folder / name / "scores.json").read_text()) for name in ("plain", "whole"))
     for run in traced["runs"]:
         learners, experiences = (1, 3) if run["strategy"] == "shared" else (3, 1)

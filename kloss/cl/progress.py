@@ -34,7 +34,8 @@ def check_progress(
             raise UserError(f"counters of learner {g} are {counters}")
         stream.seek(counters)
         scored = {str(experience): set(to_score[g].get(experience, ())) for experience in range(counters[0] + 1)}
-        traced = {str(step): set(to_score[g].get(i + 1, ())) for step, i in stream.marks(score_every[g]).items()}
+        marks = stream.marks(score_every[g]).items()
+        traced = {str(step): set(to_score[g].get(i + 1, ())) for step, i in marks if step <= stream.step}
         for wanted, given in ((scored, table), (traced, curve)):
             there = {at: row.keys() for at, row in given.items()}
             if str(g) in state["failed"]:  # it is scored up to where it diverged

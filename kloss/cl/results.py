@@ -117,9 +117,7 @@ def curves(config: Config, corpus: Corpus, study: Study, trial: Trial, outcome: 
     """
     entries = []
     for learner, g in enumerate(trial.learners):
-        stream, curve = Stream.of(corpus, study.learners[g]), outcome.curves[g]
-        stream.seek([len(stream.experiences), 0, 0])
-        marks = stream.marks(config.score_every).items()
+        curve, marks = outcome.curves[g], Stream.of(corpus, study.learners[g]).marks(config.score_every).items()
         entries += [
             {"learner": learner, "experience": i + 1, "step": step, "counts": curve[step]} for step, i in marks if step in curve
         ]

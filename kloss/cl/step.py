@@ -184,5 +184,5 @@ def squared_gradients(
         batch = pack([Part(pool, some[i : i + 1], i) for i in range(len(some))], COPIES).to(total.device)
         _backward(model, copies, settings.without_dropout(), 0, COPIES, batch)
         for grad in copies.grad.float():
-            total.addcmul_(grad, grad)
+            total += grad.square()
     return total / len(indices)

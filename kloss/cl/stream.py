@@ -72,12 +72,11 @@ class Stream:
         return every > 0 and self.within > 0 and self.within % every == 0
 
     def marks(self, every: int) -> dict[int, int]:
-        """The steps up to the present position after which a learner was `due`, each with its experience, counted from 0."""
+        """The steps of the whole stream after which a learner is `due`, each with its experience, counted from 0."""
         marks: dict[int, int] = {}
         first = 0
-        for i in range(min(self.experience + 1, len(self.experiences))):
-            steps = self.within + 1 if i == self.experience else self.steps_of(i)
-            marks |= {first + step: i for step in (range(every, steps, every) if every else ())}
+        for i in range(len(self.experiences) if every else 0):
+            marks |= {first + step: i for step in range(every, self.steps_of(i), every)}
             first += self.steps_of(i)
         return marks
 
