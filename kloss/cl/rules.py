@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:  # a report reads learners, and needs no torch
     from torch import Tensor
 
-State = Mapping[str, "Tensor"]  # by the names of a rule's `state`
+Notes = Mapping[str, "Tensor"]  # by the names of a rule's `state`
 Squares = Callable[[int], "Tensor"]  # so many of an experience's sentences -> mean square of each one's gradient, fp32 [P]
 
 
@@ -36,13 +36,13 @@ class Rule:
     state: ClassVar[tuple[str, ...]] = ()
     replays: ClassVar[bool] = False
 
-    def learned(self, param: "Tensor", state: State, squares: Squares) -> None:
+    def learned(self, param: "Tensor", state: Notes, squares: Squares) -> None:
         """Note, in `state`, what was learned: called at the end of each experience but the last.
 
         param: fp32 [P], the learner's row.
         """
 
-    def adjust(self, grad: "Tensor", param: "Tensor", state: State, reference: "Tensor | None") -> None:
+    def adjust(self, grad: "Tensor", param: "Tensor", state: Notes, reference: "Tensor | None") -> None:
         """Change a gradient in place, before clipping and AdamW; called in all experiences but the first.
 
         grad: [P] in the model's dtype. param: fp32 [P].
@@ -56,10 +56,10 @@ class L2(Rule):
 
     state = ("anchor",)
 
-    def learned(self, param: "Tensor", state: State, squares: Squares) -> None:
+    def learned(self, param: "Tensor", state: Notes, squares: Squares) -> None:
         state["anchor"].copy_(param)
 
-    def adjust(self, grad: "Tensor", param: "Tensor", state: State, reference: "Tensor | None") -> None:
+    def adjust(self, grad: "Tensor", param: "Tensor", state: Notes, reference: "Tensor | None") -> None:
         grad.add_((param - state["anchor"]).mul_(self.number))
 
 
@@ -73,13 +73,13 @@ class EWC(Rule):
     state = ("anchor", "fisher")
     KEEP, SENTENCES = 0.95, 64
 
-    def learned(self, param: "Tensor", state: State, squares: Squares) -> None:
+    def learned(self, param: "Tensor", state: Notes, squares: Squares) -> None:
         fisher = squares(self.SENTENCES)
         weights = total((fisher > 0).float())  # not the zeros behind an adapter's own rank, whose number depends on others
         state["fisher"].mul_(self.KEEP).add_(fisher * (weights / total(fisher).clamp_min(1e-30)))
         state["anchor"].copy_(param)
 
-    def adjust(self, grad: "Tensor", param: "Tensor", state: State, reference: "Tensor | None") -> None:
+    def adjust(self, grad: "Tensor", param: "Tensor", state: Notes, reference: "Tensor | None") -> None:
         grad.add_((param - state["anchor"]).mul_(state["fisher"]).mul_(self.number))
 
 
@@ -88,7 +88,7 @@ class AGEM(Rule):
 
     replays = True
 
-    def adjust(self, grad: "Tensor", param: "Tensor", state: State, reference: "Tensor | None") -> None:
+    def adjust(self, grad: "Tensor", param: "Tensor", state: Notes, reference: "Tensor | None") -> None:
         assert reference is not None
         g, r = grad.float(), reference.float()
         product = total(g * r)
