@@ -11,7 +11,9 @@ from .errors import UserError
 from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
-ExperimentName = Literal["where", "damage", "merge", "order", "pairs", "rates", "ranks", "savings", "scripts", "mechanism"]
+ExperimentName = Literal[
+    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "savings", "scripts", "mechanism"
+]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
@@ -20,7 +22,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "epochs batch_size pretrain_batch limit eval_limit": (1, 1_000_000_000),
     "pass_tokens": (0, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
-    "warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
+    "score_every warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
     "seed": (0, 2**62),
     "dropout lora_dropout": (0, 0.999),
@@ -46,6 +48,8 @@ class DataConfig:
     eval_limit: int | None = None  # utterances per language that are scored, at even distances
     # What is scored: choose settings on `dev`, and look at `test` once, with what was chosen.
     eval_split: Literal["dev", "test"] = field(default="test", metadata=_LATER)
+    # Score learners within their experiences too, after every so many steps: `curves` of scores.json. 0: only at their ends.
+    score_every: int = field(default=0, metadata=_LATER)
     max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 
@@ -56,10 +60,15 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
-    # `rates` and `ranks` keep, what relearning saves (`savings`), whether common `scripts` help, what goes with forgetting
-    # (`mechanism`).
+    # `rates` and `ranks` keep, which `remedies` help, what relearning saves (`savings`), whether common `scripts` help, what goes
+    # with forgetting (`mechanism`).
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
+    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
+    # factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
+    remedies: tuple[str, ...] = field(
+        default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
+    )
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
@@ -78,6 +87,9 @@ class AdapterConfig:
     select: str = field(default="", metadata=_NOT_IDENTITY)
     # Learning rate of all heads, with every --lr and --full-lr. None: that of all else. 0: they stay as drawn.
     head_lr: float | None = field(default=None, metadata=_LATER)
+    # Parts of adapters that train, as patterns of their names 0.qkv.a, 0.qkv.b, …, head.weight, head.bias; the others stay as
+    # drawn. `*.b head.*` freezes A, `[0-3].* head.*` trains the lowest four layers. Quote them.
+    trains: tuple[str, ...] = field(default=("*",), metadata=_LATER)
     full_lr: float = 5e-4  # learning rate of full fine-tuning
     epochs: int = 8  # passes over each experience
     batch_size: int = 16  # utterances per batch and learner
@@ -164,6 +176,8 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
                 for value in values if isinstance(values, tuple) else (values,):
                     if value is not None and not least <= value <= most:  # not: NaN compares false
                         raise UserError(f"{flag} must lie between {least:,} and {most:,}, got {shown(value)}")
+        if not self.trains:
+            raise UserError("--trains needs at least one pattern")
         for name in ("strategies", "rank", "lr"):
             values = getattr(self, name)
             twice = [value for n, value in enumerate(values) if value in values[:n]]

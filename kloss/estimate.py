@@ -8,7 +8,7 @@ import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
-from .cl.runner import cohorts_of
+from .cl.runner import cohorts_of, score_every
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
@@ -25,6 +25,9 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
     tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
     locales = [locale for table in study.to_score for row in table.values() for locale in row]
+    for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
+        marks = Stream.of(corpus, learner).marks(every)
+        locales += [locale for i in marks.values() for locale in table.get(i + 1, ())]
     scored = sum(len(corpus.sentences(locale, config.eval_split).input_ids) for locale in locales)
     languages, labels = len(corpus.locales), len(corpus.labels)
     lines = [

@@ -117,8 +117,9 @@ def without_effect(config: Config) -> list[str]:
     reasons = (
         ("no strategy is partial", "partial" not in config.strategies, "groups"),
         ("every strategy trains all languages at once", all(s.joint for s in strategies), "order orders"),
-        ("every strategy trains whole models", all(s.full for s in strategies), "rank alpha lr lora_dropout max_learners"),
+        ("every strategy trains whole models", all(s.full for s in strategies), "rank alpha lr lora_dropout trains max_learners"),
         ("no strategy trains whole models", not any(s.full for s in strategies), "full_lr"),
+        ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
     )

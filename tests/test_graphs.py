@@ -182,7 +182,7 @@ def test_a_state_taken_while_a_step_is_packed_ahead(monkeypatch):
     """It stands where training does, and both that cohort and one that resumes from it end as one that was never asked."""
     learners = [learner(g, epochs=2) for g in range(2)]
     with pretended_gpu(monkeypatch):
-        make = partial(cohort_of, learners, SMALL, LAYERS, device=GPU)
+        make = partial(cohort_of, learners, SMALL, LAYERS, device=GPU, score_every=(3, 0))
         plain, asked, resumed = make(), make(), make()
         plain.train()
         states = []
@@ -193,6 +193,7 @@ def test_a_state_taken_while_a_step_is_packed_ahead(monkeypatch):
         resumed.train()
         params = [cohort.bank.param.cpu() for cohort in (plain, asked, resumed)]
         assert torch.equal(params[0], params[1]) and torch.equal(params[0], params[2])
+        assert list(plain.curves[0]) == [3] and plain.curves == asked.curves == resumed.curves
         assert plain.scores == asked.scores == resumed.scores and plain.tokens == asked.tokens == resumed.tokens
 
 

@@ -22,7 +22,7 @@ from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
 from kloss.console import Console
 from kloss.errors import UserError
-from kloss.estimate import estimated_seconds
+from kloss.estimate import describe, estimated_seconds
 from kloss.models import TINY
 from kloss.presets import demo, first_five, paper
 from kloss.run import main, parse, prepare, without_effect
@@ -83,6 +83,48 @@ def test_the_table_of_scores_has_every_cells_counts(small):
                 assert row["trained"] == (trained if i else "")
     units = [run["unit"] for run in scores["runs"]]  # both orders of NON-SHARED are of the same learners
     assert units == [0, 0, 1, 2, 3]
+
+
+def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
+    """24 utterances in batches of 8, two epochs: six steps an experience."""
+    arguments, folder = small
+    arguments = [*arguments, "--strategies", "shared", "non-shared", "--experiments", "savings", "--checkpoint-seconds", "0"]
+    assert main([*arguments, "--out", str(folder / "plain")]) == 0
+    arguments += ["--score-every", "2"]
+    assert main([*arguments, "--out", str(folder / "whole")]) == 0
+    calls, original = [], _Team.advance
+
+    def advance(team):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(team)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Team, "advance", advance)
+        assert main([*arguments, "--out", str(folder / "stopped")]) == 130
+    assert main([*arguments, "--out", str(folder / "stopped")]) == 0
+    whole = (folder / "whole" / "scores.json").read_bytes()
+    assert (folder / "stopped" / "scores.json").read_bytes() == whole
+    plan = []
+    with Console().progress() as progress:
+        for some in (arguments[:-2], arguments):
+            corpus, study = prepare(parse(some), progress)
+            plan.append(int(dict(describe(parse(some), corpus, study))["scoring"].split()[0]))
+    # NON-SHARED's learners end with every language that comes later; each experience is scored twice within.
+    ends = [locales for table in study.to_score[:4] for i, locales in table.items() if i > 0]
+    tokens = sum(len(corpus.sentences(locale, "test").input_ids) for locales in ends for locale in locales)
+    assert len(ends) == 3 + 3 and plan[1] - plan[0] == 2 * tokens
+    plain, traced = (json.loads((folder / name / "scores.json").read_text()) for name in ("plain", "whole"))
+    for run in traced["runs"]:
+        learners, experiences = (1, 3) if run["strategy"] == "shared" else (3, 1)
+        places = [(entry["learner"], entry["experience"], entry["step"]) for entry in run["curves"]]
+        assert places == [(g, i + 1, 6 * i + k) for g in range(learners) for i in range(experiences) for k in (2, 4)]
+        for entry in run["curves"]:
+            locales = set(run["order"]) if learners == 1 else {run["order"][entry["learner"]]}
+            assert locales <= entry["counts"].keys() and all(len(count) == 3 for count in entry["counts"].values())
+        del run["curves"]
+    assert traced == plain
 
 
 def test_settings_are_chosen_on_dev(small, capsys):
@@ -607,7 +649,7 @@ def test_only_settings_that_change_figures_are_a_runs_identity():
     others |= {"threads": 3, "save_adapters": True, "select": "x"}
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
-    unnamed = {"eval_split", "experiments", "head_lr", "pinned"}
+    unnamed = {"eval_split", "experiments", "head_lr", "pinned", "remedies", "score_every", "trains"}
     assert vars(Config()).keys() - Config().identity().keys() == others.keys() | unnamed
     later = Config(eval_split="dev", experiments=("where",)).identity()
     assert later["eval_split"] == "dev" and later["experiments"] == ("where",)

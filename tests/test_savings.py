@@ -8,6 +8,7 @@ import pytest
 from test_run import SMALL
 
 from kloss.cl.experiments import savings, with_experiments
+from kloss.cl.learner import Experience
 from kloss.cl.probes import State
 from kloss.cl.study import plan as study_of
 from kloss.config import Config
@@ -23,7 +24,7 @@ def test_learners_start_where_they_should():
         (g,) = trial.learners
         for step, locale in enumerate(trial.order[:-1]):
             learners = savings._learners(study.learners[g], step)
-            assert all(learner.experiences == ((locale,),) and learner.epochs == 1 for learner in learners.values())
+            assert all(learner.experiences == (Experience((locale,)),) and learner.epochs == 1 for learner in learners.values())
             starts = {name: study.starts().get(study.learners.index(learner)) for name, learner in learners.items()}
             assert starts == {"new": None, "before": State(g, step) if step else None, "end": State(g, len(LOCALES))}
             assert all(study.to_score[study.learners.index(learner)] == {1: [locale]} for learner in learners.values())

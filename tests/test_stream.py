@@ -1,12 +1,14 @@
 """Streams visit every sentence once an epoch, and go on from their counters alone; packing keeps every token."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyCorpus
 
 from kloss.cl.corpus import Sentences
+from kloss.cl.learner import Experience, Learner
 from kloss.cl.packing import pack
 from kloss.cl.stream import Stream
 
@@ -45,6 +47,84 @@ def test_counters_are_all_there_is(start):
     resumed.seek(batches[start][0])
     for (_, _, one, _), (_, _, other, _) in zip(batches[start:], drain(resumed), strict=True):
         assert np.array_equal(one, other)
+
+
+LOCALES = st.lists(st.sampled_from(CORPUS.locales), min_size=1, max_size=3, unique=True)
+EXPERIENCE = LOCALES.flatmap(
+    lambda locales: st.builds(
+        Experience,
+        locales=st.just(tuple(locales)),
+        weights=st.one_of(st.just(()), st.tuples(*[st.floats(0.01, 1)] * len(locales))),
+        limit=st.one_of(st.none(), st.integers(1, 9)),
+        epochs=st.one_of(st.none(), st.integers(1, 3)),
+        rate=st.floats(0, 2),
+    )
+)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True, database=None)
+@given(st.lists(EXPERIENCE, min_size=1, max_size=3), st.integers(1, 6), st.integers(1, 4))
+def test_experiences_have_sentences_epochs_and_rates_of_their_own(experiences, batch_size, every):
+    def make():
+        return Stream(CORPUS, experiences, epochs=2, batch_size=batch_size, seed=3)
+
+    stream, seen, due = make(), [[] for _ in experiences], {}
+    for step in range(1, make().steps() + 1):
+        i, rate, where = stream.experience, stream.rate, stream.counters()
+        assert rate == experiences[i].rate and make().comes_by(where) and stream.step == step - 1
+        resumed = make()
+        resumed.seek(where)
+        pool, index, ended = stream.next()
+        assert np.array_equal(resumed.next().indices, index)
+        seen[i] += index.tolist()
+        if stream.due(every):
+            assert not ended
+            due[step] = i
+    assert stream.finished and stream.rate == 1 and stream.comes_by(stream.counters()) and stream.marks(every) == due
+    for i, (experience, indices) in enumerate(zip(experiences, seen, strict=True)):
+        whole, sizes = 7, []
+        for weight in experience.weights or [1] * len(experience.locales):
+            sizes.append(int(np.ceil(weight * min(whole, experience.limit or whole))))
+        assert sorted(indices) == sorted(list(range(sum(sizes))) * (experience.epochs or 2)) and make().sentences(i) == sum(sizes)
+    assert make().visits() == sum(map(len, seen)) and stream.marks(0) == {}
+    assert not make().comes_by([len(experiences), 0, 1]) and not make().comes_by([0, 9, 0]) and not make().comes_by([0, 0, 99])
+
+
+def test_fewer_sentences_are_at_even_distances_and_the_same_each_epoch():
+    stream = Stream(CORPUS, [Experience(("aa", "bb"), (1.0, 0.4), limit=6)], epochs=3, batch_size=9, seed=0)
+    aa, bb = (CORPUS.sentences(locale, "train") for locale in ("aa", "bb"))
+    wanted = Sentences.concatenate([aa.take(np.array([0, 1, 2, 3, 4, 5]) * 7 // 6), bb.take(np.array([0, 2, 4]))])
+    tokens = 0
+    for _, pool, index, _ in drain(stream):
+        assert np.array_equal(pool.input_ids, wanted.input_ids) and sorted(index) == list(range(9))
+        tokens += len(pool.input_ids)
+    assert stream.tokens() == tokens
+
+
+def test_plain_locales_are_an_experience():
+    assert Experience.of(["aa", "bb"]) == Experience(("aa", "bb")) and Experience.of(Experience(("aa",))) == Experience(("aa",))
+    fields = dict(rank=2, alpha=2.0, lr=1e-3, seed=0, epochs=1, batch_size=4)
+    plain, record = (Learner(some, **fields) for some in ((("aa",), ["bb"]), (Experience(("aa",)), Experience(("bb",)))))
+    assert plain == record and hash(plain) == hash(record) and plain.name.startswith("2x1 from aa, r=2")
+    assert plain != Learner((("aa",), Experience(("bb",), rate=0.5)), **fields)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"locales": ()},
+        {"weights": (0.0,)},
+        {"weights": (1.1,)},
+        {"weights": (1.0, 1.0)},
+        {"limit": 0},
+        {"limit": -1},
+        {"epochs": 0},
+    ]
+    + [{"rate": -1.0}, {"rate": float("nan")}, {"rate": float("inf")}, {"weights": (float("nan"),)}],
+)
+def test_an_experience_that_cannot_be(wrong):
+    with pytest.raises(ValueError):
+        Experience(**({"locales": ("aa",)} | wrong))
 
 
 def test_every_seed_experience_and_epoch_has_an_order_of_its_own():

@@ -150,4 +150,4 @@ def test_first_five_are_those_of_the_papers_order_1():
     assert make_orders(config, config.languages)["Order 1"] == make_orders(paper(), ALL_LOCALES)["Order 1"][:5]
     study = plan(config, config.languages)
     assert len(study.learners) == config.seeds and {x.rank for x in study.learners} == {64}
-    assert all(x.experiences == tuple((locale,) for locale in config.order) for x in study.learners)
+    assert all([e.locales for e in x.experiences] == [(locale,) for locale in config.order] for x in study.learners)

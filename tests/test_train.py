@@ -1,5 +1,6 @@
 """Learners that advance together are the learners trained alone; resumed training is the training that never stopped."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ from toy import ToyCorpus, toy_model
 
 from kloss.cl import step as training_step
 from kloss.cl import train
-from kloss.cl.learner import Learner
+from kloss.cl.learner import Experience, Learner
 from kloss.cl.train import Cohort
+from kloss.errors import UserError
 from kloss.kernels import row_keys
 from kloss.models import rows
 
@@ -216,6 +218,68 @@ def test_resumed_equals_never_stopped(rounds):
     assert resumed.scores == whole.scores and resumed.failed == whole.failed and resumed.tokens == whole.tokens
     for one, other in ((resumed.bank.param, whole.bank.param), (resumed.bank.exp_avg_sq, whole.bank.exp_avg_sq)):
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))  # bits, since the diverged learner holds NaN
+
+
+EVERY = (2, 0, 2, 3)  # the third diverges in its second step
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 7, 13])
+def test_scores_within_experiences_are_those_of_a_learner_stopped_there(rounds):
+    """They change no training, are of each learner's own steps, and survive a stop."""
+    learners, corpus = [SIX[0], SIX[2], SIX[3], SIX[5]], ToyCorpus()
+    plain, traced, stopped, resumed = (cohort_of(learners, corpus, score_every=each) for each in ((), EVERY, EVERY, EVERY))
+    plain.train()
+    params = {}
+
+    def note(cohort, loss):
+        for g, every in enumerate(EVERY):
+            step = cohort.streams[g].step
+            if every and step in cohort.curves[g] and (g, step) not in params:
+                params[g, step] = cohort._team.bank.param[cohort._team.learners.index(g)].clone()
+
+    traced.train(note)
+    assert torch.equal(plain.bank.param.view(torch.int32), traced.bank.param.view(torch.int32)) and plain.scores == traced.scores
+    assert [list(curve) for curve in traced.curves] == [[2, 4, 8, 10], [], [], [3, 6, 11, 14, 19, 22]]
+    for (g, step), param in params.items():
+        alone = cohort_of([learners[g]], corpus)
+        alone.bank.load_row_(0, param, traced.bank.rank)
+        alone._score(alone.bank, [0], [0])
+        counts = alone.scores[0][0]
+        assert traced.curves[g][step] == counts and len(counts) == 3
+    assert "curves" not in plain.state()[1]
+    left = [rounds]
+
+    def stop(cohort, loss):
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stopped.train(stop)
+    tensors, state = stopped.state()
+    resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(state)))
+    resumed.train()
+    assert resumed.curves == traced.curves and resumed.scores == traced.scores
+    if rounds >= 3:
+        lost = state | {"curves": [{}, *state["curves"][1:]]}
+        with pytest.raises(UserError, match="learner 0 has not the scores"):
+            cohort_of(learners, corpus, score_every=EVERY).load_state(tensors, lost)
+
+
+def test_an_experience_has_a_rate_of_its_own():
+    """The rate multiplies those of head and all else, beside a learner without; 0: nothing moves."""
+    corpus = ToyCorpus()
+    half = replace(BASE, lr=5e-3, head_lr=2e-2, warmup=2)
+    slow = replace(half, lr=1e-2, head_lr=4e-2, experiences=(Experience(("aa",), rate=0.5), Experience(("bb",), rate=0.5)))
+    plain, rated = cohort_of([BASE, half], corpus), cohort_of([BASE, slow], corpus)
+    plain.train()
+    rated.train()
+    assert torch.equal(plain.bank.param, rated.bank.param) and plain.scores == rated.scores
+    frozen = replace(BASE, experiences=(Experience(("aa",)), Experience(("bb",), rate=0.0, epochs=1)))
+    first, both = cohort_of([replace(BASE, experiences=(("aa",),))], corpus), cohort_of([frozen], corpus)
+    first.train()
+    both.train()
+    assert torch.equal(first.bank.param, both.bank.param) and int(both.steps[0]) == 6 + 3
 
 
 def test_only_what_is_wanted_is_scored():

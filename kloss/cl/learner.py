@@ -1,15 +1,58 @@
 """A learner: one adapter (or a whole model), its hyper-parameters, and its experiences."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-Scores = dict[int, dict[str, list[int]]]  # experiences completed -> locale -> [true positives, predicted, gold]
+from .rules import Rule
+
+# Experiences completed, or updates made -> locale -> [true positives, predicted, gold]
+Scores = dict[int, dict[str, list[int]]]
+
+ALL = ("*",)  # every slot of an adapter
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a learner trains on between two scores; a plain sequence of locales stands for one without more.
+
+    locales: whose training sentences are pooled.
+    weights: the share of each locale's sentences that take part, in (0, 1]; empty: all do.
+    limit: the most sentences of each locale, before weights; None: no limit. Fewer are taken at even distances.
+    epochs: passes over the pool; None: as many as the learner makes.
+    rate: multiplies the learner's rates.
+    Raises ValueError for values out of range.
+    """
+
+    locales: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    limit: int | None = None
+    epochs: int | None = None
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.locales or self.weights and len(self.weights) != len(self.locales):
+            raise ValueError(f"an experience needs locales, and a weight for each or none; got {self.locales}, {self.weights}")
+        if not all(0 < weight <= 1 for weight in self.weights) or not 0 <= self.rate < math.inf:
+            raise ValueError(f"weights must lie in (0, 1], a rate in [0, inf); got {self.weights}, {self.rate}")
+        if min(self.limit or 1, self.epochs or 1) < 1 or 0 in (self.limit, self.epochs):
+            raise ValueError(f"limit and epochs must be 1 or more; got {self.limit}, {self.epochs}")
+
+    @classmethod
+    def of(cls, locales: "Experience | Sequence[str]") -> "Experience":
+        return locales if isinstance(locales, Experience) else cls(tuple(locales))
+
+    def counts(self, sentences: Sequence[int]) -> list[int]:
+        """How many sentences of each locale take part, of so many that it has."""
+        weights = self.weights or (1.0,) * len(self.locales)
+        return [math.ceil(w * min(n, self.limit or n)) for w, n in zip(weights, sentences, strict=True)]
 
 
 @dataclass(frozen=True)
 class Learner:
     """Everything that decides what is learned. Equal learners learn the same, so they are trained once."""
 
-    experiences: tuple[tuple[str, ...], ...]  # the locales of each, in training order
+    experiences: tuple[Experience, ...]  # in training order; made of plain locales where these are given
     rank: int | None  # None: full fine-tuning
     alpha: float  # LoRA's scaling is alpha / rank
     lr: float
@@ -24,12 +67,22 @@ class Learner:
     head_lr: float | None = None  # of the head; None: lr
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
+    rule: Rule | None = None  # between gradient and update; of an adapter
+    trains: tuple[str, ...] = ALL  # patterns of the slots of an adapter that train; the others stay as they are, to the bit
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experiences", tuple(map(Experience.of, self.experiences)))
+        if self.rule is not None and self.rank is None:
+            raise ValueError(f"{self.rule} works on adapters, and this learner trains the whole model")
+        if self.trains != ALL and self.rank is None:
+            raise ValueError(f"slots {self.trains} are those of an adapter, and this learner trains the whole model")
 
     @property
     def name(self) -> str:
-        locales = [locale for experience in self.experiences for locale in experience]
-        first, shape = locales[0], f"{len(self.experiences)}x{len(self.experiences[0])}"
+        locales = [locale for experience in self.experiences for locale in experience.locales]
+        first, shape = locales[0], f"{len(self.experiences)}x{len(self.experiences[0].locales)}"
         languages = first if len(locales) == 1 else f"{shape} from {first}"
         weights = "all weights" if self.rank is None else f"r={self.rank}"
         languages += "" if self.start is None else f" behind {self.start[0].name.split(', ')[0]}"
-        return f"{languages}, {weights}, lr={self.lr:g}, seed {self.seed}"
+        rule = "" if self.rule is None else f", {type(self.rule).__name__} {self.rule.number:g}"
+        return f"{languages}, {weights}, lr={self.lr:g}{rule}, seed {self.seed}"

@@ -10,10 +10,11 @@ from ..models import XLMRConfig
 from .corpus import Corpus
 from .experiments import recorded
 from .metrics import FLOOR, summarise
+from .rules import EWC
 from .runner import Outcome
 from .strategies import STRATEGIES
 from .stream import Stream
-from .study import Study
+from .study import Study, Trial
 from .summary import comparisons, summary_rows
 from .units import traits, unit_of
 
@@ -39,6 +40,16 @@ CHOICES = (
     "tokens, each to be told from tokens drawn from the text. It is not XLM-R base, and its figures are not the paper's.",
 )
 
+REMEDIES = (
+    "Replay adds that share of each earlier language's utterances to each experience, at even distances, the same in every "
+    "epoch; A-GEM draws a batch of them for each step and takes its gradient without dropout.",
+    f"L2 pulls with half the squared distance to the adapter at the end of the last experience. EWC is online, with decay "
+    f"{EWC.KEEP}; its Fisher information is the mean square of the gradients of {EWC.SENTENCES} single utterances with their own "
+    "labels, scaled to a mean of 1. Rules act before clipping.",
+    "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
+    "rate of the one before.",
+)
+
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
     """The contents of scores.json, JSON-ready.
@@ -62,6 +73,8 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         )
         run = runs[-1]
         run["metrics"] = summarise(matrix, traits(run).own)
+        if config.score_every:
+            run["curves"] = curves(config, corpus, study, trial, outcome)
         run["unit"] = numbers.setdefault((trial.label, trial.lr, *unit_of(run)), len(numbers))
     return {
         "format": 1,
@@ -90,9 +103,25 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "comparisons": comparisons({"runs": runs}),
         **({"experiments": recorded(config, corpus, study, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
-            choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice for choice in CHOICES
+            choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
+            for choice in (*CHOICES, *(REMEDIES if "remedies" in config.experiments else ()))
         ],
     }
+
+
+def curves(config: Config, corpus: Corpus, study: Study, trial: Trial, outcome: Outcome) -> list[dict]:
+    """Scores within experiences.
+
+    An entry has the experience, counted from 1, the steps so far, and locale -> true positives, predicted and gold spans.
+    learner: which of the trial's, counted from 0.
+    """
+    entries = []
+    for learner, g in enumerate(trial.learners):
+        curve, marks = outcome.curves[g], Stream.of(corpus, study.learners[g]).marks(config.score_every).items()
+        entries += [
+            {"learner": learner, "experience": i + 1, "step": step, "counts": curve[step]} for step, i in marks if step in curve
+        ]
+    return entries
 
 
 COLUMNS = ("strategy", "rank", "rate", "order", "seed", "step", "trained", "tested", "TP", "predicted", "gold")

@@ -16,12 +16,12 @@ from .corpus import Corpus
 from .evaluate import score_probes
 from .learner import Learner, Scores
 from .probes import Counts, State
+from .progress import check_progress
 from .rundir import RunFolder
 from .shapes import check_shape
 from .states import KeptRow
-from .stream import Stream
 from .study import Study
-from .train import Cohort, check_progress
+from .train import Cohort
 
 
 class Progress(Protocol):
@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     """Results, by learner if not said otherwise."""
 
     scores: list[Scores]
+    curves: list[Scores]  # within experiences, by step
     failed: list[str | None]  # why training ended early; None: it did not
     weights: list[int]  # number of weights trained
     probed: list[Counts]  # of each of the study's probes
@@ -62,6 +63,12 @@ def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
     return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
 
 
+def score_every(config: Config, study: Study) -> list[int]:
+    """For each learner, after how many steps it is scored besides: those of score matrices, none of experiments'."""
+    shown = {g for trial in study.trials for g in trial.learners}
+    return [config.score_every if g in shown else 0 for g in range(len(study.learners))]
+
+
 def train_study(
     config: Config,
     corpus: Corpus,
@@ -77,12 +84,14 @@ def train_study(
     saved, cohorts = folder.load_checkpoint(), cohorts_of(study, config.max_learners)
     if saved is not None:
         with folder.reading_checkpoint():
-            _check(saved.state, corpus, study, cohorts)
+            _check(saved.state, config, corpus, study, cohorts)
         if not saved.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
     finished = {} if saved is None else saved.state["finished"]
-    kept, starts = study.kept(), study.starts()
-    outcome = Outcome([{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners), [])
+    kept, starts, every = study.kept(), study.starts(), score_every(config, study)
+    outcome = Outcome(
+        [{} for _ in study.learners], [{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners), []
+    )
     for number, members in enumerate(cohorts):
         if str(number) not in finished:
             learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
@@ -96,6 +105,7 @@ def train_study(
                 partition=config.eval_split,
                 to_keep=[kept[g] for g in members],
                 keep=partial(_keep, folder, members),
+                score_every=[every[g] for g in members],
             )
             for i, g in enumerate(members):
                 if g in starts and outcome.failed[starts[g].learner]:
@@ -108,7 +118,7 @@ def train_study(
             watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
             with on_signals(watch.stop):
                 cohort.train(watch)
-                weights = [cohort.bank.trainable(i) for i in range(len(members))]
+                weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(learners)]
                 if config.save_adapters:
                     _save_adapters(cohort, members, folder)
                 finished[str(number)] = cohort.state()[1] | {"weights": weights}
@@ -118,6 +128,8 @@ def train_study(
         result = finished[str(number)]
         for i, g in enumerate(members):
             outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
+            if "curves" in result:
+                outcome.curves[g] = {int(step): row for step, row in result["curves"][i].items()}
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
     if study.probes:
@@ -167,18 +179,20 @@ def _probe(
 STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}
 
 
-def _check(state: Any, corpus: Corpus, study: Study, cohorts: list[list[int]]) -> None:
+def _check(state: Any, config: Config, corpus: Corpus, study: Study, cohorts: list[list[int]]) -> None:
     """Check that a checkpoint's JSON can be of this study. Raises UserError if it cannot."""
     check_shape(state, STATE)
     probed = state.get("probed", [])
     if len(probed) > len(study.probes) or any(count is not None and len(count) != 3 for count in probed):
         raise UserError(f"it has counts of {len(probed)} probes that cannot be those of {len(study.probes)}")
+    every = score_every(config, study)
     numbers = {str(number): members for number, members in enumerate(cohorts)}
     for number, result in state["finished"].items():
         if number not in numbers:
             raise UserError(f"it has a cohort {number}, of {len(cohorts)}")
         members = numbers[number]
-        check_progress(result, [Stream.of(corpus, study.learners[g]) for g in members], [study.to_score[g] for g in members])
+        learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
+        check_progress(result, learners, corpus, to_score, [every[g] for g in members])
         for i, g in enumerate(members):
             if result["counters"][i][0] < len(study.learners[g].experiences) and str(i) not in result["failed"]:
                 raise UserError(f"learner {i} of cohort {number} is not at its end")

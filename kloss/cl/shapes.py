@@ -35,6 +35,7 @@ SCORES = {
             "trainable_parameters": int,
             "steps": int,
             "R": [[(float, None)]],
+            "curves?": [{"learner": int, "experience": int, "step": int, "counts": {str: [int]}}],
         }
     ],
     "choices?": [str],

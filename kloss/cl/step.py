@@ -1,17 +1,30 @@
 """One training step of all learners of a bank: what the trainer runs and what the benchmarks time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import StepDropout, token_loss
-from ..models import Rows, XLMRForTokenClassification
+from ..models import AdapterBank, Rows, XLMRForTokenClassification
 from .graphs import Graphs
-from .learner import Learner
-from .packing import PackedBatch
+from .learner import ALL, Learner
+from .packing import PackedBatch, Part, pack
+from .rules import Rule
+from .stream import StreamBatch
+
+COPIES = 8  # of a row, that take a sentence each
+
+
+class Frozen(NamedTuple):
+    """Columns of rows first..last-1 that no step changes. mask: bool [P]."""
+
+    first: int
+    last: int
+    mask: Tensor
 
 
 class StepSettings(NamedTuple):
@@ -22,6 +35,7 @@ class StepSettings(NamedTuple):
     seeds: int64.
     peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of all and of the heads, and the steps of that.
         head_lr: None where heads have the rate of all else.
+    frozen: what does not train.
     """
 
     dropout: Tensor | None
@@ -32,10 +46,13 @@ class StepSettings(NamedTuple):
     warmup: Tensor
     weight_decay: Tensor
     max_norm: Tensor
+    frozen: tuple[Frozen, ...] = ()
 
     @classmethod
-    def of(cls, learners: Sequence[Learner], device: torch.device, *, exact: bool = False) -> "StepSettings":
-        """The settings of some learners. exact: as in AdapterBank."""
+    def of(
+        cls, learners: Sequence[Learner], device: torch.device, *, exact: bool = False, bank: Rows | None = None
+    ) -> "StepSettings":
+        """The settings of some learners. exact: as in AdapterBank. bank: theirs, where a part of some does not train."""
 
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(learner, name) for learner in learners], dtype=dtype, device=device)
@@ -49,15 +66,39 @@ class StepSettings(NamedTuple):
         heads = [learner.lr if learner.head_lr is None else learner.head_lr for learner in learners]
         own = heads != [learner.lr for learner in learners]
         head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None
-        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm)
+        frozen, first = [], 0
+        for trains, group in groupby(learners, lambda learner: learner.trains):
+            last = first + len(list(group))
+            if trains != ALL:
+                assert isinstance(bank, AdapterBank)
+                frozen.append(Frozen(first, last, ~bank.columns(trains)))
+            first = last
+        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm, tuple(frozen))
 
-    def lr(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Learning rates of each learner's next update, fp32 [G], and of its head: lr min(1, (step + 1) / warmup).
+    def without_dropout(self) -> "StepSettings":
+        return self._replace(dropout=None, lora_dropout=None)
+
+    def lr(self, steps: Tensor, rate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Learning rates of each learner's next update, fp32 [G], and of its head: lr rate min(1, (step + 1) / warmup).
 
         steps: int64 [G], the updates so far.
+        rate: fp64 [G], of the present experience; None: 1.
         """
         share = ((steps + 1) / self.warmup.clamp(min=1)).clamp(max=1)
+        share = share if rate is None else share * rate
         return (self.peak_lr * share).float(), None if self.head_lr is None else (self.head_lr * share).float()
+
+
+class Ruled(NamedTuple):
+    """A row whose rule changes its gradient in a step.
+
+    memory: the replayed sentences of its reference gradient, if it has one.
+    """
+
+    row: int
+    rule: Rule
+    state: Mapping[str, Tensor]
+    memory: PackedBatch | None
 
 
 def train_step(
@@ -68,6 +109,8 @@ def train_step(
     *,
     graphs: Graphs | None = None,
     active: Tensor | None = None,
+    ruled: Sequence[Ruled] = (),
+    rate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update the rows of the bank once: forward and backward for each batch, then AdamW for all rows.
 
@@ -75,16 +118,32 @@ def train_step(
     batches: on the host; each holds the sequences of the next `num_adapters` rows, together they cover the bank.
     graphs: those of this model, bank and settings; None: none are captured.
     active: bool [G], the rows to update; None: all.
+    ruled: the rows with rules that apply.
+    rate: as in `StepSettings.lr`.
     Returns the losses and the gradient norms before clipping, fp32 [G]. A row with a norm that is not finite is not updated.
     """
     graphs = Graphs(bank.param.device, enabled=False) if graphs is None else graphs
+    references: dict[int, Tensor] = {}
+    for row, _, _, memory in ruled:
+        if memory is not None:
+            graphs(("memory", row), partial(_backward, model, bank, settings.without_dropout(), row, row + 1), memory)
+            _freeze(bank, settings)
+            references[row] = bank.grad[row].clone()  # the passes below set it anew
     losses, first = [], 0
     for batch in batches:
         last = first + batch.num_adapters
         losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
-    lr, head_lr = settings.lr(bank.steps)
+    _freeze(bank, settings)
+    for row, rule, state, _ in ruled:
+        rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
+    lr, head_lr = settings.lr(bank.steps, rate)
+    before = [bank.param[first:last].clone() for first, last, _ in settings.frozen]
     norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
+    for (first, last, mask), kept in zip(settings.frozen, before, strict=True):
+        param = bank.param[first:last]
+        param.copy_(torch.where(mask, kept, param))  # weight decay moves what has no gradient
+        bank.refresh(slice(first, last))
     return torch.cat(losses), norms
 
 
@@ -103,3 +162,27 @@ def _backward(
     loss, _ = token_loss(logits, batch.labels, lists.segments)
     loss.sum().backward()
     return loss.detach()
+
+
+def _freeze(bank: Rows, settings: StepSettings) -> None:
+    """Zero the gradients of what does not train."""
+    for first, last, mask in settings.frozen:
+        bank.grad[first:last].masked_fill_(mask, 0)
+
+
+def squared_gradients(
+    model: XLMRForTokenClassification, bank: Rows, settings: StepSettings, row: int, sentences: StreamBatch
+) -> Tensor:
+    """Mean over sentences of the square of each one's gradient in a row of the bank, without dropout. Returns fp32 [P].
+
+    Copies of the row have a sentence each, so one packed pass gives the gradients of several.
+    """
+    copies, (pool, indices, _) = bank.select([row] * COPIES), sentences
+    total = torch.zeros_like(bank.param[row])
+    for start in range(0, len(indices), COPIES):
+        some = indices[start : start + COPIES]
+        batch = pack([Part(pool, some[i : i + 1], i) for i in range(len(some))], COPIES).to(total.device)
+        _backward(model, copies, settings.without_dropout(), 0, COPIES, batch)
+        for grad in copies.grad.float():
+            total += grad.square()
+    return total / len(indices)

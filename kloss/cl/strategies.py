@@ -6,6 +6,8 @@ To add one: a function from (order, groups) to a Layout, a line in STRATEGIES, a
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from .learner import Experience
+
 Order = Sequence[str]
 
 
@@ -15,7 +17,7 @@ class Layout(NamedTuple):
     cell(i, j): for row i and the j-th language, the learner to score and how many experiences it has completed.
     """
 
-    streams: Sequence[Sequence[Sequence[str]]]  # for each learner, the locales of each experience
+    streams: Sequence[Sequence[Sequence[str] | Experience]]  # for each learner, the locales of each experience, or more of it
     rows: int  # of R, the untrained row 0 included
     cell: Callable[[int, int], tuple[int, int]]
 

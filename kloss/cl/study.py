@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import UserError
 from ..files import read_json
 from .languages import check_locales, groups
-from .learner import Learner, Scores
+from .learner import ALL, Experience, Learner, Scores
 from .probes import Probe, State
 from .spans import f1_from_counts
 from .strategies import STRATEGIES, Layout
@@ -126,9 +126,9 @@ def plan(config: Config, locales: Sequence[str]) -> Study:
     return Study(trials, list(index), to_score)
 
 
-def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, lr: float, seed: int) -> Learner:
+def _learner(config: Config, stream: Sequence[Sequence[str] | Experience], rank: int | None, lr: float, seed: int) -> Learner:
     return Learner(
-        experiences=tuple(tuple(experience) for experience in stream),
+        experiences=tuple(map(Experience.of, stream)),
         rank=rank,
         lr=lr,
         seed=seed,
@@ -141,4 +141,5 @@ def _learner(config: Config, stream: Sequence[Sequence[str]], rank: int | None, 
         weight_decay=config.weight_decay,
         max_norm=config.max_norm,
         head_lr=config.head_lr,
+        trains=ALL if rank is None else config.trains,
     )

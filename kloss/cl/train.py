@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,15 +11,16 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
+from ..models.rows import overwrite
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
 from .learner import Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .probes import State
-from .shapes import check_shape
+from .progress import check_progress
 from .states import KeptRow
-from .step import StepSettings, train_step
+from .step import Ruled, StepSettings, squared_gradients, train_step
 from .stream import Stream
 
 
@@ -29,8 +32,10 @@ class Cohort:
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     partition: dev or test, what is scored.
     to_keep: for each learner, the experiences after which its row is given to `keep`, as the state of a learner of the cohort.
+    score_every: for each learner, after how many steps of an experience it is scored besides, on what is scored at the end of the
+        experience; 0: never.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
-    Attributes: scores, one per learner; failed, {learner: why its training ended early}.
+    Attributes: scores, and curves by step, one per learner; failed, {learner: why its training ended early}.
     """
 
     def __init__(
@@ -45,10 +50,12 @@ class Cohort:
         partition: str = "test",
         to_keep: Sequence[Container[int]] = (),
         keep: Callable[[State, KeptRow], None] | None = None,
+        score_every: Sequence[int] = (),
     ):
         self.model, self.corpus, self.learners, self.to_score = model, corpus, learners, to_score
         self.pass_tokens, self.exact, self.partition = pass_tokens, exact, partition
         self.to_keep, self.keep = to_keep, keep
+        self.score_every = score_every or [0] * len(learners)
         weight = model.classifier.weight
         self.device = weight.device
         self.bank: Rows
@@ -69,7 +76,10 @@ class Cohort:
                 exact=exact,
             )
         self.streams = [Stream.of(corpus, learner) for learner in learners]
+        self.rules = {g: learner.rule for g, learner in enumerate(learners) if learner.rule is not None}
+        self.noted = {g: {n: torch.zeros_like(self.bank.param[g]) for n in rule.state} for g, rule in self.rules.items()}
         self.scores: list[Scores] = [{} for _ in learners]
+        self.curves: list[Scores] = [{} for _ in learners]
         self.failed: dict[int, str] = {}
         self.tokens = 0
         self._team: _Team | None = None
@@ -97,17 +107,24 @@ class Cohort:
             self._team.rewind()
             self._team.write_back()
         counters = [stream.counters() for stream in self.streams]
-        scores = [{str(experience): row for experience, row in table.items()} for table in self.scores]
+        scores, curves = ([{str(at): row for at, row in table.items()} for table in each] for each in (self.scores, self.curves))
         failed = {str(g): reason for g, reason in self.failed.items()}
-        return self.bank.state(), {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
+        state = {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
+        return self._tensors(), state | ({"curves": curves} if any(self.score_every) else {})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The bank's state, and what rules have noted."""
+        noted = {f"{name} of {g}": tensor for g, tensors in self.noted.items() for name, tensor in tensors.items()}
+        return self.bank.state() | noted
 
     def load_state(self, tensors: dict[str, Tensor], state: dict, *, finite: bool = False) -> None:
         """The inverse of `state`. Raises UserError if tensors and JSON cannot be these learners'.
 
         finite: refuse weights and moments that are not finite, but for learners that have diverged.
         """
-        check_progress(state, self.streams, self.to_score)
-        self.bank.load_state(tensors)
+        check_progress(state, self.learners, self.corpus, self.to_score, self.score_every)
+        overwrite(self._tensors(), tensors)
+        self.bank.refresh()
         for g, stream in enumerate(self.streams):
             if not 0 <= self.steps[g] <= stream.steps():
                 raise UserError(f"steps of learner {g} are {int(self.steps[g])}, not 0 to {stream.steps()}")
@@ -116,7 +133,9 @@ class Cohort:
                     raise UserError(f"{name} of learner {g} is not finite")
         for stream, counters in zip(self.streams, state["counters"], strict=True):
             stream.seek(counters)
-        self.scores = [{int(experience): row for experience, row in table.items()} for table in state["scores"]]
+        for name in ("scores", "curves"):
+            if name in state:
+                setattr(self, name, [{int(at): row for at, row in table.items()} for table in state[name]])
         self.failed = {int(g): reason for g, reason in state["failed"].items()}
         self.tokens = state["tokens"]
 
@@ -131,8 +150,12 @@ class Cohort:
         while learners := [g for g in range(len(self.learners)) if not self.ended(g)]:
             self._team = team = _Team(self, learners)
             while team.goes_on():
-                loss, ended = team.advance()
-                self._score(team.bank, [learners[row] for row in ended], ended, team.graphs)
+                loss, ended, due = team.advance()
+                if ended:
+                    team.note(ended)
+                    self._score(team.bank, [learners[row] for row in ended], ended, team.graphs)
+                if due:
+                    self._trace(team, due)
                 after_step(self, loss)
             team.write_back()
             self._team = None
@@ -143,57 +166,43 @@ class Cohort:
 
     def _score(self, bank: Rows, learners: Sequence[int], rows: Sequence[int], graphs: Graphs | None = None) -> None:
         """Score `learners` (bank rows `rows`) at the point they have reached in their streams. graphs: of this bank."""
-        pairs, cells = [], []
+        cells = []
         for g, row in zip(learners, rows, strict=True):
             experience = self.streams[g].experience
             if self.keep is not None and experience in self.to_keep[g]:
                 assert isinstance(self.bank, AdapterBank)  # probes are made of adapters
                 self.keep(State(g, experience), KeptRow(bank.param[row], self.bank.rank))
             table = self.scores[g].setdefault(experience, {})
-            for locale in self.to_score[g].get(experience, ()):
-                pairs.append((row, locale))
-                cells.append((table, locale))
+            cells += [(row, locale, table) for locale in self.to_score[g].get(experience, ())]
+        self._fill(bank, cells, graphs)
+
+    def _trace(self, team: "_Team", due: Mapping[int, int]) -> None:
+        """Score learners within their experiences. due: row -> steps of its learner so far."""
+        cells = []
+        for row, step in due.items():
+            g = team.learners[row]
+            table = self.curves[g].setdefault(step, {})
+            cells += [(row, locale, table) for locale in self.to_score[g].get(self.streams[g].experience + 1, ())]
+        self._fill(team.bank, cells, team.graphs)
+
+    def _fill(self, bank: Rows, cells: Sequence[tuple[int, str, dict[str, list[int]]]], graphs: Graphs | None) -> None:
+        """Score (row of the bank, locale) and put the counts into a table."""
+        pairs = [(row, locale) for row, locale, _ in cells]
         counts = evaluate(
             self.model, bank, self.corpus, pairs, partition=self.partition, pass_tokens=self.pass_tokens, graphs=graphs
         )
-        for (table, locale), count in zip(cells, counts.tolist(), strict=True):
+        for (_, locale, table), count in zip(cells, counts.tolist(), strict=True):
             table[locale] = count
 
 
-def _reached(stream: Stream, counters: list[int]) -> bool:
-    """Return whether a stream comes by this position."""
-    if len(counters) != 3 or not 0 <= counters[0] <= len(stream.experiences):
-        return False
-    if counters[0] == len(stream.experiences):
-        return counters[1:] == [0, 0]
-    batches = -(-stream.sentences(counters[0]) // stream.batch_size)
-    return 0 <= counters[1] < stream.epochs and 0 <= counters[2] < batches
+class _Packed(NamedTuple):
+    """What a step needs of the streams."""
 
-
-PROGRESS = {"counters": [[int]], "scores": [{str: {str: [int]}}], "failed": {str: str}, "tokens": int}
-
-
-def check_progress(state: object, streams: Sequence[Stream], to_score: Sequence[Mapping[int, Sequence[str]]]) -> None:
-    """Check that the JSON of `Cohort.state` can be that of learners with these streams. Raises UserError if it cannot."""
-    check_shape(state, PROGRESS)
-    assert isinstance(state, dict)
-    learners = {str(g) for g in range(len(streams))}
-    if not len(state["counters"]) == len(state["scores"]) == len(streams) or not state["failed"].keys() <= learners:
-        raise UserError(f"it is not of {len(streams)} learners")
-    if state["tokens"] < 0:
-        raise UserError(f"tokens are {state['tokens']}")
-    for g, (stream, counters, table) in enumerate(zip(streams, state["counters"], state["scores"], strict=True)):
-        if not _reached(stream, counters):
-            raise UserError(f"counters of learner {g} are {counters}")
-        scored = {str(experience): set(to_score[g].get(experience, ())) for experience in range(counters[0] + 1)}
-        there = {experience: row.keys() for experience, row in table.items()}
-        if str(g) in state["failed"]:  # it is scored up to where it diverged
-            scored = {experience: scored[experience] for experience in scored.keys() & there}
-        if there != scored:
-            raise UserError(f"learner {g} has not the scores of its experiences")
-        for count in (count for row in table.values() for count in row.values()):
-            if len(count) != 3 or not 0 <= count[0] <= min(count):
-                raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
+    batches: list[PackedBatch]  # one a pass
+    ended: list[int]  # the rows whose experience ends with it
+    due: dict[int, int]  # row that is scored behind it, within its experience -> steps of its learner
+    ruled: list[Ruled]  # the rows whose rule applies
+    rate: Tensor | None  # fp64 [rows], of the present experiences; None: all are 1
 
 
 class _Team:
@@ -206,9 +215,10 @@ class _Team:
         self.cohort, self.learners = cohort, learners
         everyone = len(learners) == len(cohort.learners)
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
-        self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact)
+        self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact, bank=self.bank)
+        self.rated = any(experience.rate != 1 for g in learners for experience in cohort.learners[g].experiences)
         self.graphs = Graphs(cohort.device)
-        self._ahead: tuple[list[PackedBatch], list[list[int]]] | None = None
+        self._ahead: tuple[_Packed, list[list[int]]] | None = None
         self._start()
 
     def _start(self) -> None:
@@ -238,24 +248,58 @@ class _Team:
             room -= tokens
         return [*passes, (first, len(self.learners))]
 
-    def _pack(self) -> tuple[list[PackedBatch], list[int]]:
-        """The next batch of each pass, and the rows whose experience ends with it."""
-        batches, ended = [], []
+    def _pack(self) -> "_Packed":
+        """All that the next step needs of the streams, which move on."""
+        packed = _Packed([], [], {}, [], self._rate())
         for first, last in self.passes:
             parts = []
             for row in (row for row in self.live if first <= row < last):
-                batch = self.cohort.streams[self.learners[row]].next()
+                stream = self.cohort.streams[self.learners[row]]
+                packed.ruled.extend(self._ruled(row, stream))
+                batch = stream.next()
                 parts.append(Part(batch.sentences, batch.indices, row - first))
-                ended += [row] * batch.ended
-            batches.append(pack(parts, last - first, padded=self.graphs.enabled))
-        return batches, ended
+                packed.ended.extend([row] * batch.ended)
+                if stream.due(self.cohort.score_every[self.learners[row]]):
+                    packed.due[row] = stream.step
+            packed.batches.append(pack(parts, last - first, padded=self.graphs.enabled))
+        return packed
+
+    def _rate(self) -> Tensor | None:
+        if not self.rated:
+            return None
+        streams = [self.cohort.streams[g] for g in self.learners]
+        return send(torch.tensor([stream.rate for stream in streams], dtype=torch.float64), self.cohort.device)
+
+    def _ruled(self, row: int, stream: Stream) -> list[Ruled]:
+        """The row with its rule, if it has one that applies to its stream's next batch."""
+        g = self.learners[row]
+        rule = self.cohort.rules.get(g)
+        if rule is None or stream.experience == 0:
+            return []
+        memory = None
+        if rule.replays:
+            pool, indices, _ = stream.replayed(rule.number)
+            memory = pack([Part(pool, indices, 0)], 1, padded=self.graphs.enabled)
+        return [Ruled(row, rule, self.cohort.noted[g], memory)]
+
+    def note(self, ended: Sequence[int]) -> None:
+        """Have the rules of rows whose experience has ended note what was learned."""
+        for row in ended:
+            g = self.learners[row]
+            rule, stream = self.cohort.rules.get(g), self.cohort.streams[g]
+            if rule is not None and not stream.finished:
+                rule.learned(self.bank.param[row], self.cohort.noted[g], partial(self._squares, row, stream))
+
+    def _squares(self, row: int, stream: Stream, count: int) -> Tensor:
+        sentences = stream.some(stream.experience - 1, count)
+        return squared_gradients(self.cohort.model, self.bank, self.settings, row, sentences)
 
     def _pack_ahead(self) -> None:
         """Pack the next step, while a GPU computes this one. Not across the end of an experience, where scores come between."""
         before = [self.cohort.streams[g].counters() for g in self.learners]
-        batches, ended = self._pack()
-        self._ahead = batches, before
-        if ended:
+        packed = self._pack()
+        self._ahead = packed, before
+        if packed.ended:
             self.rewind()
 
     def rewind(self) -> None:
@@ -265,17 +309,18 @@ class _Team:
                 self.cohort.streams[g].seek(counters)
             self._ahead = None
 
-    def advance(self) -> tuple[float, list[int]]:
+    def advance(self) -> tuple[float, list[int], dict[int, int]]:
         """Train every live row for one step.
 
-        Returns the mean of the finite losses, and the rows whose experience has ended. A row whose loss or gradient norm is
-        not finite is entered in the cohort's `failed`.
+        Returns the mean of the finite losses, the rows whose experience has ended, and those due as in `_Packed`. A row whose
+        loss or gradient norm is not finite is entered in the cohort's `failed`.
         """
         cohort = self.cohort
-        batches, ended = self._pack() if self._ahead is None else (self._ahead[0], [])
+        batches, ended, due, ruled, rate = self._pack() if self._ahead is None else self._ahead[0]
         self._ahead = None
         cohort.tokens += sum(batch.tokens for batch in batches)
-        results = train_step(cohort.model, self.bank, self.settings, batches, graphs=self.graphs, active=self.active)
+        train = partial(train_step, cohort.model, self.bank, self.settings, graphs=self.graphs, active=self.active)
+        results = train(batches, ruled=ruled, rate=rate)
         both = torch.stack([result.float() for result in results])
         if self.graphs.enabled and not ended:
             self._pack_ahead()
@@ -284,9 +329,10 @@ class _Team:
             reason = f"loss {float(loss[row]):g}, gradient norm {float(norms[row]):g}"
             cohort.failed[self.learners[row]] = f"diverged at step {int(self.bank.steps[row]) + 1}: {reason}"
             ended = [other for other in ended if other != row]
+            due.pop(row, None)
         loss = loss[self.live]
         finite = loss[torch.isfinite(loss)]
-        return float(finite.mean()) if finite.numel() else math.nan, ended
+        return float(finite.mean()) if finite.numel() else math.nan, ended, due
 
     def write_back(self) -> None:
         """Copy the rows, with their optimiser's state, to the cohort's bank."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .learner import Experience
 from .strategies import STRATEGIES
 
 Run = Mapping[str, Any]  # an entry of "runs" in scores.json
@@ -49,8 +50,8 @@ def _traits(strategy: str | None, order: tuple[str, ...], groups: tuple[tuple[st
     return Traits(frozenset(read), (learned != last).any(axis=1), can_destroy, cells[..., 0] == last[:, 0])
 
 
-def _frozen(stream: Sequence[Sequence[str]]) -> Hashable:
-    return tuple(map(tuple, stream))
+def _frozen(stream: Sequence[Sequence[str] | Experience]) -> Hashable:
+    return tuple(map(Experience.of, stream))
 
 
 def unit_of(run: Run, *, end: bool = True) -> Unit:

@@ -7,6 +7,7 @@ Saving, forking or loading an adapter is a row copy; the optimiser is elementwis
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,9 +172,29 @@ class AdapterBank(Rows):
         self.reset_state_(g)
         self.refresh(g)
 
-    def trainable(self, g: int) -> int:
-        """Number of weights that adapter g trains: its ranks' share of the row, and its head."""
-        sizes = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """The slots whose names, such as 0.qkv.a or head.bias, match one of the patterns of `fnmatch`.
+
+        Raises UserError for a pattern that none matches.
+        """
+        matched = {pattern: [name for name in self.slots if fnmatchcase(name, pattern)] for pattern in patterns}
+        for pattern, names in matched.items():
+            if not names:
+                first, *_, last = (name for name in self.slots if name not in HEAD)
+                allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
+                raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
+        return [name for name in self.slots if any(name in names for names in matched.values())]
+
+    def columns(self, patterns: Sequence[str]) -> Tensor:
+        """Whether a column is of a slot that matches, bool [P], on param's device. Raises UserError as `matching`."""
+        mask = torch.zeros(self.param.shape[1], dtype=torch.bool)
+        for slot in map(self.slots.__getitem__, self.matching(patterns)):
+            mask[slot.start : slot.start + math.prod(slot.shape)] = True
+        return mask.to(self.param.device)
+
+    def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:
+        """Number of weights that adapter g trains in slots that match: its ranks' share of the row, and its head."""
+        sizes = {name: math.prod(self.slots[name].shape) for name in self.matching(patterns)}
         lora = sum(size for name, size in sizes.items() if not name.startswith("head"))
         return lora * int(self.ranks[g]) // self.rank + sum(sizes.values()) - lora
 

@@ -1,6 +1,6 @@
 """Weights of several learners as the rows of a matrix, each row with all that its optimiser knows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ class Rows:
         """Where backward writes the gradients of `adapters_of`; None: it adds them to `grad`."""
         return None
 
-    def trainable(self, g: int) -> int:
-        """Number of weights that row g trains."""
+    def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:
+        """Number of weights that row g trains; patterns of slots have a meaning for adapters alone."""
         return self.param.shape[1]
 
     def zero_grad(self) -> None:
@@ -183,16 +183,21 @@ class Rows:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises UserError, with nothing changed, for tensors of another name, shape or dtype."""
-        own = self.state()
-        if tensors.keys() != own.keys():
-            raise UserError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}, not {', '.join(STATE)}")
-        for name, tensor in own.items():
-            given, needed = ((x.dtype, list(x.shape)) for x in (tensors[name], tensor))
-            if given != needed:  # copy_ would broadcast and convert
-                raise UserError(f"{name} is {given[0]} of shape {given[1]}, not {needed[0]} of shape {needed[1]}")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        overwrite(self.state(), tensors)
         self.refresh()
+
+
+@torch.no_grad()
+def overwrite(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into `own`. Raises UserError, with nothing changed, for tensors of another name, shape or dtype."""
+    if tensors.keys() != own.keys():
+        raise UserError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}, not {', '.join(own)}")
+    for name, tensor in own.items():
+        given, needed = ((x.dtype, list(x.shape)) for x in (tensors[name], tensor))
+        if given != needed:  # copy_ would broadcast and convert
+            raise UserError(f"{name} is {given[0]} of shape {given[1]}, not {needed[0]} of shape {needed[1]}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def nonzero(grad: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config import Config
-from ..learner import Learner
+from ..learner import Experience, Learner
 from ..metrics import FLOOR
 from ..probes import Counts
 from ..spans import f1_from_counts
@@ -32,7 +32,7 @@ def _trials(study: Study) -> list[Trial]:
 
 
 def _fork(parent: Learner, locale: str) -> Learner:
-    return replace(parent, experiences=((locale,),), start=(parent, len(parent.experiences)))
+    return replace(parent, experiences=(Experience((locale,)),), start=(parent, len(parent.experiences)))
 
 
 def plan(config: Config, study: Study) -> Needs:

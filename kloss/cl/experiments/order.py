@@ -11,6 +11,7 @@ import numpy as np
 
 from ...config import Config
 from ..languages import check_locales
+from ..learner import Experience
 from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import crossed_interval
@@ -45,7 +46,7 @@ def _designs(config: Config, study: Study) -> list[tuple[Trial, str, tuple[str, 
 
 
 def _learner(study: Study, trial: Trial, order: Sequence[str]) -> Any:
-    return replace(study.learners[trial.learners[0]], experiences=tuple((locale,) for locale in order))
+    return replace(study.learners[trial.learners[0]], experiences=tuple(Experience((locale,)) for locale in order))
 
 
 def plan(config: Config, study: Study) -> Needs:

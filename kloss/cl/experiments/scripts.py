@@ -15,7 +15,7 @@ import numpy as np
 
 from ...config import Config
 from ..effects import contrast
-from ..learner import Learner
+from ..learner import Experience, Learner
 from ..metrics import FLOOR, retained
 from ..probes import Counts
 from ..spans import f1_from_counts
@@ -57,7 +57,7 @@ def _designs(study: Study) -> list[tuple[Trial, Sequences]]:
 
 
 def _learner(study: Study, trial: Trial, order: Sequence[str]) -> Learner:
-    return replace(study.learners[trial.learners[0]], experiences=tuple((locale,) for locale in order))
+    return replace(study.learners[trial.learners[0]], experiences=tuple(Experience((locale,)) for locale in order))
 
 
 def plan(config: Config, study: Study) -> Needs:

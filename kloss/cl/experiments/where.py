@@ -61,7 +61,7 @@ def plan(config: Config, study: Study) -> Needs:
             learner, run = study.learners[g], {"label": trial.label, "order_name": trial.order_name, "seed": trial.seed}
             last = len(learner.experiences)
             for step in range(1, last if learner.rank is not None else 0):
-                (locale,) = learner.experiences[step - 1]
+                (locale,) = learner.experiences[step - 1].locales
                 states = State(g, last), State(g, step)
                 for part in PARTS:
                     about = run | {"lr": trial.lr, "locale": locale, "part": part}

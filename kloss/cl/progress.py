@@ -1,0 +1,47 @@
+"""What a checkpoint says of how far learners are, and whether it can be so."""
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import UserError
+from .corpus import Corpus
+from .learner import Learner
+from .shapes import check_shape
+from .stream import Stream
+
+TABLES = [{str: {str: [int]}}]
+PROGRESS = {"counters": [[int]], "scores": TABLES, "curves?": TABLES, "failed": {str: str}, "tokens": int}
+
+
+def check_progress(
+    state: object,
+    learners: Sequence[Learner],
+    corpus: Corpus,
+    to_score: Sequence[Mapping[int, Sequence[str]]],
+    score_every: Sequence[int],
+) -> None:
+    """Check that the JSON of `Cohort.state` can be that of these learners. Raises UserError if it cannot."""
+    check_shape(state, PROGRESS)
+    assert isinstance(state, dict)
+    streams, numbers = [Stream.of(corpus, learner) for learner in learners], {str(g) for g in range(len(learners))}
+    curves = state.get("curves", [{} for _ in learners])
+    lengths = {len(state["counters"]), len(state["scores"]), len(curves)}
+    if lengths != {len(streams)} or not state["failed"].keys() <= numbers:
+        raise UserError(f"it is not of {len(streams)} learners")
+    if state["tokens"] < 0:
+        raise UserError(f"tokens are {state['tokens']}")
+    for g, (stream, counters, table, curve) in enumerate(zip(streams, state["counters"], state["scores"], curves, strict=True)):
+        if not stream.comes_by(counters):
+            raise UserError(f"counters of learner {g} are {counters}")
+        stream.seek(counters)
+        scored = {str(experience): set(to_score[g].get(experience, ())) for experience in range(counters[0] + 1)}
+        marks = stream.marks(score_every[g]).items()
+        traced = {str(step): set(to_score[g].get(i + 1, ())) for step, i in marks if step <= stream.step}
+        for wanted, given in ((scored, table), (traced, curve)):
+            there = {at: row.keys() for at, row in given.items()}
+            if str(g) in state["failed"]:  # it is scored up to where it diverged
+                wanted = {at: wanted[at] for at in wanted.keys() & there}
+            if there != wanted:
+                raise UserError(f"learner {g} has not the scores of its experiences")
+        for count in (count for row in (*table.values(), *curve.values()) for count in row.values()):
+            if len(count) != 3 or not 0 <= count[0] <= min(count):
+                raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
