@@ -75,6 +75,24 @@ def test_the_base_product_lands_on_the_lora_term():
         assert vendor < 1.1 * fused, name
 
 
+@pytest.mark.parametrize("backend", ["torch", "csrc"])
+def test_threads_change_no_bit_of_an_exact_layer(backend):
+    """torch's products in fp32 sum in other orders on more threads; with few rows on two already, with any on four."""
+    case, before = problem([6, 50, 11], [0, 1, 2], adapters=3, k=96, n=96, p=0.5), torch.get_num_threads()
+    if backend == "csrc" and not multi_lora_cpu.fits(case.x, case.weight, 1):
+        pytest.skip("not built")
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(outputs(kernels.multi_lora_linear, case, grads=("x", "lora_a", "lora_b"), exact=True, backend=backend))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name in ("y", "x", "lora_a", "lora_b"):
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("span", [1, 2, 4, 16])
 def test_chunks_that_one_program_adds(span, device, monkeypatch):

@@ -51,9 +51,9 @@ FAULTS = {
     "seed dtype": ("dropout.seed", torch.Tensor.float, "^dropout.seed is of torch.float32"),
     "row_key dtype": ("dropout.row_key", torch.Tensor.int, "^dropout.row_key is of torch.int32"),
     "complex lora_a": ("lora_a", torch.Tensor.cfloat, "expected float lora_a"),
-    "no backend": ("backend", "", "triton, csrc, torch or None, got ''"),
+    "no backend": ("backend", "", "triton, hopper, csrc, torch or None, got ''"),
     "device": ("lora_b", lambda b: b.to("meta"), "lora_b is on meta, x on cpu"),
-    "backend": ("backend", "cuda", "triton, csrc, torch or None, got 'cuda'"),
+    "backend": ("backend", "cuda", "triton, hopper, csrc, torch or None, got 'cuda'"),
 }
 
 

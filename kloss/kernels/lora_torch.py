@@ -5,6 +5,7 @@ summation by shapes, strides and addresses, so products get an adapter's own row
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -92,11 +93,12 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
         keys, threshold = dropout
         mask = keep(keys, threshold, torch.arange(mask.shape[1], dtype=torch.int32, device=x.device))
     dropped = _dropped(x, mask)
-    for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
-        s_g = torch.mm(aligned(dropped[rows]), _live_a(aligned(lora_a[g]), slices, rank).t())  # [n, slices*rank]
-        b = _live_b(aligned(lora_b[g]), slices, rank)
-        y[rows] += _products(_by_slice(s_g, slices), b.transpose(1, 2), scale)
-        s[run].unflatten(1, (slices, -1))[..., :rank] = s_g.unflatten(1, (slices, -1))
+    with on_one_thread(exact):
+        for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
+            s_g = torch.mm(aligned(dropped[rows]), _live_a(aligned(lora_a[g]), slices, rank).t())  # [n, slices*rank]
+            b = _live_b(aligned(lora_b[g]), slices, rank)
+            y[rows] += _products(_by_slice(s_g, slices), b.transpose(1, 2), scale)
+            s[run].unflatten(1, (slices, -1))[..., :rank] = s_g.unflatten(1, (slices, -1))
     return y, s, mask
 
 
@@ -107,34 +109,50 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     dx = base_product(dy, weight.t(), None, order, ends, exact) if need_x else x.new_empty(0)
     d_a, d_b = (output.zero_() for output in call.outputs())
     dropped = _dropped(x, mask) if need_a else x
-    for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
-        dy_g = _by_slice(aligned(dy[rows]), slices)
-        ds = _products(dy_g, _live_b(aligned(lora_b[g]), slices, rank), scale)  # [n, slices*rank]
-        if need_b:
-            s_g = s[run].unflatten(1, (slices, -1))[..., :rank].contiguous().flatten(1)  # as forward computed it
-            s_g = _by_slice(aligned(s_g), slices)
-            d_b_g = torch.baddbmm(s.new_zeros(1, 1, 1), dy_g.transpose(1, 2), s_g, beta=0, alpha=scale)
-            d_b[g, :, :rank] = d_b_g.flatten(0, 1)
-        if need_a:
-            d_a_g = torch.mm(ds.t(), aligned(dropped[rows]))
-            d_a[g].unflatten(0, (slices, -1))[:, :rank] = d_a_g.unflatten(0, (slices, -1))
-        if need_x:
-            dx_g = torch.mm(ds, _live_a(aligned(lora_a[g]), slices, rank))
-            dx[rows] += torch.where(mask[rows, : x.shape[1]], dx_g, dx_g.new_zeros(())) if dropout else dx_g
+    with on_one_thread(exact):
+        for g, run, rows, rank, scale in _runs(order, ends, ranks, lora_b.shape[2], scaling):
+            dy_g = _by_slice(aligned(dy[rows]), slices)
+            ds = _products(dy_g, _live_b(aligned(lora_b[g]), slices, rank), scale)  # [n, slices*rank]
+            if need_b:
+                s_g = s[run].unflatten(1, (slices, -1))[..., :rank].contiguous().flatten(1)  # as forward computed it
+                s_g = _by_slice(aligned(s_g), slices)
+                d_b_g = torch.baddbmm(s.new_zeros(1, 1, 1), dy_g.transpose(1, 2), s_g, beta=0, alpha=scale)
+                d_b[g, :, :rank] = d_b_g.flatten(0, 1)
+            if need_a:
+                d_a_g = torch.mm(ds.t(), aligned(dropped[rows]))
+                d_a[g].unflatten(0, (slices, -1))[:, :rank] = d_a_g.unflatten(0, (slices, -1))
+            if need_x:
+                dx_g = torch.mm(ds, _live_a(aligned(lora_a[g]), slices, rank))
+                dx[rows] += torch.where(mask[rows, : x.shape[1]], dx_g, dx_g.new_zeros(())) if dropout else dx_g
     return dx, *call.returned(d_a, d_b)
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, ends: Tensor, exact: bool) -> Tensor:
-    """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, for BLAS chooses its order of summation by the whole shape."""
+    """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, on one thread: BLAS chooses its order of summation by both."""
     if not exact:
         return F.linear(x, weight, bias)
     runs = host_runs(ends)
     first = runs[-1][2] if runs else 0  # of the rows without an adapter
     behind = torch.arange(order.numel(), x.shape[0], device=x.device)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for rows in (*rows_of(runs, order), torch.cat([order[first:], behind])):
-        y[rows] = F.linear(aligned(x[rows]), weight, bias)
+    with on_one_thread(True):
+        for rows in (*rows_of(runs, order), torch.cat([order[first:], behind])):
+            y[rows] = F.linear(aligned(x[rows]), weight, bias)
     return y
+
+
+@contextmanager
+def on_one_thread(exact: bool) -> Iterator[None]:
+    """Within it torch computes on one thread, if exact: in fp32 its products sum in other orders on more."""
+    threads = torch.get_num_threads()
+    if not exact or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _runs(
