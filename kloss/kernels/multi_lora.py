@@ -63,9 +63,9 @@ def multi_lora_linear(
     exact: the base product has fixed tiles too, so a row's bits do not depend on who shares the batch.
     into: tensors of lora_a's and lora_b's shapes and dtypes. Backward writes the two gradients there, over what they held, and
         gives autograd none; adapters without rows get zeros.
-    backend: "triton", "hopper" (on such a GPU, `lora_hopper.serves`), "csrc" (on a CPU, K and N / slices multiples of 32), "torch".
-        None: on a GPU hopper where it serves and is faster, or with `exact`, else Triton; on a CPU csrc where it fits, else plain
-        torch; fp64 is always plain torch.
+    backend: "triton", "hopper" (on such a GPU, `lora_hopper.serves`), "csrc" (on a CPU, K and N / slices multiples of 32) or
+        "torch". None: on a GPU hopper where it serves and is faster, or with `exact`, else Triton; on a CPU csrc where it fits,
+        else plain torch; fp64 is always plain torch.
     Returns [T, N] in x's dtype, under autocast in autocast's. Differentiable once in x, weight, bias, lora_a, lora_b.
     Raises ValueError for tensors that do not fit each other.
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
