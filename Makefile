@@ -2,7 +2,7 @@ PYTHON ?= python3
 ENV := .venv
 PY := $(ENV)/bin/python
 
-.PHONY: run test check bench kernels sanitize size clean
+.PHONY: run test check bench docs kernels sanitize size clean
 
 run: $(ENV)/ready
 	$(PY) -m kloss.run $(ARGS)
@@ -22,6 +22,11 @@ check: $(ENV)/ready-to-test
 bench: $(ENV)/ready-to-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-columns=median,iqr,rounds
 	OMP_NUM_THREADS=1 $(PY) -m bench.crossover $(ARGS)
+
+# The pages of docs/ and the functions' docstrings, into site/.
+docs: $(ENV)/ready
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(PY) -m mkdocs build --strict
 
 kernels: $(ENV)/ready-to-test
 	$(PY) -m bench.compiled $(ARGS)
