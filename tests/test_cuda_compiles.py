@@ -144,3 +144,39 @@ def test_what_the_library_would_trust_is_checked(no_gpu):
         cuda_library._span_counts(longs, longs[:1], ints, longs, None, None, counts)
     with pytest.raises(ValueError, match="belong together"):
         cuda_library._span_counts(longs, longs, ints, longs, longs, None, counts)
+
+
+def test_what_the_linear_would_trust_is_checked(no_gpu):
+    T, K, N, G, R = 70, 64, 384, 3, 16
+    good = dict(
+        x=torch.zeros(T, K), weight=torch.zeros(N, K), s=torch.zeros(T, 3 * R), factor=torch.zeros(G, N, R), bias=torch.zeros(N),
+        y=torch.zeros(T, N),
+    )  # fmt: skip
+    good = {name: tensor.bfloat16() for name, tensor in good.items()} | {
+        "tiles": torch.zeros(4, 3, dtype=torch.int32),
+        "slices": 3,
+    }
+    with pytest.raises(RuntimeError, match=r"kloss_linear: CUDA error \d+"):
+        cuda_library.linear(**good)
+    turned = good | {"weight": good["weight"].t().contiguous(), "factor": torch.zeros(G, 3 * R, N).bfloat16(), "slices": 1}
+    with pytest.raises(RuntimeError, match=r"kloss_linear: CUDA error \d+"):
+        cuda_library.linear(**turned, turned=True)
+    narrow = {"weight": torch.zeros(192, K), "factor": torch.zeros(G, 192, R), "bias": torch.zeros(192), "y": torch.zeros(T, 192)}
+    narrow = {name: tensor.bfloat16() for name, tensor in narrow.items()}
+    for change, message in (
+        ({"weight": good["weight"].t()}, "weight must be"),
+        ({"weight": good["weight"].half()}, "weight must be"),
+        ({"s": good["s"][:, ::2]}, "s must be"),
+        ({"factor": good["factor"][:, :-8]}, "factor must be"),
+        ({"factor": good["factor"].transpose(1, 2).contiguous().transpose(1, 2)}, "factor must be"),
+        ({"x": torch.zeros(T, K + 1).bfloat16()[:, :K]}, "x must be"),
+        ({"y": torch.zeros(T, N + 4).bfloat16()[:, 4:]}, "y must be"),
+        ({"bias": good["bias"][1:]}, "bias must be"),
+        ({"tiles": good["tiles"].long()}, "tiles must be"),
+        ({"p": torch.zeros(G + 1)}, "p must be"),
+        ({"keys": torch.zeros(T)}, "keys must be"),
+        (narrow, "192 columns and 3 slices do not fit"),
+        ({"s": torch.zeros(T, 24).bfloat16(), "factor": torch.zeros(G, N, 8).bfloat16()}, "rank 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda_library.linear(**good | change)
