@@ -32,6 +32,7 @@ class StackedRows(Rows):
             raise UserError("no adapter of this model requires gradients")
         super().__init__(self._layers[0].lora_a.new_zeros(len(self.names), width, requires_grad=False))
         self._births = [*self._layers[0].shared.births]
+        self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
 
     @property
     def names(self) -> list[str]:
@@ -77,6 +78,7 @@ class StackedRows(Rows):
         self.moments.copy_(moments[:, rows.clamp(min=0)]).masked_fill_(fresh[:, None], 0)
         self.steps.copy_(steps[rows.clamp(min=0)]).masked_fill_(fresh, 0)
         self._births = [*shared.births]
+        self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
         return slots
 
     def zero_grad(self) -> None:
@@ -86,29 +88,28 @@ class StackedRows(Rows):
 
     def collect(self) -> Tensor:
         """Copy weights and gradients of the rows whose gradients are not all zero or None. Returns which these are, bool [G]."""
-        active = torch.zeros_like(self.steps, dtype=torch.bool)
-        for factor, _ in self._factors():
-            if factor.grad is not None:
-                active |= nonzero(factor.grad).to(active.device)
-        rows = _index(active)
-        for factor, slot in self._factors():
-            self.param[rows, slot] = _rows(factor.detach(), rows).to(self.param.device)
-            self.grad[rows, slot] = 0 if factor.grad is None else _rows(factor.grad, rows).to(self.param.device)
+        factors = [factor for factor, _ in self._factors()]
+        grads = [factor.new_zeros(()).expand(factor.shape) if factor.grad is None else factor.grad for factor in factors]
+        torch._foreach_copy_(self._grads, grads)
+        active = nonzero(self.grad)
+        self._move(active, into_rows=True)
         return active
 
     def spread(self, rows: Tensor) -> None:
         """Copy the weights of these rows back."""
-        index = _index(rows)
-        for factor, slot in self._factors():
-            weights = self.param[index, slot].unflatten(1, factor.shape[1:]).to(factor.device)
-            factor.detach()[index if isinstance(index, slice) else index.to(factor.device)] = weights
+        self._move(rows, into_rows=False)
 
+    def _stacked(self, matrix: Tensor) -> list[Tensor]:
+        """Each factor's part of a matrix [G, P], in the factor's shape."""
+        return [matrix[:, slot].unflatten(1, factor.shape[1:]) for factor, slot in self._factors()]
 
-def _index(rows: Tensor) -> slice | Tensor:
-    """An index of rows, bool [G]."""
-    return slice(None) if bool(rows.all()) else rows.nonzero()[:, 0]
-
-
-def _rows(stacked: Tensor, rows: slice | Tensor) -> Tensor:
-    """Some rows of [G, ...], flat."""
-    return stacked[rows if isinstance(rows, slice) else rows.to(stacked.device)].flatten(1)
+    def _move(self, rows: Tensor, *, into_rows: bool) -> None:
+        """Copy the weights of these rows, bool [G], from the model, or back."""
+        model = [factor.detach() for factor, _ in self._factors()]
+        to, source = (self._weights, model) if into_rows else (model, self._weights)
+        if bool(rows.all()):
+            torch._foreach_copy_(to, source)
+            return
+        index = rows.nonzero()[:, 0]
+        for a, b in zip(to, source, strict=True):
+            a[index.to(a.device)] = b[index.to(b.device)].to(a.device)
