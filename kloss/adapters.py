@@ -19,7 +19,7 @@ from torch import nn
 
 from .errors import UserError
 from .files import NAME_BYTES, user_path
-from .models.attach import MultiAdapterLinear, adapted_layers, read_peft, save_peft
+from .models.attach import adapted_layers, read_peft, save_peft
 from .models.blocks import RepeatedRows, Shared
 from .models.peft_files import CONFIG
 from .models.settings import ALPHA, DROPOUT, one_each
@@ -131,7 +131,7 @@ def load(model: nn.Module, folder: str | Path, *, head: Literal["error", "ignore
 
 @torch.no_grad()
 def detach(model: nn.Module, adapter: Adapter | None = None) -> nn.Module:
-    """Take all adapters off, in place: the layers are nn.Linear again.
+    """Take all adapters off, in place: the layers are what they were, nn.Linear as a rule.
 
     adapter: the one that is merged into the weights, W + scaling B A; None: none, and the weights are those of before.
     Returns the model. Its parameters still require no gradients. A weight that was tied and changes is tied no more.
@@ -139,7 +139,7 @@ def detach(model: nn.Module, adapter: Adapter | None = None) -> nn.Module:
     """
     shared = _changing(model)
     g = None if adapter is None else shared.index(adapter)
-    linears = {layer: _linear(layer, g) for layer in adapted_layers(model)}
+    linears = {layer: layer.as_before(g) for layer in adapted_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in linears:
             parent, _, leaf = name.rpartition(".")
@@ -151,16 +151,6 @@ def detach(model: nn.Module, adapter: Adapter | None = None) -> nn.Module:
                 if isinstance(owner, RepeatedRows) and owner.blocks is shared.blocks:
                     del hooks[key]
     return model
-
-
-def _linear(layer: MultiAdapterLinear, g: int | None) -> nn.Linear:
-    """The nn.Linear that a layer was, adapter g merged into it."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
-    if g is not None:
-        update = layer.lora_b[g] @ layer.lora_a[g] * layer.shared.scaling[g]
-        linear.weight = nn.Parameter((layer.weight.to(update.dtype) + update).to(layer.weight.dtype), requires_grad=False)
-    return linear.train(layer.training)
 
 
 def _changing(model: nn.Module) -> Shared:

@@ -477,8 +477,7 @@ def test_mistakes_in_attach_change_nothing():
         (nn.Sequential(nn.ReLU()), {}, "choose no nn.Linear"),
         (nn.Linear(4, 4), {}, "choose no nn.Linear"),
         (hooked, {}, r"layer.1.output.dense has hooks"),
-        (encoder, {}, "linear1: torch's nn.TransformerEncoderLayer"),
-        (encoder, dict(targets="out_proj"), "out_proj is a NonDynamicallyQuantizableLinear"),
+        (encoder, dict(targets="out_proj"), "out_proj is in a MultiheadAttention, which takes its weight"),
     ):
         with pytest.raises(UserError, match=match):
             kloss.attach(given, **options)

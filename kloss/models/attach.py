@@ -1,4 +1,4 @@
-"""Many adapters on any model: its nn.Linear layers become multi-adapter ones, and each batch row names its adapter.
+"""Many adapters on any model: its linear layers become multi-adapter ones, and each batch row names its adapter.
 
     kloss.attach(model, adapters=52, rank=32)
     with kloss.use_adapters(model, [3, 0, -1, 3]):  # an adapter per batch row; -1: the base model alone
@@ -9,6 +9,7 @@ still applies momentum and weight decay; `kloss.optim.AdapterAdamW` leaves it as
 scalings, seeds and the dropout's step, and one without them is refused. `kloss.adapters` adds, removes, copies, saves and loads.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +29,13 @@ from ..kernels.dropout import draws, stream_keys
 from .blocks import Batch, RepeatedRows, Shared
 from .peft_files import fitted, read_adapter, write_adapter
 from .settings import check_names
-from .targets import find_targets, named, plain_modules, routed, time_first
+from .targets import find_targets, is_transposed, named, plain_modules, routed, time_first
 
 
 class MultiAdapterLinear(nn.Module):
-    """An nn.Linear with the LoRA update of each batch row's own adapter; outside `use_adapters` the nn.Linear itself.
+    """A linear layer with the LoRA update of each batch row's own adapter; outside `use_adapters` the linear itself.
 
-    weight: [N, K], the linear's own, frozen.
+    weight: [N, K], the linear's own, frozen; [K, N] of a Conv1D.
     bias: [N] or None, likewise.
     lora_a: [G, R, K], lora_b: [G, N, R], fp32 as in peft (fp64 on an fp64 base), rounded to the input's dtype where used. An
         adapter of rank r < R has r rows of A and r columns of B; zeros follow.
@@ -47,10 +48,13 @@ class MultiAdapterLinear(nn.Module):
     batch_first: bool | None = None  # whether inputs are [B, length, ...]: what the model or earlier inputs say, if anything
     routed = False  # its inputs [n, K] are tokens that a router chose, by its place in the model or by their number
 
-    def __init__(self, linear: nn.Linear, shared: Shared, name: str, site: int):
+    def __init__(self, linear: nn.Module, shared: Shared, name: str, site: int):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.transposed = is_transposed(linear)
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        self.in_features, self.out_features = weight.shape if self.transposed else weight.shape[::-1]
         self.shared, self.name, self.site = shared, name, site
+        self.plain = (_with_parameters(linear, None, None),)
         for parameter in ("weight", "bias"):
             self.register_parameter(parameter, linear._parameters[parameter])
         self.lora_a = nn.Parameter(self.drawn(range(len(shared.ranks))))
@@ -85,7 +89,7 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        weight, bias, blocks = self.weight, self.bias, self.shared.blocks
+        weight, bias, blocks = self.weight.t() if self.transposed else self.weight, self.bias, self.shared.blocks
         batch = None if torch.compiler.is_compiling() and not blocks.open else blocks.batch(self.name)
         if batch is None:
             return F.linear(x, weight, bias)
@@ -100,11 +104,24 @@ class MultiAdapterLinear(nn.Module):
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def as_before(self, g: int | None) -> nn.Module:
+        """The layer that this was made of, adapter g merged into its weight, or none."""
+        weight: Tensor = self.weight
+        if g is not None:
+            update = self.lora_b[g] @ self.lora_a[g] * self.shared.scaling[g]  # [N, K]
+            update = update.t() if self.transposed else update
+            weight = nn.Parameter((weight.to(update.dtype) + update).to(weight.dtype), requires_grad=False)
+        return _with_parameters(self.plain[0], weight, self.bias).train(self.training)
+
     def _check_layout(self, x: Tensor, batch: Batch) -> None:
-        """Raises ValueError where a batch of several adapters meets an input whose first dimension may not be the batch.
+        """Raises ValueError for a nested tensor, and where several adapters meet a first dimension that may not be the batch.
 
         Where the second dimension is as long as the batch too, `batch_first` decides, and the strides if nothing is known yet.
         """
+        if x.is_nested:
+            raise ValueError(
+                f"{self.name}: the input is a nested tensor; pass enable_nested_tensor=False to nn.TransformerEncoder"
+            )
         size, shape = len(batch.ids), x.shape
         first, second = len(shape) > 1 and shape[0] == size, len(shape) > 2 and shape[1] == size
         if first is not second and size > 1 and len(shape) > 2 and not torch.compiler.is_compiling():
@@ -128,6 +145,17 @@ class MultiAdapterLinear(nn.Module):
         raise ValueError(f"{self.name}: the input has shape {list(shape)}, {why}: use one id for all rows")
 
 
+def _with_parameters(linear: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    """A copy of a linear with other parameters."""
+    linear = copy.copy(linear)
+    linear._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+    return linear
+
+
+def _is_called(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing. torch's nn.TransformerEncoderLayer calls layers that have one, else it may take their weights."""
+
+
 def attach(
     model: nn.Module,
     adapters: int | Sequence[str] = 52,
@@ -138,20 +166,23 @@ def attach(
     dropout: float | Sequence[float] = 0.0,
     seed: int = 0,
 ) -> nn.Module:
-    """Put LoRA adapters on a model, in place: the targets' nn.Linear layers become `MultiAdapterLinear`.
+    """Put LoRA adapters on a model, in place: the targets' linear layers become `MultiAdapterLinear`.
+
+    These are nn.Linear, its subclasses that keep its forward, and transformers' Conv1D (GPT-2) and FalconLinear.
 
     adapters: G, or the name of each; without names they are called "0", "1" and so on.
     rank: one for all or one per adapter; the largest is R.
     targets: ends of layer names: ("query", "value") matches every name that is one of them or ends in "." and one of them.
-        "all-linear" matches every nn.Linear except the output head. The head is `model.get_output_embeddings()` and what lies
-        outside `model.base_model`, if the model has these.
+        "all-linear" matches every linear layer except the output head. The head is `model.get_output_embeddings()` and what lies
+        outside `model.base_model`, if the model has these. A warning names what is left out besides: linear layers that compute
+        otherwise (quantised ones) or whose weights another module takes (torch's attention, Mamba), and experts in one tensor.
     alpha: LoRA's, one for all or one per adapter. None: the rank, so that the scaling alpha / rank is 1.
     dropout: of the adapters' inputs in training, in [0, 1), one for all or one per adapter.
     seed: of A and of dropout. Adapter g does not depend on the number of adapters or on the other ranks.
     Returns the model. Its other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
     Raises UserError for a model that has adapters, kloss's or another library's, or is wrapped for several processes. Also for
-    targets that match no nn.Linear or another module, for layers that are not called as nn.Linear is, and for numbers out of
-    range. Then nothing has changed.
+    targets that match no linear layer or another module, for layers that may not be called, and for numbers out of range. Then
+    nothing has changed.
     """
     if any(isinstance(module, MultiAdapterLinear) for module in model.modules()):
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
@@ -165,6 +196,11 @@ def attach(
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
         layer.batch_first, layer.routed = False if seldom_first else None, linear in in_experts
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.children():
+                if child in layers:
+                    layers[child].register_forward_pre_hook(_is_called)
     model.requires_grad_(False)
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a layer may have several names
         if module in layers:
