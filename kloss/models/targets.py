@@ -34,6 +34,7 @@ READ_PAST = {
     "DetrMHAttentionMap": _ATTENTION_MAP,
     "ConditionalDetrMHAttentionMap": _ATTENTION_MAP,
     "MaskFormerDetrMHAttentionMap": _ATTENTION_MAP,
+    "DabDetrMHAttentionMap": ("k_linear",),
     "LongcatFlashTopkRouter": ("classifier",),
     "MobileBertLMPredictionHead": ("decoder", "dense"),
 }
