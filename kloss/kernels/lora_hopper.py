@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import cuda_library
-from .lora_tiles import Factor, reduce, shrink
+from .lora_tiles import Factor, shrink
 from .lora_torch import Backward, Forward
-from .lora_triton import WORK, beside, saved
+from .lora_triton import WORK, gradients, saved
 from .segments import Segments, Work
 
 __all__ = ["backward", "forward", "saved", "serves"]
@@ -61,27 +61,11 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dy, x, weight, lora_a, lora_b, scaling, s, keys, _, lists, slices, _, need_x, need_a, need_b, *_ = call
-    order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
-    (_, N, R), SR, K = lora_b.shape, s.shape[1], x.shape[1]
-    C = N // slices
-    p_and_keys = (dropout[0], keys) if dropout else (None, None)
-    dy = dy.contiguous()
-    dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
-    with torch.cuda.device_of(x), beside(x) as aside:
-        if need_b:
-            with aside():
-                reduce(dy, s, d_b, order, work, None, None, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
-        if need_x or need_a:
-            ds = torch.empty_like(s)
-            b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
-            shrink(dy, b, ds, order, work.tiles_64, None, scaling, K=C, C=R, R=R, blocks=slices)
-        if need_a:
-            with aside():
-                reduce(x, ds, d_a, order, work, None, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
-        if need_x:
-            cuda_library.linear(dy, weight, ds, lora_a, None, dx, work.tiles_64, *p_and_keys, turned=True)
-    return dx, *call.returned(d_a, d_b)
+    return gradients(call._replace(dy=call.dy.contiguous()), None, _product)
+
+
+def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, _order: Tensor, p_and_keys: tuple) -> None:
+    cuda_library.linear(call.dy, call.weight, ds, call.lora_a, None, dx, work.tiles_64, *p_and_keys, turned=True)
 
 
 def _is_hopper(device: torch.device) -> bool:

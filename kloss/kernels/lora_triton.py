@@ -57,16 +57,25 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    dy, x, weight, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, exact, need_x, need_a, need_b, *_ = call
+    return gradients(call, call.scaling, _product)
+
+
+def gradients(call: Backward, scaling_of_s: Tensor | None, product: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `backward` returns.
+
+    scaling_of_s: what dB_g = dyᵀ S lacks; None: S holds it.
+    product: fills dx, given (call, dS, dx, work, order, p and keys).
+    """
+    dy, x, _, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, _, need_x, need_a, need_b, *_ = call
     order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
-    (_, N, R), (rows, SR), K = lora_b.shape, s.shape, x.shape[1]
+    (_, N, R), SR, K = lora_b.shape, s.shape[1], x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
-    with torch.cuda.device_of(x), beside(x) as aside:
+    with torch.cuda.device_of(x), _beside(x) as aside:
         if need_b:
             with aside():
-                reduce(dy, s, d_b, order, work, ranks, scaling, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
+                reduce(dy, s, d_b, order, work, ranks, scaling_of_s, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
         if need_x or need_a:
             ds = torch.empty_like(s)
             b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
@@ -75,14 +84,21 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             with aside():
                 reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
-            a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
-            expand(ds, a, dy, weight, None, dx, order, work, ranks, None, *p_and_keys, R=R, blocks=1, slices=slices, fused=exact)
-            _add_base(dx, dy, weight, None, rows, exact)
+            product(call, ds, dx, work, order, p_and_keys)
     return dx, *call.returned(d_a, d_b)
 
 
+def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, order: Tensor, p_and_keys: tuple) -> None:
+    """dx = mask ⊙ (dS A_g) + dy W."""
+    dy, weight, lora_a, slices, R = call.dy, call.weight, call.lora_a, call.slices, call.lora_b.shape[2]
+    a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
+    rest = order, work, call.ranks, None, *p_and_keys
+    expand(ds, a, dy, weight, None, dx, *rest, R=R, blocks=1, slices=slices, fused=call.exact)
+    _add_base(dx, dy, weight, None, len(ds), call.exact)
+
+
 @contextmanager
-def beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """Within it `with aside():` launches kernels that wait for what was launched before; nothing waits for them until the end.
 
     In a graph that is captured they run on another stream; launched one by one the events would cost more than they save.
