@@ -75,6 +75,26 @@ class Lines:
         self.say(f"{self.text}: {', '.join(details)}")
 
 
+class Silent:
+    """The same calls, and nothing is shown."""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+class Others(Silent):
+    """Of the processes beside the first: no progress, and messages with the process's number."""
+
+    def __init__(self, console: rich.console.Console, rank: int):
+        self.console, self.rank = console, rank
+
+    def say(self, text: str) -> None:
+        self.console.out(f"process {self.rank}: {text}", highlight=False)
+
+
 class Console:
     """The terminal, or a plain log if there is none."""
 
@@ -82,8 +102,11 @@ class Console:
         self.out, self.err = rich.console.Console(), rich.console.Console(stderr=True)
 
     @contextmanager
-    def progress(self) -> Iterator[Bar | Lines]:
-        """Show progress while the block runs: live bars in a terminal, lines in a log."""
+    def progress(self, rank: int = 0) -> Iterator[Bar | Lines | Others]:
+        """Show progress while the block runs: live bars in a terminal, lines in a log. rank: of this process."""
+        if rank > 0:
+            yield Others(self.out, rank)
+            return
         if not (self.out.is_interactive or self.out.is_jupyter):
             lines = Lines(self.out)
             try:
@@ -126,8 +149,10 @@ class Console:
             self.out.print(escape(line), highlight=False, soft_wrap=True)
         self.out.print(f"report: {report}", highlight=False, soft_wrap=True)
 
-    def error(self, text: str) -> None:
-        self.err.print(f"kloss: {escape(text)}", style="red", highlight=False, soft_wrap=True)
+    def error(self, text: str, rank: int = 0) -> None:
+        """Print a line. rank: of this process."""
+        text = escape(text) if rank == 0 else f"process {rank}: {escape(text)}"
+        self.err.print(f"kloss: {text}", style="red", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
-from .cl.runner import cohorts_of, score_every
+from .cl.resume import score_every
+from .cl.shares import cohorts_of
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -146,6 +147,11 @@ def temporary_folder(parent: Path) -> Path:
     temporary = parent / f".tmp-{secrets.token_hex(8)}"
     temporary.mkdir()
     return temporary
+
+
+def logs(path: Path) -> list[Path]:
+    """The logs of a run folder's processes."""
+    return [file for file in sorted(path.glob("log*.jsonl")) if re.fullmatch(r"log(-\d+)?\.jsonl", file.name)]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -22,20 +23,22 @@ from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results, score_table
-from .cl.rundir import open_run
-from .cl.runner import Progress, cohorts_of, on_signals, train_study
+from .cl.rundir import RunFolder, open_run
+from .cl.runner import Progress, on_signals, train_study
 from .cl.shapes import check_scores
+from .cl.shares import cohorts_of
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
 from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
-from .console import Console
+from .console import Console, Silent
 from .errors import UserError
 from .estimate import describe, with_pass_tokens
 from .files import read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
 from .presets import PRESETS
+from .processes import ALONE, Processes, ProcessLost, own_gpu, started
 from .report import write_report
 
 DIVERGED = 3  # exit status
@@ -134,7 +137,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or auto")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", own_gpu())
 
 
 def gpu_memory(device: torch.device) -> int | None:
@@ -160,55 +163,96 @@ def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.dev
             raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
 
 
-def run(config: Config, progress: Progress) -> tuple[Path, dict]:
-    """Run a study, or continue one. Returns the run folder and the contents of scores.json."""
-    config = config.checked()
-    device = device_of(config.device)
-    corpus, study = prepare(config, progress)
-    check_memory(config, corpus, study, device)
+def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tuple[Path, dict]:
+    """Run a study, or continue one; as one of several processes, a share of it.
+
+    Returns the run folder and the contents of scores.json. Raises ProcessLost if another process cannot do its share.
+    """
+    config, once = config.checked(), progress if processes.rank == 0 else Silent()  # what all would say
+    with processes.first():
+        device = device_of(config.device)
+        corpus, study = prepare(config, once)
+        check_memory(config, corpus, study, device)
     for locale, count in corpus.truncated.items():
         if count:
-            progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
+            once.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
     if config.select:
-        progress.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
+        once.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint}
-    with open_run(config.out or f"runs/{config.preset}", identity) as folder:
+    with contextlib.ExitStack() as stack:
+        with processes.first():
+            opening = open_run(config.out or f"runs/{config.preset}", identity, processes.rank, processes.number)
+            folder = stack.enter_context(opening)
         if folder.done:
-            progress.say(f"{folder.path} is complete already; its report is made anew")
+            once.say(f"{folder.path} is complete already; its report is made anew")
         else:
-            for line in remarks(device):
-                progress.say(line)
-            model = load_backbone(config, corpus, device, progress)
-            backbone, parameters = model.config, model.num_parameters
-            del model
-            threads = _threads_before(folder.path / "env.json")
-            if threads not in (None, torch.get_num_threads()):
-                progress.say(
-                    f"the run stopped on {threads} threads and goes on with {torch.get_num_threads()}: "
-                    "scores may differ from those of a run that was not stopped"
-                )
-            warm_up = warm_up_threads(config, corpus, progress)
-            if not config.exact and warm_up not in (None, torch.get_num_threads()):
-                progress.say(
-                    f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has "
-                    f"{torch.get_num_threads()}: warmed up on as many it would have other weights, and the run other scores"
-                )
-            folder.write_environment(device, warm_up)
-            config = with_pass_tokens(config, study, backbone, gpu_memory(device))
-            outcome = train_study(
-                config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
-            )
-            folder.save_table(score_table(study, outcome))
-            folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
-        write_report(folder.path)
+            _train(config, corpus, study, device, folder, progress, processes)
+        if processes.rank == 0:
+            write_report(folder.path)
         return folder.path, folder.scores()
 
 
-def _threads_before(environment: Path) -> int | None:
-    """Return the threads that env.json names; None without it, or if it is damaged: it is about to be written anew."""
+def _train(
+    config: Config,
+    corpus: Corpus,
+    study: Study,
+    device: torch.device,
+    folder: RunFolder,
+    progress: Progress,
+    processes: Processes,
+) -> None:
+    """Train what is left of a study, and write its scores."""
+    once = progress if processes.rank == 0 else Silent()
+    with processes.first():
+        model = load_backbone(config, corpus, device, once)
+    processes.check_same({"the corpus": corpus.fingerprint, "the backbone": digest_of(model) if processes.number > 1 else ""})
+    backbone, parameters = model.config, model.num_parameters
+    del model
+    warm_up = warm_up_threads(config, corpus, once)
+    for line in (*remarks(device), *_changes(config, folder, warm_up)):
+        once.say(line)
+    if processes.rank == 0:
+        folder.write_environment(device, warm_up)
+    config = with_pass_tokens(config, study, backbone, gpu_memory(device))
+    outcome = train_study(config, corpus, study, lambda: load_backbone(config, corpus, device, once), folder, progress, processes)
+    with processes.first():
+        if processes.rank == 0:
+            folder.save_table(score_table(study, outcome))
+            folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
+            folder.remove_other_checkpoints()
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """32 hex digits that depend on a model's weights."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _changes(config: Config, folder: RunFolder, warm_up: int | None) -> list[str]:
+    """A line for each change since a run stopped that changes its scores. warm_up: the threads of its backbone's warm-up."""
+    before, threads, lines = _environment_before(folder.path / "env.json"), torch.get_num_threads(), []
+    for name, now in (("threads", threads), *([] if config.exact else [("processes", folder.processes)])):
+        if before.get(name, now) != now:
+            lines.append(
+                f"the run stopped on {before[name]} {name} and goes on with {now}: "
+                "scores may differ from those of a run that was not stopped"
+            )
+    if not config.exact and warm_up not in (None, threads):
+        lines.append(
+            f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has {threads}: "
+            "warmed up on as many it would have other weights, and the run other scores"
+        )
+    return lines
+
+
+def _environment_before(file: Path) -> dict:
+    """Return what env.json holds; nothing without it, or if it is damaged: it is about to be written anew."""
     with contextlib.suppress(UserError):
-        return read_json(environment).get("threads")
-    return None
+        return read_json(file)
+    return {}
 
 
 def _interrupt(number: int) -> None:
@@ -218,34 +262,49 @@ def _interrupt(number: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.
 
-    Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 3 if a learner diverged (the rest is reported),
-    128 + the signal that stopped it.
+    Returns its exit status: 0, 1 if another process of the job ended, 2 for a user's mistake (one line on stderr), 3 if a learner
+    diverged (the rest is reported), 128 + the signal that stopped it.
     """
-    console = Console()
+    console, processes = Console(), ALONE
     try:
-        with on_signals(_interrupt), contextlib.ExitStack() as stack:
-            config = with_selection(parse(sys.argv[1:] if arguments is None else arguments).checked())
-            stack.enter_context(on_threads(config.threads))
+        with on_signals(_interrupt), started() as processes, contextlib.ExitStack() as stack:
+            with processes.first():
+                config = with_selection(parse(sys.argv[1:] if arguments is None else arguments).checked())
+                stack.enter_context(on_threads(config.threads))
+                if config.dry_run and processes.rank == 0:
+                    _print_plan(config, console)
             keep_memory()
-            if config.dry_run:
-                with console.progress() as progress:
-                    memory = None if config.pass_tokens else gpu_memory(device_of(config.device))  # a plan needs no GPU
-                    lines = describe(config, *prepare(config, progress), memory)
-                console.plan(lines)
-            else:
-                with console.progress() as progress:
-                    folder, scores = run(config, progress)
-                rows = summary_rows(scores)
-                advice = chosen_on_dev(scores, rows)
-                console.summary(warnings(rows), rows, comparisons(scores), advice, folder / "report.html")
-                return DIVERGED if any(row["diverged"] for row in rows) else 0
+            if not config.dry_run:
+                with console.progress(processes.rank) as progress:
+                    folder, scores = run(config, progress, processes)
+                return _print_scores(scores, folder, console if processes.rank == 0 else None)
     except UserError as error:
-        console.error(shown(error, 2000))
+        console.error(shown(error, 2000), processes.rank)
         return 2
+    except ProcessLost:
+        if processes.rank == 0:
+            console.error("another process has ended; the same command continues, on any number of processes")
+        return 1
     except KeyboardInterrupt as interrupt:
-        console.error("stopped; the same command continues from the last checkpoint")
+        if processes.rank == 0:
+            console.error("stopped; the same command continues from the last checkpoint")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     return 0
+
+
+def _print_plan(config: Config, console: Console) -> None:
+    with console.progress() as progress:
+        memory = None if config.pass_tokens else gpu_memory(device_of(config.device))  # a plan needs no GPU
+        lines = describe(config, *prepare(config, progress), memory)
+    console.plan(lines)
+
+
+def _print_scores(scores: dict, folder: Path, console: Console | None) -> int:
+    """Print a run's summary, unless another process does, and return the exit status."""
+    rows = summary_rows(scores)
+    if console is not None:
+        console.summary(warnings(rows), rows, comparisons(scores), chosen_on_dev(scores, rows), folder / "report.html")
+    return DIVERGED if any(row["diverged"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ PROGRAM = sorted(
 )
 # A module may import what stands left of it, and its own package.
 FLOORS = (
-    *("errors", "files", "kernels", "machine", "models", "optim", "adapters", "config"),
+    *("errors", "files", "kernels", "machine", "processes", "models", "optim", "adapters", "config"),
     *("cl", "report", "presets", "estimate", "console", "run"),
 )
 

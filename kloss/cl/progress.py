@@ -1,6 +1,9 @@
 """What a checkpoint says of how far learners are, and whether it can be so."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ..errors import UserError
 from .corpus import Corpus
@@ -10,6 +13,23 @@ from .stream import Stream
 
 TABLES = [{str: {str: [int]}}]
 PROGRESS = {"counters": [[int]], "scores": TABLES, "curves?": TABLES, "failed": {str: str}, "tokens": int}
+
+
+class Record(NamedTuple):
+    """How far a learner is: what `Cohort.state` says of it alone."""
+
+    counters: list[int]
+    scores: dict[str, dict[str, list[int]]]
+    curves: dict[str, dict[str, list[int]]]
+    failed: str | None
+    weights: int | None  # how many it trains; None: its cohort was not at its end
+    row: dict[str, Tensor]  # empty where its cohort was at its end
+    rank: int | None  # that of the bank of which this is a row
+
+    @property
+    def progress(self) -> tuple:
+        """The greatest of several is of the furthest."""
+        return self.failed is not None, self.counters, self.weights is not None
 
 
 def check_progress(

@@ -1,10 +1,14 @@
-"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done)."""
+"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done).
+
+Of several processes each has its own checkpoint, checkpoint-1-of-3.safetensors, and log, log-1.jsonl.
+"""
 
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +22,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import opened, read_json, write_json, write_tensors, write_text
+from ..files import logs, opened, read_json, write_json, write_tensors, write_text
 from ..kernels import multi_lora_cpu
 from .states import States
 
-CHECKPOINT = "checkpoint.safetensors"
+
+def checkpoint_name(process: int, processes: int) -> str:
+    """The checkpoint's file of one of so many processes."""
+    return "checkpoint.safetensors" if processes == 1 else f"checkpoint-{process}-of-{processes}.safetensors"
 
 
 class Checkpoint(NamedTuple):
@@ -38,8 +45,26 @@ class RunFolder:
     run went on, it is not made anew, since nobody could continue it there.
     """
 
-    def __init__(self, path: Path, lock: IO):
+    def __init__(self, path: Path, lock: IO, process: int = 0, processes: int = 1):
         self.path, self.lock, self.started = path, lock, time.time()
+        self.process, self.processes = process, processes
+
+    @property
+    def checkpoint(self) -> Path:
+        """This process's checkpoint."""
+        return self.path / checkpoint_name(self.process, self.processes)
+
+    def checkpoints(self) -> list[tuple[int, int]]:
+        """Of which process, of how many, there are checkpoints."""
+        names = (re.fullmatch(r"checkpoint(?:-(\d+)-of-(\d+))?\.safetensors", file.name) for file in self.path.iterdir())
+        return sorted((int(name[1] or 0), int(name[2] or 1)) for name in names if name)
+
+    def remove_other_checkpoints(self) -> None:
+        """Remove the checkpoints of jobs of another number of processes."""
+        self.check()
+        for process, processes in self.checkpoints():
+            if processes != self.processes:
+                (self.path / checkpoint_name(process, processes)).unlink(missing_ok=True)
 
     @property
     def states(self) -> States:
@@ -77,32 +102,36 @@ class RunFolder:
         write_text(self.path / "scores.csv", text)
 
     def log(self, **entry: object) -> None:
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl, or to this process's own log."""
         self.check()
         line = json.dumps({"time": round(time.time() - self.started, 3), **entry})
+        log = self.path / ("log.jsonl" if self.process == 0 else f"log-{self.process}.jsonl")
         try:
-            with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path / 'log.jsonl'}: {error.strerror}") from error
+            raise UserError(f"cannot write {log}: {error.strerror}") from error
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
-        """Replace the checkpoint, in one rename. state: as JSON."""
+        """Replace this process's checkpoint, in one rename. state: as JSON."""
         self.check()
         on_host, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
-        write_tensors(self.path / CHECKPOINT, on_host, {"state": text, "digest": _digest(on_host, text)})
+        write_tensors(self.checkpoint, on_host, {"state": text, "digest": _digest(on_host, text)})
 
-    def load_checkpoint(self) -> Checkpoint | None:
-        """Return the last checkpoint, None without one. Raises UserError for a damaged one."""
+    def load_checkpoint(self, of: tuple[int, int] | None = None) -> Checkpoint | None:
+        """Return the last checkpoint of a process of so many, by default of this one; None without it.
+
+        Raises UserError for a damaged one.
+        """
         from safetensors import safe_open
 
-        file = self.path / CHECKPOINT
+        file = self.checkpoint if of is None else self.path / checkpoint_name(*of)
         try:
             if not file.exists():
                 return None
             with opened(file):  # safe_open hangs at a FIFO, and says of a file without permission that it does not exist
                 pass
-            with self.reading_checkpoint(), safe_open(file, "pt") as stored:
+            with self.reading_checkpoint(of), safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
                 text = metadata.get("state", "")
@@ -113,14 +142,14 @@ class RunFolder:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
     @contextmanager
-    def reading_checkpoint(self) -> Iterator[None]:
+    def reading_checkpoint(self, of: tuple[int, int] | None = None) -> Iterator[None]:
         """Turn what shows, in the block, that the checkpoint is damaged into a UserError that says what to do."""
         from safetensors import SafetensorError
 
         try:
             yield
         except (ValueError, SafetensorError, RecursionError) as error:  # UserErrors and JSON's are ValueErrors
-            file = self.path / CHECKPOINT
+            file = self.checkpoint if of is None else self.path / checkpoint_name(*of)
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
     def write_environment(self, device: torch.device, backbone_threads: int | None = None) -> None:
@@ -140,6 +169,7 @@ class RunFolder:
                 **{package: _version(package) for package in packages},
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
+                "processes": self.processes,
                 "backbone_threads": backbone_threads,
                 "lora": lora,
             },
@@ -147,10 +177,11 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
+def open_run(folder: str | Path, config: Mapping, process: int = 0, processes: int = 1) -> Iterator[RunFolder]:
     """Open or create a run folder and lock it until the block ends; remove what killed processes left half-written.
 
     config: the settings that decide the figures; values must be JSON.
+    process: of so many of a job; 0 opens the folder before the others.
     Raises UserError if the folder holds another configuration, is not a run folder, or is open in another process.
     """
     path, config = Path(folder), json.loads(json.dumps(config))
@@ -161,7 +192,7 @@ def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
         raise UserError(f"cannot open {path}: {error.strerror}; choose another --out") from error
     if foreign:
         raise UserError(f"{path} exists and is not a run folder; choose another --out")
-    with _locked(path) as (lock, locked):
+    with _locked(path, process) as (lock, locked):
         if file.exists():
             try:
                 before = read_json(file)
@@ -175,9 +206,11 @@ def open_run(folder: str | Path, config: Mapping) -> Iterator[RunFolder]:
                 raise UserError(f"{path} holds a run of another configuration ({change}); choose another --out")
         else:
             write_json(file, config)
-        if locked:
+        if locked and process == 0:
             _remove_leftovers(path)
-        run = RunFolder(path, lock)
+        if locked and processes > 1:
+            _flock(path, lock, fcntl.LOCK_SH)
+        run = RunFolder(path, lock, process, processes)
         yield run
         run.check()
 
@@ -188,10 +221,10 @@ def _before_config(file: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[tuple[IO, bool]]:
-    """Lock a folder, made if absent, against other processes; the system unlocks it when this process dies.
+def _locked(path: Path, process: int) -> Iterator[tuple[IO, bool]]:
+    """Lock a folder, made if absent, against other jobs; the system unlocks it when all processes of this one are dead.
 
-    Gives the lock's file, and False on a file system without locks. Raises UserError if another process has the lock.
+    Gives the lock's file, and False on a file system without locks. Raises UserError if another job has the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -199,27 +232,30 @@ def _locked(path: Path) -> Iterator[tuple[IO, bool]]:
     except OSError as error:
         raise UserError(f"cannot write {path / '.lock'}: {error.strerror}") from error
     with lock:
-        locked = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is open in another process; wait for its end or choose another --out") from None
-        except OSError:
-            locked = False
-        yield lock, locked
+        yield lock, _flock(path, lock, fcntl.LOCK_SH if process else fcntl.LOCK_EX)
+
+
+def _flock(path: Path, lock: IO, kind: int) -> bool:
+    """Lock, or change the lock; the processes of a job share theirs once the first has had it alone. False without locks."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is open in another process; wait for its end or choose another --out") from None
+    except OSError:
+        return False
+    return True
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left: temporary files and an unfinished last line of the log.
+    """Remove what killed processes left: temporary files and an unfinished last line of a log.
 
     `written` makes .*.partial, safetensors makes .tmp and six characters.
     """
-    log = path / "log.jsonl"
     try:
         for file in (*path.glob(".*.partial"), *path.glob(".tmp??????")):
             if not _in_use(file.name):
                 file.unlink(missing_ok=True)
-        if log.exists():
+        for log in logs(path):
             os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror}") from error

@@ -7,19 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, XLMRForTokenClassification
+from ..processes import ALONE, Processes
 from .corpus import Corpus
 from .evaluate import score_probes
-from .learner import Learner, Scores
+from .learner import Scores
 from .probes import Counts, State
-from .progress import check_progress
-from .rundir import RunFolder
-from .shapes import check_shape
+from .progress import Record
+from .resume import check, keep_furthest, probes_of, records, score_every, share_of
+from .rundir import Checkpoint, RunFolder
+from .shares import Stage, stages
 from .states import KeptRow
+from .stream import Stream
 from .study import Study
 from .train import Cohort
 
@@ -42,33 +45,6 @@ class Outcome(NamedTuple):
     probed: list[Counts]  # of each of the study's probes
 
 
-def depth(learner: Learner) -> int:
-    """How many learners lie before a fork; 0 for one that begins anew."""
-    return 0 if learner.start is None else 1 + depth(learner.start[0])
-
-
-def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
-    """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one.
-
-    A fork is in a later cohort than the learner that it begins with.
-    """
-    depths: dict[int, list[int]] = {}
-    for g, learner in enumerate(study.learners):
-        if learner.rank is not None:
-            depths.setdefault(depth(learner), []).append(g)
-    cohorts = []
-    for _, lora in sorted(depths.items()):
-        size = max_learners or len(lora)
-        cohorts += [lora[i : i + size] for i in range(0, len(lora), size)]
-    return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
-
-
-def score_every(config: Config, study: Study) -> list[int]:
-    """For each learner, after how many steps it is scored besides: those of score matrices, none of experiments'."""
-    shown = {g for trial in study.trials for g in trial.learners}
-    return [config.score_every if g in shown else 0 for g in range(len(study.learners))]
-
-
 def train_study(
     config: Config,
     corpus: Corpus,
@@ -76,128 +52,178 @@ def train_study(
     load: Callable[[], XLMRForTokenClassification],
     folder: RunFolder,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> Outcome:
-    """Train and score every learner, continuing from the folder's checkpoint if it has one.
+    """Train and score every learner, or this process's share of them, continuing from the folder's checkpoints.
 
     load: returns a fresh backbone.
+    Returns the outcome of all learners, and raises ProcessLost if another process cannot do its share.
     """
-    saved, cohorts = folder.load_checkpoint(), cohorts_of(study, config.max_learners)
-    if saved is not None:
-        with folder.reading_checkpoint():
-            _check(saved.state, config, corpus, study, cohorts)
-        if not saved.verified:
+    job = _Job(config, corpus, study, load, folder, progress, processes)
+    number = 0
+    for stage in job.plan:
+        if stage.forks:
+            job.gather()
+        for members in stage.cohorts[processes.rank]:
+            job.train(number, members)
+            number += 1
+    if processes.number > 1:
+        job.gather()
+    if study.probes:
+        job.probe()
+    return job.outcome
+
+
+class _Job:
+    """One process's share of a study. outcome: of those learners of which it knows, which after `gather` are all so far."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        study: Study,
+        load: Callable[[], XLMRForTokenClassification],
+        folder: RunFolder,
+        progress: Progress,
+        processes: Processes,
+    ):
+        self.config, self.corpus, self.study, self.load = config, corpus, study, load
+        self.folder, self.progress, self.processes = folder, progress, processes
+        self.kept, self.starts, self.every = study.kept(), study.starts(), score_every(config, study)
+        self.others = [of for of in folder.checkpoints() if of[1] != processes.number]
+        shared = processes.number > 1 or self.others
+        self.tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners] if shared else []
+        self.plan = self._plan(processes.number)
+        self.share = share_of(study, self.plan, processes.rank, config.exact)
+        self.saved = self._read(processes.rank, processes.number)
+        if self.saved is not None and not self.saved.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
-    finished = {} if saved is None else saved.state["finished"]
-    kept, starts, every = study.kept(), study.starts(), score_every(config, study)
-    outcome = Outcome(
-        [{} for _ in study.learners], [{} for _ in study.learners], [None] * len(study.learners), [0] * len(study.learners), []
-    )
-    for number, members in enumerate(cohorts):
-        if str(number) not in finished:
-            learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
-            cohort = Cohort(
-                load(),
-                corpus,
-                learners,
-                to_score,
-                pass_tokens=config.pass_tokens,
-                exact=config.exact,
-                partition=config.eval_split,
-                to_keep=[kept[g] for g in members],
-                keep=partial(_keep, folder, members),
-                score_every=[every[g] for g in members],
-            )
-            for i, g in enumerate(members):
-                if g in starts and outcome.failed[starts[g].learner]:
-                    cohort.failed[i] = "was not begun: the learner that it begins with diverged"
-                elif g in starts:
-                    cohort.begin(i, folder.states.load(starts[g]))
-            if saved is not None and saved.state["cohort"] == number:
-                with folder.reading_checkpoint():
-                    cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
-            watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
+        self.finished = {} if self.saved is None else self.saved.state["finished"]
+        self.known = self._known() if self.others else {}
+        size = len(study.learners)
+        self.outcome = Outcome([{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [])
+
+    def _plan(self, processes: int) -> list[Stage]:
+        return stages(self.study, self.config.max_learners, self.tokens, processes)
+
+    def _read(self, process: int, processes: int) -> Checkpoint | None:
+        """A process's checkpoint. Raises UserError if it cannot be of its share of the study."""
+        saved = self.folder.load_checkpoint((process, processes))
+        if saved is not None:
+            with self.folder.reading_checkpoint((process, processes)):
+                share = share_of(self.study, self._plan(processes), process, self.config.exact)
+                probes = len(probes_of(self.study, process, processes))
+                check(saved.state, self.config, self.corpus, self.study, share, probes)
+        return saved
+
+    def _known(self) -> dict[int, Record]:
+        """How far this process's learners are by all checkpoints, where some are of another number of processes."""
+        own = {g for members in self.share.cohorts for g in members}
+        known: dict[int, Record] = {}
+        for process, processes in [*self.others, *([] if self.saved is None else [(self.processes.rank, self.processes.number)])]:
+            saved = self._read(process, processes)
+            assert saved is not None
+            with self.folder.reading_checkpoint((process, processes)):
+                if not saved.verified:
+                    raise UserError("it has no digest, and can be continued by one process alone")
+                share = share_of(self.study, self._plan(processes), process, self.config.exact)
+                keep_furthest(known, records(saved, share), own)
+        return known
+
+    def train(self, number: int, members: list[int]) -> None:
+        """Train a cohort to its end, from where it is."""
+        if str(number) not in self.finished:
+            cohort = self._cohort(number, members)
+            watch = _Watch(cohort, number, self.finished, self.folder, self.config.checkpoint_seconds, self.progress)
             with on_signals(watch.stop):
                 cohort.train(watch)
-                weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(learners)]
-                if config.save_adapters:
-                    _save_adapters(cohort, members, folder)
-                finished[str(number)] = cohort.state()[1] | {"weights": weights}
-                folder.save_checkpoint({}, {"finished": finished, "cohort": None})
+                weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(cohort.learners)]
+                if self.config.save_adapters:
+                    self._save_adapters(cohort, members)
+                self.finished[str(number)] = cohort.state()[1] | {"weights": weights}
+                self.folder.save_checkpoint({}, {"finished": self.finished, "cohort": None})
             if watch.signal:  # during the last step
                 raise KeyboardInterrupt(watch.signal)
-        result = finished[str(number)]
+        self._enter(members, self.finished[str(number)])
+
+    def _cohort(self, number: int, members: list[int]) -> Cohort:
+        study, config = self.study, self.config
+        cohort = Cohort(
+            self.load(),
+            self.corpus,
+            [study.learners[g] for g in members],
+            [study.to_score[g] for g in members],
+            pass_tokens=config.pass_tokens,
+            exact=config.exact,
+            rank=self.share.ranks[number],
+            partition=config.eval_split,
+            to_keep=[self.kept[g] for g in members],
+            keep=partial(_keep, self.folder, members),
+            score_every=[self.every[g] for g in members],
+        )
+        for i, g in enumerate(members):
+            if g in self.starts and self.outcome.failed[self.starts[g].learner]:
+                cohort.failed[i] = "was not begun: the learner that it begins with diverged"
+            elif g in self.starts:
+                cohort.begin(i, self.folder.states.load(self.starts[g]))
+        if self.others:
+            cohort.resume({i: self.known[g] for i, g in enumerate(members) if g in self.known})
+        elif self.saved is not None and self.saved.state["cohort"] == number:
+            with self.folder.reading_checkpoint():
+                cohort.load_state(self.saved.tensors, self.saved.state.get("state"), finite=not self.saved.verified)
+        return cohort
+
+    def _enter(self, members: Sequence[int], result: dict) -> None:
+        """Put the results of a cohort into the outcome."""
+        outcome = self.outcome
         for i, g in enumerate(members):
             outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
             if "curves" in result:
                 outcome.curves[g] = {int(step): row for step, row in result["curves"][i].items()}
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
-    if study.probes:
-        done = [] if saved is None else saved.state.get("probed", [])
-        outcome.probed[:] = _probe(config, corpus, study, load, folder, progress, outcome, finished, done)
-    return outcome
+
+    def _save_adapters(self, cohort: Cohort, members: Sequence[int]) -> None:
+        """Write a cohort's adapters as peft does; none of learners that diverged, or that another job brought to their end."""
+        if isinstance(cohort.bank, AdapterBank):
+            for i, g in enumerate(members):
+                if i not in cohort.failed and (g not in self.known or self.known[g].row):
+                    self.folder.check()
+                    name = re.sub(r"[^\w.=]+", "-", f"{g} {cohort.learners[i].name}")
+                    cohort.bank.save_peft(self.folder.path / "adapters" / name, i)
+
+    def gather(self) -> None:
+        """Wait until all processes come here, and take over what the others have finished."""
+        self.processes.wait()
+        for process in range(self.processes.number):
+            saved = None if process == self.processes.rank else self._read(process, self.processes.number)
+            if saved is not None:
+                share = share_of(self.study, self.plan, process, self.config.exact)
+                for number, result in saved.state["finished"].items():
+                    self._enter(share.cohorts[int(number)], result)
+
+    def probe(self) -> None:
+        """Score the probes, each process some."""
+        rank, number = self.processes.rank, self.processes.number
+        own = [self.study.probes[i][1] for i in probes_of(self.study, rank, number)]
+        probed = [] if self.saved is None else self.saved.state.get("probed", [])
+
+        def after_some(done: list[Counts]) -> None:
+            self.progress(len(done), len(own), f"probes: {len(done)} of {len(own)}")
+            self.folder.save_checkpoint({}, {"finished": self.finished, "cohort": None, "probed": done})
+
+        rest = self.folder.states, self.outcome.failed, self.config, probed, after_some
+        done = score_probes(own, self.study.learners, self.load(), self.corpus, *rest)
+        self.processes.wait()
+        for process in range(number):
+            saved = None if process == rank else self._read(process, number)
+            self.outcome.probed.extend(done if saved is None else saved.state.get("probed", []))
 
 
 def _keep(folder: RunFolder, members: Sequence[int], state: State, row: KeptRow) -> None:
     """Keep a state of a cohort, whose learners are `members` of the study."""
     folder.check()
     folder.states.keep(State(members[state.learner], state.experience), row)
-
-
-def _save_adapters(cohort: Cohort, members: Sequence[int], folder: RunFolder) -> None:
-    """Write the adapters of a cohort, whose learners are `members` of the study, as peft does; none of those that diverged."""
-    if isinstance(cohort.bank, AdapterBank):
-        for i, g in enumerate(members):
-            if i not in cohort.failed:
-                folder.check()
-                name = re.sub(r"[^\w.=]+", "-", f"{g} {cohort.learners[i].name}")
-                cohort.bank.save_peft(folder.path / "adapters" / name, i)
-
-
-def _probe(
-    config: Config,
-    corpus: Corpus,
-    study: Study,
-    load: Callable[[], XLMRForTokenClassification],
-    folder: RunFolder,
-    progress: Progress,
-    outcome: Outcome,
-    finished: dict,
-    done: list[Counts],
-) -> list[Counts]:
-    """Score the probes that are not `done`."""
-    probes = [probe for _, probe in study.probes]
-
-    def after_some(done: list[Counts]) -> None:
-        progress(len(done), len(probes), f"probes: {len(done)} of {len(probes)}")
-        folder.save_checkpoint({}, {"finished": finished, "cohort": None, "probed": done})
-
-    rest = folder.states, outcome.failed, config, done, after_some
-    return score_probes(probes, study.learners, load(), corpus, *rest)
-
-
-STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}
-
-
-def _check(state: Any, config: Config, corpus: Corpus, study: Study, cohorts: list[list[int]]) -> None:
-    """Check that a checkpoint's JSON can be of this study. Raises UserError if it cannot."""
-    check_shape(state, STATE)
-    probed = state.get("probed", [])
-    if len(probed) > len(study.probes) or any(count is not None and len(count) != 3 for count in probed):
-        raise UserError(f"it has counts of {len(probed)} probes that cannot be those of {len(study.probes)}")
-    every = score_every(config, study)
-    numbers = {str(number): members for number, members in enumerate(cohorts)}
-    for number, result in state["finished"].items():
-        if number not in numbers:
-            raise UserError(f"it has a cohort {number}, of {len(cohorts)}")
-        members = numbers[number]
-        learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
-        check_progress(result, learners, corpus, to_score, [every[g] for g in members])
-        for i, g in enumerate(members):
-            if result["counters"][i][0] < len(study.learners[g].experiences) and str(i) not in result["failed"]:
-                raise UserError(f"learner {i} of cohort {number} is not at its end")
-        if len(result["weights"]) != len(members):
-            raise UserError(f"it has {len(result['weights'])} numbers of weights for {len(members)} learners")
 
 
 @contextmanager
@@ -224,6 +250,7 @@ class _Watch:
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
         size = len(cohort.learners)
         self.name = f"cohort {number + 1}: {cohort.learners[0].name if size == 1 else f'{size} learners'}"
+        self.phase = self.name if folder.process == 0 else f"process {folder.process}, {self.name}"
         self.saved = self.logged = time.monotonic()
         self.tokens, self.first = cohort.tokens, True
         self.unsaved, self.signal = False, 0
@@ -244,7 +271,7 @@ class _Watch:
         if self.first or now - self.logged > 1:
             speed = (cohort.tokens - self.tokens) / max(now - self.logged, 1e-9)
             self.folder.log(
-                phase=self.name,
+                phase=self.phase,
                 step=int(cohort.steps.max()),
                 tokens=cohort.tokens,
                 learners=active,

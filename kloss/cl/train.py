@@ -11,14 +11,14 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
-from ..models.rows import overwrite
+from ..models.rows import STATE, overwrite
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
 from .learner import Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .probes import State
-from .progress import check_progress
+from .progress import Record, check_progress
 from .states import KeptRow
 from .step import Ruled, StepSettings, squared_gradients, train_step
 from .stream import Stream
@@ -34,6 +34,7 @@ class Cohort:
     to_keep: for each learner, the experiences after which its row is given to `keep`, as the state of a learner of the cohort.
     score_every: for each learner, after how many steps of an experience it is scored besides, on what is scored at the end of the
         experience; 0: never.
+    rank: the bank's, if it is to be larger than the learners'.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
     Attributes: scores, and curves by step, one per learner; failed, {learner: why its training ended early}.
     """
@@ -47,6 +48,7 @@ class Cohort:
         *,
         pass_tokens: int = Config.pass_tokens,
         exact: bool = False,
+        rank: int | None = None,
         partition: str = "test",
         to_keep: Sequence[Container[int]] = (),
         keep: Callable[[State, KeptRow], None] | None = None,
@@ -74,6 +76,7 @@ class Cohort:
                 dtype=weight.dtype,
                 device=self.device,
                 exact=exact,
+                largest=rank or 0,
             )
         self.streams = [Stream.of(corpus, learner) for learner in learners]
         self.rules = {g: learner.rule for g, learner in enumerate(learners) if learner.rule is not None}
@@ -124,6 +127,10 @@ class Cohort:
         """
         check_progress(state, self.learners, self.corpus, self.to_score, self.score_every)
         overwrite(self._tensors(), tensors)
+        self._go_on(tensors, state, finite)
+
+    def _go_on(self, tensors: dict[str, Tensor], state: dict, finite: bool = False) -> None:
+        """Take over what `load_state` is given, but for the tensors' contents, which are there."""
         self.bank.refresh()
         for g, stream in enumerate(self.streams):
             if not 0 <= self.steps[g] <= stream.steps():
@@ -138,6 +145,32 @@ class Cohort:
                 setattr(self, name, [{int(at): row for at, row in table.items()} for table in state[name]])
         self.failed = {int(g): reason for g, reason in state["failed"].items()}
         self.tokens = state["tokens"]
+
+    def resume(self, records: Mapping[int, Record]) -> None:
+        """Have learners go on from where they were in other cohorts. Raises UserError for records that cannot be theirs."""
+        tensors, state = self.state()
+        for g, record in records.items():
+            place = {name: tensors[name][g] for name in STATE} | self.noted.get(g, {})
+            for name, value in self._fitted(g, record).items():
+                place[name].copy_(value)
+            state["counters"][g], state["scores"][g] = record.counters, record.scores
+            if "curves" in state:
+                state["curves"][g] = record.curves
+            if record.failed is not None:
+                state["failed"][str(g)] = record.failed
+            self.streams[g].seek(record.counters)
+        state["tokens"] = sum(stream.tokens() * stream.step // stream.steps() for stream in self.streams)
+        self._go_on(tensors, state)
+
+    def _fitted(self, g: int, record: Record) -> dict[str, Tensor]:
+        """What a record keeps of its row, as in this bank; nothing of a learner that is at its end."""
+        wanted = {*STATE, *self.noted.get(g, ())}
+        if record.row and record.row.keys() != wanted:
+            raise UserError(f"its tensors are {', '.join(sorted(record.row))}, not {', '.join(sorted(wanted))}")
+        if not isinstance(self.bank, AdapterBank) or record.rank in (None, self.bank.rank):
+            return record.row
+        rank = record.rank
+        return {name: value if name == "steps" else self.bank.placed(g, value, rank) for name, value in record.row.items()}
 
     def train(self, after_step: Callable[["Cohort", float], None] = lambda cohort, loss: None) -> None:
         """Train every learner to the end of its stream.

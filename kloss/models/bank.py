@@ -45,6 +45,7 @@ class AdapterBank(Rows):
     seeds: one per adapter; None: 0, 1, 2, ...
     dtype: of the working copy; the master copy is fp32.
     exact: the base products under the adapters have the same bits whichever adapters share the batch.
+    largest: R, if it is to be larger than the largest rank.
     Attributes beside those of `Rows`: ranks int64 [G] and alphas fp64 [G] on the host; scaling fp32 [G].
     Raises UserError for a rank below 1, an alpha that is not finite, or an unknown target.
     """
@@ -62,6 +63,7 @@ class AdapterBank(Rows):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         exact: bool = False,
+        largest: int = 0,
     ):
         self.config = model_or_config if isinstance(model_or_config, XLMRConfig) else model_or_config.config
         self.targets = TARGETS if targets == "all-linear" else tuple(targets)
@@ -74,7 +76,7 @@ class AdapterBank(Rows):
         alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
         if len(alphas) != adapters or not all(abs(a) <= LARGEST_ALPHA for a in alphas):
             raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
-        self.rank, self.has_head, self.exact = max(ranks), head, exact
+        self.rank, self.has_head, self.exact = max(*ranks, largest), head, exact
         self.slots = _slots(self.config, self.targets, self.rank, head)
         self.head_start = self.slots[HEAD[0]].start if head else None
         self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
@@ -156,21 +158,28 @@ class AdapterBank(Rows):
         row: fp32 [P'], the row of an adapter with g's own rank in a bank whose largest rank is `rank`.
         Raises ValueError for a row of another length.
         """
+        self.param[g] = self.placed(g, row, rank)
+        self.reset_state_(g)
+        self.refresh(g)
+
+    def placed(self, g: int, row: Tensor, rank: int) -> Tensor:
+        """What has a value for each weight of adapter g in a bank whose largest rank is `rank`, [P'], as in this bank, [P].
+
+        Raises ValueError for a row of another length.
+        """
         slots = _slots(self.config, self.targets, rank, self.has_head)
         if row.shape != (_width(slots),):
             raise ValueError(f"a row of rank {rank} has {_width(slots)} weights here, not {list(row.shape)}")
-        own = int(self.ranks[g])
-        self.param[g].zero_()
+        own, placed = int(self.ranks[g]), torch.zeros_like(self.param[g])
         for name, (start, shape) in slots.items():
-            given, place = row[start : start + math.prod(shape)].view(shape).to(self.param.device), self.view(self.param, name)[g]
+            given, place = row[start : start + math.prod(shape)].view(shape).to(placed.device), self.view(placed[None], name)[0]
             if name.endswith(".a"):
                 place.view(-1, self.rank, shape[1])[:, :own] = given.view(-1, rank, shape[1])[:, :own]
             elif name.endswith(".b"):
                 place[:, :own] = given[:, :own]
             else:
                 place.copy_(given)
-        self.reset_state_(g)
-        self.refresh(g)
+        return placed
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """The slots whose names, such as 0.qkv.a or head.bias, match one of the patterns of `fnmatch`.

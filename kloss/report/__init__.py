@@ -1,7 +1,7 @@
 """report.html of a run folder: one file that opens offline."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..cl.metrics import is_sequential
 from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
 from ..errors import UserError
-from ..files import opened, read_json, write_text
+from ..files import logs, opened, read_json, write_text
 from . import sections
 from .languages import languages
 from .sections import Log
@@ -32,7 +32,7 @@ def write_report(run_folder: Path | str) -> Path:
         scores,
         read_json(config) if config.exists() else {},
         _read(env, lambda value: check_shape(value, ENVIRONMENT)) if env.exists() else {},
-        _read_log(folder / "log.jsonl"),
+        _read_logs(folder),
     )
     write_text(folder / "report.html", page.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
     return folder / "report.html"
@@ -95,16 +95,22 @@ def _read(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]
     return value
 
 
-def _read_log(path: Path) -> Log:
-    """Phase -> its entries in log.jsonl, if it exists. A last line without its end, left by a killed run, is skipped."""
+def _read_logs(folder: Path) -> Log:
+    """Phase -> its entries in the logs of the run's processes."""
+    phases: dict[str, list[dict[str, Any]]] = {}
+    for path in logs(folder):
+        for entry in _read_log(path):
+            phases.setdefault(str(entry.get("phase", "")), []).append(entry)
+    return phases
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log. A last line without its end, left by a killed run, is skipped."""
     try:
-        lines = []
-        if path.exists():
-            with opened(path) as stream:
-                lines = stream.read().decode().split("\n")[:-1]
+        with opened(path) as stream:
+            lines = stream.read().decode().split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read: {error}; rename or delete it to go on") from error
-    phases: dict[str, list[dict[str, Any]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line, parse_int=_number, parse_float=_number, parse_constant=_number)
@@ -113,8 +119,7 @@ def _read_log(path: Path) -> Log:
         if not isinstance(entry, dict):
             kind = type(entry).__name__
             raise UserError(f"{path}:{number} holds JSON of type {kind}, an object is needed; delete the line to go on")
-        phases.setdefault(str(entry.get("phase", "")), []).append(entry)
-    return phases
+        yield entry
 
 
 def _number(text: str) -> float | None:

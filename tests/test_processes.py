@@ -1,0 +1,167 @@
+"""Learners over processes: what one trains alone, two and three train to the bit, killed and resumed on other numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs import STUDY
+from test_run import SMALL
+from toy import ToyCorpus, toy_model
+
+from kloss.cl.progress import Record
+from kloss.cl.runner import Outcome
+from kloss.cl.shares import cohorts_of, stages
+from kloss.cl.train import Cohort
+from kloss.errors import UserError
+from kloss.models import AdapterBank
+from kloss.models.rows import STATE
+
+HERE = Path(__file__).parent
+SIZE = len(STUDY.learners)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+
+
+def python(*arguments, **more):
+    return subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **more)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(1, 1000), min_size=SIZE, max_size=SIZE), st.integers(1, 5), st.integers(0, 4))
+def test_each_learner_has_one_process_and_none_has_much_more_than_another(tokens, processes, max_learners):
+    plan = stages(STUDY, max_learners, tokens, processes)
+    dealt = [g for stage in plan for share in stage.cohorts for cohort in share for g in cohort]
+    assert sorted(dealt) == list(range(SIZE)) and [stage.forks for stage in plan] == [False, True, False]
+    assert [stage.rank for stage in plan] == [5, 2, None]
+    for stage in plan:
+        limit = 1 if stage.rank is None else max_learners or 9
+        assert all(0 < len(cohort) <= limit for share in stage.cohorts for cohort in share)
+    for first, last in ((0, 1), (1, 3)):  # what trains without waiting in between
+        shares = [[g for stage in plan[first:last] for cohort in stage.cohorts[p] for g in cohort] for p in range(processes)]
+        loads = [sum(tokens[g] for g in share) for share in shares]
+        assert max(loads) - min(loads) <= max(tokens[g] for share in shares for g in share)
+    if processes == 1:
+        assert cohorts_of(STUDY, max_learners) == [cohort for stage in plan for cohort in stage.cohorts[0]]
+
+
+def test_killed_at_twenty_moments_and_resumed_on_other_numbers_gives_the_same(tmp_path):
+    done = python(HERE / "jobs.py", tmp_path, "20", "0")
+    assert done.returncode == 0, done.stderr
+    kills, runs = map(int, done.stdout.split())
+    assert kills == 20 and runs >= 1
+    whole = (tmp_path / "whole-1" / "outcome.json").read_text()
+    outcome = Outcome(*json.loads(whole))
+    assert "diverged at step 2" in outcome.failed[1] and outcome.probed.count(None) == 3  # the probes of that learner
+    assert len({str(scores) for scores in outcome.scores}) == len(STUDY.learners)
+    adapters = {file.relative_to(tmp_path / "whole-1"): file.read_bytes() for file in tmp_path.glob("whole-1/adapters/*/*")}
+    assert len(adapters) == 12
+    for folder in (tmp_path / name for name in ("whole-2", "whole-3", *(f"killed-{i}" for i in range(runs)))):
+        assert (folder / "outcome.json").read_text() == whole
+        assert {file.relative_to(folder): file.read_bytes() for file in folder.glob("adapters/*/*")} == adapters
+
+
+def test_a_row_goes_on_in_a_wider_bank():
+    """With --max-learners the largest rank of a cohort depends on the number of processes."""
+    learners = [STUDY.learners[0], STUDY.learners[4]]  # of ranks 2 and 5
+    narrow, wide = (Cohort(toy_model(), ToyCorpus(), own, STUDY.to_score[:1] * len(own)) for own in (learners[:1], learners))
+    narrow.bank.exp_avg.normal_()
+    narrow.bank.param.copy_(narrow.bank.param + 1)
+    narrow.bank.steps.fill_(2)
+    narrow.streams[0].seek([0, 0, 2])
+    tensors, state = narrow.state()
+    scores = {"0": {locale: [0, 0, 1] for locale in ToyCorpus().locales}}
+    record = Record(state["counters"][0], scores, {}, None, None, {name: tensors[name][0] for name in STATE}, 2)
+    wide.resume({0: record})
+    assert wide.bank.rank == 5 and wide.bank.steps.tolist() == [2, 0] and wide.streams[0].counters() == [0, 0, 2]
+    assert wide.scores == [{0: scores["0"]}, {}] and wide.tokens > 0
+    assert isinstance(narrow.bank, AdapterBank) and isinstance(wide.bank, AdapterBank)
+    for matrix in ("param", "exp_avg"):
+        for name in narrow.bank.slots:
+            given, placed = (bank.view(getattr(bank, matrix), name)[0] for bank in (narrow.bank, wide.bank))
+            if name.endswith(".a"):
+                given, placed = given.view(-1, 2, given.shape[-1]), placed.view(-1, 5, placed.shape[-1])[:, :2]
+            elif name.endswith(".b"):
+                given, placed = given[:, :2], placed[:, :2]
+            assert torch.equal(given, placed), name
+    with pytest.raises(UserError, match="tensors are param"):
+        wide.resume({1: record._replace(row={"param": tensors["param"][0]})})
+
+
+TOGETHER = """
+import sys
+from jobs import ends, start
+from kloss.errors import UserError
+from kloss.processes import ProcessLost, started
+
+def differs():
+    with started() as processes:
+        processes.check_same({"the corpus": 1})
+        try:
+            processes.check_same({"the corpus": 1, "the backbone": "ab" if processes.rank == 1 else "cd"})
+        except UserError as error:
+            print(processes.rank, error, flush=True)
+        except ProcessLost:
+            print(processes.rank, "lost", flush=True)
+    return 0
+
+def dies():
+    with started() as processes:
+        processes.wait()
+        if processes.rank == 0:
+            return 5
+        try:
+            with processes.first():
+                print("never", flush=True)
+        except ProcessLost:
+            return 6
+
+print(ends(start(3, differs)))
+print(ends(start(2, dies))[0])
+"""
+
+
+def test_processes_that_differ_or_end_are_noticed():
+    done = python("-c", TOGETHER)
+    assert done.returncode == 0, done.stderr
+    differing = "1 the backbone is ab in process 1 and cd in process 0"
+    assert sorted(done.stdout.splitlines()) == ["0 lost", differing, "2 lost", "5", "[0, 0, 0]"]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Runs the command by torchrun: how many processes, run folder, further arguments -> what became of it."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def run(number, out, *arguments):
+        started = ["-m", "torch.distributed.run", "--nproc-per-node", str(number)] if number else []
+        command = [*SMALL, "--cache", str(folder / "cache"), "--out", str(folder / out), "--exact", *arguments]
+        return python(*started, "-m", "kloss.run", *command), folder / out
+
+    return run
+
+
+def test_the_command_by_torchrun(jobs):
+    flags = ["--strategies", "non-shared", "shared", "vanilla", "--experiments", "pairs", "where"]
+    alone, expected = jobs(0, "alone", *flags)
+    together, folder = jobs(2, "together", *flags)
+    assert alone.returncode == together.returncode == 0, together.stderr
+    assert (folder / "scores.json").read_bytes() == (expected / "scores.json").read_bytes()
+    assert together.stdout.count("report: ") == 1 and "process 1" not in together.stdout
+    assert json.loads((folder / "env.json").read_text())["processes"] == 2
+    lines = [line for name in ("log.jsonl", "log-1.jsonl") for line in (folder / name).read_text().splitlines()]
+    phases = {json.loads(line)["phase"] for line in lines}
+    assert len(phases) == 3  # the adapters of each, and one's whole model
+    assert all(phase in (folder / "report.html").read_text() for phase in phases)
+    again, _ = jobs(0, "together", *flags)
+    assert "complete already" in again.stdout
+
+
+def test_a_users_mistake_is_one_line_of_a_job(jobs):
+    done, folder = jobs(2, "mistake", "--languages", "en-US", "xx-YY")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("kloss:")]
+    assert done.returncode and len(lines) == 1 and "xx-YY" in lines[0] and not folder.exists()
