@@ -126,7 +126,7 @@ class MachineConfig:
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=_NOT_IDENTITY)  # auto: a GPU if there is one
     # Same bits whichever learners train alongside, given the same largest rank. Slower.
     exact: bool = False
-    # Limit on LoRA learners per cohort, 0 for none. `--together` is its old name.
+    # Most LoRA learners per cohort, 0: as many as fit the memory. `--together` is its old name.
     max_learners: Annotated[int, arg(aliases=("--together",))] = 0
     # Approximate tokens per packed pass; a learner's batch is never split. 0: what a GPU's memory holds, 8192 on a CPU.
     pass_tokens: int = 8192
@@ -143,6 +143,8 @@ class MachineConfig:
     preset: Literal["demo", "paper", "first-five", "damage"] = field(default="demo", metadata=_NOT_IDENTITY)
     # Print the plan (learners, steps, tokens, memory, time) and stop.
     dry_run: bool = field(default=False, metadata=_NOT_IDENTITY)
+    # GPUs that the plan is for, such as 8xh200. Default: the processes and the device that would run it.
+    plan_for: str = field(default="", metadata=_NOT_IDENTITY)
 
 
 @dataclass(frozen=True)

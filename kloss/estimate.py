@@ -1,35 +1,87 @@
-"""What a run will take: its learners, steps and tokens, and estimates of memory and time."""
+"""What a run will take: who trains what, and estimates of memory and time."""
 
 import math
-import time
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
 from .cl.resume import score_every
-from .cl.shares import cohorts_of
+from .cl.shares import Limits, Stage, cohorts_of, costs_of, stages
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
 from .config import Config
-from .files import read_json, user_path
+from .errors import UserError
+from .files import read_json, shown, user_path
 from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
+from .pace import GPUS, measured, seconds, timed_here
 
-CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
+# Share of the memory that a cohort of adapters may fill. When half of it have ended, the rest are copied into another bank.
+FULL = 0.4
 
 
-def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = None) -> list[tuple[str, str]]:
-    """Return the plan of a run as (heading, text) lines. on_gpu: bytes of memory that a GPU has; None: on a CPU."""
+class Machine(NamedTuple):
+    """What trains a study.
+
+    processes: each with a device of its own.
+    memory: of one device, in bytes.
+    gpu: the key in GPUS of one whose pace is known; "": another one, or a CPU.
+    """
+
+    processes: int
+    device: str  # cuda or cpu
+    memory: int
+    gpu: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device, processes: int = 1) -> "Machine":
+        """This one."""
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(processes, device.type, memory)
+
+    @classmethod
+    def named(cls, name: str) -> "Machine":
+        """That of --plan-for, such as 8xh200. Raises UserError for another form."""
+        match = re.fullmatch(rf"([1-9]\d{{0,4}})x({'|'.join(GPUS)})", name)
+        if match is None:
+            kinds = ", ".join(GPUS)
+            raise UserError(f"--plan-for must be a number of GPUs and one of {kinds}, such as 8xh200; got {shown(name)}")
+        return cls(int(match[1]), "cuda", GPUS[match[2]] << 30, match[2])
+
+
+def plan_for(config: Config, corpus: Corpus, study: Study, sizes: XLMRConfig | None, machine: Machine) -> list[Stage]:
+    """Return which process trains what, in cohorts that fit the memory. sizes: of the backbone; None: not known."""
+    item = DTYPES[config.dtype].itemsize
+    each = _state_bytes(item)
+
+    def fit(rank: int) -> int:
+        assert sizes is not None
+        return int(FULL * machine.memory / (each * AdapterBank.width_of(sizes, rank)))
+
+    limits = Limits(config.max_learners, Limits().fit if sizes is None else fit, config.exact)
+    costs = costs_of(study, corpus, machine.device) if machine.processes > 1 else ()
+    return stages(study, limits, costs, machine.processes)
+
+
+def _state_bytes(itemsize: int) -> int:
+    """Bytes of a trained weight: master and moments in fp32, gradient, and the working copy where that is another."""
+    return 12 + itemsize * (2 if itemsize < 4 else 1)
+
+
+def describe(config: Config, corpus: Corpus, study: Study, machine: Machine) -> list[tuple[str, str]]:
+    """Return the plan of a run as (heading, text) lines."""
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
-    tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
-    locales = [locale for table in study.to_score for row in table.values() for locale in row]
-    for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
-        marks = Stream.of(corpus, learner).marks(every)
-        locales += [locale for i in marks.values() for locale in table.get(i + 1, ())]
-    scored = sum(len(corpus.sentences(locale, config.eval_split).input_ids) for locale in locales)
+    work = _work(config, corpus, study)
     languages, labels = len(corpus.locales), len(corpus.labels)
     lines = [
         ("corpus", f"{corpus.name}: {languages} languages, {utterances} training utterances, {labels} labels"),
@@ -39,30 +91,100 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     if math.isinf(config.max_norm):
         lines.append(("gradient clipping", "off (--max-norm inf)"))
     backbone = _sizes(config, corpus)
-    rounds = 0
-    for number, members in enumerate(cohorts_of(study, config.max_learners), 1):
-        learners = [study.learners[g] for g in members]
-        steps = max(Stream.of(corpus, learner).steps() for learner in learners)
-        rounds += steps
-        memory, ranks = "", [learner.rank for learner in learners if learner.rank is not None]
-        if backbone is not None and ranks:
-            mib = len(members) * AdapterBank.width_of(backbone, max(ranks)) * 16 / 2**20
-            memory = f", {mib:.0f} MiB of weights, gradients and moments"
-        total = sum(tokens[g] for g in members)
-        lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
-    lines.append(("scoring", f"{scored} tokens"))
-    chosen = with_pass_tokens(config, study, backbone, on_gpu)
+    plan = plan_for(config, corpus, study, backbone, machine)
+    lines += _who(study, plan, work, backbone)
+    lines.append(("scoring", f"{sum(work.scored)} tokens"))
+    chosen = with_pass_tokens(config, study, plan, backbone, machine)
     if chosen != config:
         lines.append(("a pass", f"{chosen.pass_tokens} tokens, by the device's memory (--pass-tokens 0)"))
         config = chosen
-    if backbone is not None and config.pass_tokens:
-        lines.append(("kept for backward", _kept(config, corpus, study, backbone)))
-    lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
     if backbone is not None:
-        seconds = estimated_seconds(backbone, rounds, sum(tokens), scored)
-        after = " after the backbone's warm-up" if config.backbone == "tiny" else ""
-        lines.append(("time", f"about {seconds / 60:.1f} minutes on this machine{after} (an estimate)"))
+        lines += _memory(config, corpus, study, plan, backbone)
+    if machine.device == "cpu":
+        lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
+    if backbone is not None and not (machine.device == "cuda" and not machine.gpu):
+        lines.append(("time", _time(config, study, plan, work, backbone, machine)))
     return lines
+
+
+class _Work(NamedTuple):
+    """Of each learner."""
+
+    steps: list[int]
+    tokens: list[int]
+    scored: list[int]  # tokens
+
+
+def _work(config: Config, corpus: Corpus, study: Study) -> _Work:
+    sizes = {locale: len(corpus.sentences(locale, config.eval_split).input_ids) for locale in corpus.locales}
+    work = _Work([], [], [])
+    for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
+        stream = Stream.of(corpus, learner)
+        within = [locale for i in stream.marks(every).values() for locale in table.get(i + 1, ())]
+        ends = [locale for row in table.values() for locale in row]
+        work.steps.append(stream.steps())
+        work.tokens.append(stream.tokens())
+        work.scored.append(sum(sizes[locale] for locale in (*ends, *within)))
+    return work
+
+
+def _who(study: Study, plan: Sequence[Stage], work: _Work, backbone: XLMRConfig | None) -> list[tuple[str, str]]:
+    """Lines for who trains what: a few cohorts one by one, many by process."""
+    processes = len(plan[0].shares)
+    shares = [[cohort for stage in plan for cohort in stage.shares[p].cohorts] for p in range(processes)]
+    if processes == 1 and len(shares[0]) <= 8:
+        lines = []
+        for number, members in enumerate(shares[0], 1):
+            total, rounds = sum(work.tokens[g] for g in members), max(work.steps[g] for g in members)
+            lines.append((f"cohort {number}", f"{len(members)} learners, {rounds} rounds, {total} tokens"))
+        return lines
+
+    def span(values: Sequence[int]) -> str:
+        least, most = f"{min(values):,}", f"{max(values):,}"
+        return least if least == most else f"{least} to {most}"
+
+    learners = [sum(map(len, share)) for share in shares]
+    tokens = [sum(work.tokens[g] for members in share for g in members) for share in shares]
+    adapters = [len(cohort) for share in shares for cohort in share if study.learners[cohort[0]].rank is not None]
+    models = sum(learner.rank is None for learner in study.learners)
+    text = f"{processes:,}: each {span(learners)} learners, {span(tokens)} tokens"
+    kinds = [f"at most {max(adapters):,} adapters together"] if adapters else []
+    kinds += [f"{models:,} whole models, one at a time in each process"] if models else []
+    return [("processes", text), ("cohorts", "; ".join(kinds))]
+
+
+def _time(config: Config, study: Study, plan: Sequence[Stage], work: _Work, sizes: XLMRConfig, machine: Machine) -> str:
+    """How long the job takes, by simulation of its processes, who wait for each other where forks begin."""
+    ranks = [learner.rank for learner in study.learners if learner.rank is not None]
+    here = timed_here(sizes) if not machine.gpu else None
+
+    def of_cohort(members: Sequence[int]) -> float:
+        rank = study.learners[members[0]].rank
+        pace = here or measured(machine.gpu, sizes, rank or 32)
+        steps, tokens = [work.steps[g] for g in members], [work.tokens[g] for g in members]
+        trained = seconds(pace, steps, tokens, config.pass_tokens or Config.pass_tokens, whole=rank is None)
+        return trained + pace.scored * sum(work.scored[g] for g in members)
+
+    whole, busy, since = 0.0, 0.0, [0.0] * machine.processes
+    for stage in plan:
+        if stage.forks:
+            whole, since = whole + max(since), [0.0] * machine.processes
+        for process, share in enumerate(stage.shares):
+            own = sum(map(of_cohort, share.cohorts))
+            since[process], busy = since[process] + own, busy + own
+    whole += max(since)
+    source = (here or measured(machine.gpu, sizes, max(ranks, default=32))).source
+    after = " after the backbone's warm-up" if config.backbone == "tiny" else ""
+    name = f"{machine.processes:,} {machine.gpu.upper()}" if machine.gpu else "this machine"
+    idle = 1 - busy / (whole * machine.processes) if whole else 0.0
+    idle_text = f", which are idle for {idle:.0%} of it" if machine.processes > 1 else ""
+    return f"about {_duration(whole)} on {name}{idle_text}{after} (an estimate from {source})"
+
+
+def _duration(whole: float) -> str:
+    if whole < 7200:
+        return f"{whole / 60:.1f} minutes"
+    return f"{whole / 3600:.1f} hours" if whole < 2 * 86400 else f"{whole / 86400:.1f} days"
 
 
 def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
@@ -95,24 +217,23 @@ def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int
     return {name: count * itemsize for name, count in elements.items()} | others
 
 
-def with_pass_tokens(config: Config, study: Study, sizes: XLMRConfig | None, memory: int | None) -> Config:
+def with_pass_tokens(config: Config, study: Study, plan: Sequence[Stage], sizes: XLMRConfig | None, machine: Machine) -> Config:
     """Return the configuration with a number for pass_tokens 0.
 
     sizes: of the backbone; None: not known, which leaves it.
-    memory: bytes that a GPU has; None: on a CPU. Three fifths of what weights, gradients and moments leave are filled with what
-        passes keep for backward. Not what is free at the moment: a run that goes on must cut the same passes.
+    On a GPU three fifths of what weights, gradients and moments leave of its memory are filled with what passes keep for
+    backward. Not what is free at the moment: a run that goes on must cut the same passes.
     """
     if config.pass_tokens or sizes is None:
         return config
-    if memory is None:
+    if machine.device == "cpu":
         return replace(config, pass_tokens=Config.pass_tokens)
     item, rooms = DTYPES[config.dtype].itemsize, []
-    for members in cohorts_of(study, config.max_learners):
-        ranks = [rank for rank in (study.learners[g].rank for g in members) if rank is not None]
-        width = AdapterBank.width_of(sizes, max(ranks)) if ranks else sum(p.numel() for p in _parameters(sizes))
+    for members, rank in cohorts_of(plan):
+        width = AdapterBank.width_of(sizes, rank) if rank else sum(p.numel() for p in _parameters(sizes))
         state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
-        kept = sum(kept_per_token(sizes, max(ranks, default=0), item).values())
-        rooms.append(0.6 * (memory - state) / kept)
+        kept = sum(kept_per_token(sizes, rank or 0, item).values())
+        rooms.append(0.6 * (machine.memory - state) / kept)
     return replace(config, pass_tokens=max(1024, int(min(rooms))))
 
 
@@ -122,38 +243,29 @@ def _parameters(sizes: XLMRConfig) -> list[torch.nn.Parameter]:
         return list(XLMRForTokenClassification(sizes).parameters())
 
 
-def _kept(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig) -> str:
-    """Return what the largest pass keeps for backward, in words."""
-    passes = []
-    for members in cohorts_of(study, config.max_learners):
-        learners = [study.learners[g] for g in members]
-        batches = [Stream.of(corpus, learner).batch_tokens() for learner in learners]
-        rank = max(learner.rank or 0 for learner in learners)
-        tokens = max(*batches, min(sum(batches), config.pass_tokens))
-        kept = kept_per_token(backbone, rank, DTYPES[config.dtype].itemsize)
-        passes.append((tokens * sum(kept.values()), tokens, kept))
-    total, tokens, kept = max(passes, key=lambda item: item[0])
+def _memory(config: Config, corpus: Corpus, study: Study, plan: Sequence[Stage], sizes: XLMRConfig) -> list[tuple[str, str]]:
+    """Lines for what a process's device holds at most: weights and their optimiser, and what a pass keeps for backward."""
+    item = DTYPES[config.dtype].itemsize
+    used = replace(sizes, vocab_size=min(sizes.vocab_size, len(corpus.words())))  # of the embeddings
+    frozen = sum(p.numel() for p in _parameters(used)) * item
+    found = []
+    for members, rank in cohorts_of(plan):
+        batches = [Stream.of(corpus, study.learners[g]).batch_tokens() for g in members]
+        tokens = max(*batches, min(sum(batches), config.pass_tokens or Config.pass_tokens))
+        kept = kept_per_token(sizes, rank or 0, item)
+        width = AdapterBank.width_of(sizes, rank) if rank else frozen // item
+        state = len(members) * width * _state_bytes(item) - (0 if rank else frozen)  # a whole model's working copy is the model
+        found.append((state + tokens * sum(kept.values()), state, tokens, kept, len(members)))
+    total, state, tokens, kept, size = max(found, key=lambda item: item[0])
     most = sorted(kept, key=lambda name: -kept[name])[:3]
     parts = ", ".join(f"{name} {kept[name] / sum(kept.values()):.0%}" for name in most)
     each = sum(kept.values()) / 1024
-    return f"about {total / 2**20:.0f} MiB in the largest pass: {tokens:.0f} tokens of {each:.1f} KiB ({parts})"
+    parts_of = f"the model {_size(frozen)}, weights, gradients and moments {_size(state)}, a pass {_size(total - state)}"
+    return [
+        ("memory", f"about {_size(frozen + total)} with the largest cohort ({size:,} learners): {parts_of}"),
+        ("kept for backward", f"{tokens:.0f} tokens of {each:.1f} KiB in the largest pass ({parts})"),
+    ]
 
 
-def estimated_seconds(backbone: XLMRConfig, rounds: int, trained: int, scored: int) -> float:
-    """Estimate a run's time: 2 × matmul FLOPs / measured FLOP/s + host overhead per layer and round.
-
-    The factor 2 covers all work on tokens other than matmuls.
-    trained, scored: number of tokens, at 4 FLOPs per weight (forward and backward) and 2 (forward).
-    """
-    width, inner, layers = backbone.hidden_size, backbone.intermediate_size, backbone.num_hidden_layers
-    x, weight, small = (torch.randn(rows, width, dtype=torch.float32) for rows in (4096, inner, 1))
-    started = time.perf_counter()
-    for _ in range(10):
-        x @ weight.t()
-    multiplied = time.perf_counter()
-    for _ in range(CALLS):
-        small + small
-    overhead = time.perf_counter() - multiplied
-    speed = 10 * 2 * x.numel() * inner / (multiplied - started)
-    weights = layers * (4 * width * width + 2 * width * inner)
-    return 2 * (trained * 4 + scored * 2) * weights / speed + rounds * layers * overhead
+def _size(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.0f} GiB"

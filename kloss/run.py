@@ -6,7 +6,6 @@ several ranks, orders and seeds. The same command continues a run that was stopp
 
 import argparse
 import contextlib
-import os
 import re
 import signal
 import sys
@@ -33,10 +32,10 @@ from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, w
 from .config import Config
 from .console import Console, Silent
 from .errors import UserError
-from .estimate import describe, with_pass_tokens
+from .estimate import Machine, describe, plan_for, with_pass_tokens
 from .files import read_json, shown
 from .machine import keep_memory, on_threads, remarks
-from .models import AdapterBank
+from .models import AdapterBank, XLMRForTokenClassification
 from .presets import PRESETS
 from .processes import ALONE, Processes, ProcessLost, own_gpu, started
 from .report import write_report
@@ -140,27 +139,21 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", own_gpu())
 
 
-def gpu_memory(device: torch.device) -> int | None:
-    """Return the bytes of a GPU's memory; None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:
+def check_memory(config: Config, corpus: Corpus, study: Study, machine: Machine) -> None:
     """Raise UserError if the tiny backbone, or its largest cohort of adapters, takes more memory than the device has."""
     if config.backbone != "tiny":
         return  # its sizes are not known yet
     sizes = tiny_config(config, corpus)
     width, tokens = sizes.hidden_size, sizes.vocab_size + sizes.max_position_embeddings
     needed = {f"the tiny backbone of width {width:,}": width * (tokens + 12 * sizes.num_hidden_layers * width)}
-    for members in cohorts_of(study, config.max_learners):
-        ranks = [learner.rank for learner in (study.learners[g] for g in members) if learner.rank is not None]
-        if ranks:
-            name = f"a cohort of {len(ranks):,} adapters of rank {max(ranks):,} (see --max-learners)"
-            needed[name] = len(ranks) * AdapterBank.width_of(sizes, max(ranks))
-    there = gpu_memory(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for members, rank in cohorts_of(plan_for(config, corpus, study, sizes, machine)):
+        if rank is not None:
+            name = f"a cohort of {len(members):,} adapters of rank {rank:,} (see --max-learners)"
+            needed[name] = len(members) * AdapterBank.width_of(sizes, rank)
     for name, values in needed.items():
-        if 16 * values > there:  # weight, gradient, two moments
-            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
+        if 16 * values > machine.memory:  # weight, gradient, two moments
+            there = f"{machine.device} has {machine.memory / 2**30:,.1f}"
+            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {there}")
 
 
 def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tuple[Path, dict]:
@@ -172,7 +165,8 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
     with processes.first():
         device = device_of(config.device)
         corpus, study = prepare(config, once)
-        check_memory(config, corpus, study, device)
+        machine = Machine.of(device, processes.number)
+        check_memory(config, corpus, study, machine)
     for locale, count in corpus.truncated.items():
         if count:
             once.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
@@ -213,8 +207,14 @@ def _train(
         once.say(line)
     if processes.rank == 0:
         folder.write_environment(device, warm_up)
-    config = with_pass_tokens(config, study, backbone, gpu_memory(device))
-    outcome = train_study(config, corpus, study, lambda: load_backbone(config, corpus, device, once), folder, progress, processes)
+    machine = Machine.of(device, processes.number)
+    shares = plan_for(config, corpus, study, backbone, machine)
+    config = with_pass_tokens(config, study, shares, backbone, machine)
+
+    def load() -> XLMRForTokenClassification:
+        return load_backbone(config, corpus, device, once)
+
+    outcome = train_study(config, corpus, study, load, folder, progress, processes, shares)
     with processes.first():
         if processes.rank == 0:
             folder.save_table(score_table(study, outcome))
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config = with_selection(parse(sys.argv[1:] if arguments is None else arguments).checked())
                 stack.enter_context(on_threads(config.threads))
                 if config.dry_run and processes.rank == 0:
-                    _print_plan(config, console)
+                    _print_plan(config, console, processes.number)
             keep_memory()
             if not config.dry_run:
                 with console.progress(processes.rank) as progress:
@@ -292,10 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_plan(config: Config, console: Console) -> None:
+def _print_plan(config: Config, console: Console, number: int) -> None:
+    """Print the plan. number: of processes."""
     with console.progress() as progress:
-        memory = None if config.pass_tokens else gpu_memory(device_of(config.device))  # a plan needs no GPU
-        lines = describe(config, *prepare(config, progress), memory)
+        machine = Machine.named(config.plan_for) if config.plan_for else Machine.of(device_of(config.device), number)
+        lines = describe(config, *prepare(config, progress), machine)
     console.plan(lines)
 
 

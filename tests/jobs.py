@@ -20,6 +20,7 @@ from kloss.cl.learner import Learner
 from kloss.cl.probes import Probe, State
 from kloss.cl.rundir import open_run
 from kloss.cl.runner import train_study
+from kloss.cl.shares import Limits, costs_of, stages
 from kloss.cl.study import Study
 from kloss.config import Config
 from kloss.console import Silent
@@ -51,7 +52,16 @@ def train(folder: Path, config: Config) -> int:
             with processes.first():
                 opened = open_run(folder, {"exact": config.exact}, processes.rank, processes.number)
                 run = opened.__enter__()
-            outcome = train_study(config, ToyCorpus(), STUDY, toy_model, run, Silent(), processes)
+            corpus = ToyCorpus()
+            costs = costs_of(STUDY, corpus, "cpu")
+            plan = stages(STUDY, Limits(config.max_learners, exact=config.exact), costs, processes.number)
+            slow = processes.number > 1 and 0 in plan[0].shares[processes.rank].cohorts[0]
+
+            def load():
+                time.sleep(0.5 * slow)  # a fork that does not wait for learner 0 comes too early
+                return toy_model()
+
+            outcome = train_study(config, corpus, STUDY, load, run, Silent(), processes, plan)
             if processes.rank == 0:
                 (folder / "outcome.json").write_text(json.dumps(outcome))
             processes.wait()

@@ -5,14 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy import ToyCorpus
 
 from bench.whole_step import make_step
 from kloss.cl.languages import LOCALES
-from kloss.cl.study import plan
+from kloss.cl.learner import Learner
+from kloss.cl.shares import alone, cohorts_of
+from kloss.cl.study import Study, plan
 from kloss.config import Config
-from kloss.estimate import _sizes, kept_per_token, with_pass_tokens
+from kloss.errors import UserError
+from kloss.estimate import FULL, Machine, _sizes, describe, kept_per_token, plan_for, with_pass_tokens
 from kloss.kernels.cpu_library import built
 from kloss.models import BASE, TINY, AdapterBank, XLMRForTokenClassification
+from kloss.pace import Pace, measured, seconds, timed_here
 
 
 @pytest.mark.skipif(not built(), reason="csrc is not built")
@@ -57,12 +62,62 @@ def test_passes_fill_a_gpus_memory_and_no_more():
     study = plan(config, LOCALES)
     state = len(study.learners) * AdapterBank.width_of(sizes, 32) * 16
     kept = sum(kept_per_token(sizes, 32, 2).values())
-    chosen = [with_pass_tokens(config, study, sizes, free).pass_tokens for free in (20 << 30, 80 << 30, 141 << 30)]
-    for tokens, free in zip(chosen, (20 << 30, 80 << 30, 141 << 30), strict=True):
-        assert 0.59 * (free - state) < tokens * kept < 0.61 * (free - state)
+
+    def tokens(config, free, device="cuda"):
+        study = plan(config, LOCALES)
+        return with_pass_tokens(config, study, alone(config, study), sizes, Machine(1, device, free)).pass_tokens
+
+    chosen = [tokens(config, free) for free in (20 << 30, 80 << 30, 141 << 30)]
+    for number, free in zip(chosen, (20 << 30, 80 << 30, 141 << 30), strict=True):
+        assert 0.59 * (free - state) < number * kept < 0.61 * (free - state)
     assert 1024 < chosen[0] < chosen[1] < chosen[2]
-    assert with_pass_tokens(config, study, sizes, 1 << 20).pass_tokens == 1024
-    assert with_pass_tokens(config, study, sizes, None).pass_tokens == Config.pass_tokens
-    assert with_pass_tokens(replace(config, pass_tokens=7), study, sizes, 80 << 30).pass_tokens == 7
-    whole = replace(config, strategies=("vanilla",))
-    assert with_pass_tokens(whole, plan(whole, LOCALES), sizes, 20 << 30).pass_tokens > 1024
+    assert tokens(config, 1 << 20) == 1024
+    assert tokens(config, 80 << 30, "cpu") == Config.pass_tokens
+    assert tokens(replace(config, pass_tokens=7), 80 << 30) == 7
+    assert tokens(replace(config, strategies=("vanilla",)), 20 << 30) > 1024
+
+
+def test_cohorts_fit_the_memory_and_hold_like_ranks():
+    """128 learners of rank 4 and as many of rank 32 in a memory for some tens of the larger ones."""
+    sizes = replace(BASE, num_labels=111)
+    config = Config(rank=(32, 4), strategies=("non-shared",), seeds=2, dtype="bf16")
+    study, corpus = plan(config, LOCALES), ToyCorpus()
+    memory = 12 << 30
+    cohorts = cohorts_of(plan_for(config, corpus, study, sizes, Machine(1, "cuda", memory)))
+    assert sorted(g for members, _ in cohorts for g in members) == list(range(len(study.learners)))
+    for members, rank in cohorts:
+        assert rank == max(study.learners[g].rank for g in members)
+        assert len(members) * AdapterBank.width_of(sizes, rank) * 16 <= FULL * memory
+    assert {4, 32} == {rank for _, rank in cohorts} and len(cohorts) < 12
+    most = plan_for(replace(config, max_learners=100), corpus, study, sizes, Machine(1, "cuda", memory))
+    assert [len(members) for members, _ in cohorts_of(most)] == [100, 100, 8]
+    exact = cohorts_of(plan_for(replace(config, exact=True), corpus, study, sizes, Machine(1, "cuda", memory)))
+    assert {rank for _, rank in exact} == {32}
+
+
+def test_time_of_a_cohort_counts_passes_and_tokens():
+    """The last of two learners trains alone; a round of more tokens than a pass holds takes several."""
+    pace = Pace(step=1.0, token=0.01, scored=0.0, whole=3.0, source="")
+    assert seconds(pace, [10, 30], [1000, 3000], 8192, whole=False) == pytest.approx(30 + 40)
+    assert seconds(pace, [10, 30], [1000, 3000], 150, whole=False) == pytest.approx(10 * 2 + 20 + 40)
+    assert seconds(pace, [10], [1000], 150, whole=True) == pytest.approx(10 * 4 + 15)
+    here = timed_here(replace(BASE, num_labels=111))
+    assert 0 < here.scored < here.token and here.step > 0
+    h100, r256 = (measured("h100", BASE, rank) for rank in (32, 256))
+    assert seconds(h100, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(31.7e-3, rel=0.01)
+    assert seconds(r256, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(71.5e-3, rel=0.03)
+    assert seconds(h100, [1], [384], 1 << 20, whole=False) == pytest.approx(3.5e-3, rel=0.01)
+
+
+def test_the_plan_of_a_job_says_how_long_it_idles():
+    """Two processes, one learner ten times as long as the other two: one process waits."""
+    config, corpus = Config(), ToyCorpus()
+    learner = Learner(experiences=(("aa",),), rank=4, alpha=4.0, lr=1e-3, seed=0, epochs=2, batch_size=4)
+    study = Study([], [replace(learner, epochs=20), replace(learner, seed=1), replace(learner, seed=2)], [{}, {}, {}])
+    text = dict(describe(config, corpus, study, Machine(2, "cuda", 80 << 30, "h100")))
+    assert text["processes"].startswith("2: each 1 to 2 learners, ")
+    assert "2 H100" in text["time"] and "idle for 4" in text["time"] and "measured on an H100" in text["time"]
+    assert "idle" not in dict(describe(config, corpus, study, Machine(1, "cuda", 80 << 30, "h100")))["time"]
+    with pytest.raises(UserError, match="--plan-for must be a number of GPUs"):
+        Machine.named("8xtpu")
+    assert Machine.named("8xh200") == Machine(8, "cuda", 139 << 30, "h200")

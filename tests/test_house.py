@@ -17,7 +17,7 @@ PROGRAM = sorted(
 # A module may import what stands left of it, and its own package.
 FLOORS = (
     *("errors", "files", "kernels", "machine", "processes", "models", "optim", "adapters", "config"),
-    *("cl", "report", "presets", "estimate", "console", "run"),
+    *("cl", "report", "presets", "pace", "estimate", "console", "run"),
 )
 
 

@@ -15,8 +15,9 @@ from test_run import SMALL
 from toy import ToyCorpus, toy_model
 
 from kloss.cl.progress import Record
+from kloss.cl.resume import keep_furthest
 from kloss.cl.runner import Outcome
-from kloss.cl.shares import cohorts_of, stages
+from kloss.cl.shares import Limits, cohorts_of, costs_of, share_of, stages
 from kloss.cl.train import Cohort
 from kloss.errors import UserError
 from kloss.models import AdapterBank
@@ -34,19 +35,39 @@ def python(*arguments, **more):
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 1000), min_size=SIZE, max_size=SIZE), st.integers(1, 5), st.integers(0, 4))
 def test_each_learner_has_one_process_and_none_has_much_more_than_another(tokens, processes, max_learners):
-    plan = stages(STUDY, max_learners, tokens, processes)
-    dealt = [g for stage in plan for share in stage.cohorts for cohort in share for g in cohort]
+    plan = stages(STUDY, Limits(max_learners), tokens, processes)
+    dealt = [g for members, _ in cohorts_of(plan) for g in members]
     assert sorted(dealt) == list(range(SIZE)) and [stage.forks for stage in plan] == [False, True, False]
-    assert [stage.rank for stage in plan] == [5, 2, None]
-    for stage in plan:
-        limit = 1 if stage.rank is None else max_learners or 9
-        assert all(0 < len(cohort) <= limit for share in stage.cohorts for cohort in share)
-    for first, last in ((0, 1), (1, 3)):  # what trains without waiting in between
-        shares = [[g for stage in plan[first:last] for cohort in stage.cohorts[p] for g in cohort] for p in range(processes)]
+    for members, rank in cohorts_of(plan):
+        limit = 1 if rank is None else max_learners or SIZE
+        assert 0 < len(members) <= limit and rank == max((STUDY.learners[g].rank for g in members), key=lambda r: r or 0)
+    for part in (plan[:1], plan[1:]):  # what trains without waiting in between
+        shares = [[g for stage in part for members in stage.shares[p].cohorts for g in members] for p in range(processes)]
         loads = [sum(tokens[g] for g in share) for share in shares]
         assert max(loads) - min(loads) <= max(tokens[g] for share in shares for g in share)
-    if processes == 1:
-        assert cohorts_of(STUDY, max_learners) == [cohort for stage in plan for cohort in stage.cohorts[0]]
+    exact = cohorts_of(stages(STUDY, Limits(max_learners, exact=True), tokens, processes))
+    assert {rank for members, rank in exact if 1 in members} == {5}
+
+
+def test_the_furthest_of_several_records_counts():
+    def record(counters, failed=None, weights=None):
+        return Record(counters, {}, {}, failed, weights, {"param": torch.zeros(1)}, 2)
+
+    found = [record([0, 1, 2]), record([1, 0, 0]), record([0, 2, 0]), record([1, 0, 0], weights=7)]
+    for several in (found, found[::-1]):
+        known: dict = {}
+        keep_furthest(known, [(3, each) for each in several] + [(4, found[0])], {3})
+        assert known.keys() == {3} and known[3].counters == [1, 0, 0] and known[3].weights == 7
+    diverged = record([0, 0, 1], "diverged at step 2")
+    keep_furthest(known, [(3, diverged)], {3})
+    assert known[3].failed  # it trains no more, wherever else it was before that was known
+
+
+def test_a_fork_and_what_it_begins_with_may_be_of_two_processes():
+    """So that those below must wait."""
+    plan = stages(STUDY, Limits(4, exact=True), costs_of(STUDY, ToyCorpus(), "cpu"), 3)
+    home = {g: p for p in range(3) for members in share_of(plan, p).cohorts for g in members}
+    assert home[0] != home[6]
 
 
 def test_killed_at_twenty_moments_and_resumed_on_other_numbers_gives_the_same(tmp_path):

@@ -22,8 +22,7 @@ from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config
 from kloss.console import Console
 from kloss.errors import UserError
-from kloss.estimate import describe, estimated_seconds
-from kloss.models import TINY
+from kloss.estimate import Machine, describe
 from kloss.presets import demo, first_five, paper
 from kloss.run import main, parse, prepare, without_effect
 
@@ -110,7 +109,7 @@ def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
     with Console().progress() as progress:
         for some in (arguments[:-2], arguments):
             corpus, study = prepare(parse(some), progress)
-            plan.append(int(dict(describe(parse(some), corpus, study))["scoring"].split()[0]))
+            plan.append(int(dict(describe(parse(some), corpus, study, Machine(1, "cpu", 8 << 30)))["scoring"].split()[0]))
     # NON-SHARED's learners end with every language that comes later; each experience is scored twice within.
     ends = [locales for table in study.to_score[:4] for i, locales in table.items() if i > 0]
     tokens = sum(len(corpus.sentences(locale, "test").input_ids) for locales in ends for locale in locales)
@@ -324,12 +323,6 @@ def jsonl(folder, *lines):
     return str(folder)
 
 
-def test_the_estimate_counts_rounds_and_tokens():
-    """The last of 53 learners trains alone, a batch of 100 tokens a round: that is the host's time, not the products'."""
-    assert estimated_seconds(TINY, 10_000, 0, 0) > 0 and estimated_seconds(TINY, 0, 10_000, 0) > 0
-    assert estimated_seconds(TINY, 0, 0, 10_000) > 0 and estimated_seconds(TINY, 0, 0, 0) == 0
-
-
 def test_mistakes_of_the_command_line(small, capsys):
     arguments, folder = small
     for extra, words in (
@@ -458,15 +451,19 @@ def test_memory_is_counted_before_any_work(small, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     for more, words in (
         (
-            ["--rank", "10000"],
+            ["--rank", "10000", "--max-learners", "4"],
             "a cohort of 4 adapters of rank 10,000 (see --max-learners) needs 0.3 GiB for training; cpu has 0.2",
         ),
         (["--tiny-layers", "10000", "--tiny-hidden", "1024"], "the tiny backbone of width 1,024 needs 1,875."),
         (["--tiny-hidden", "4096"], "the tiny backbone of width 4,096 needs "),
     ):
         assert words in one_line_error([*arguments, *more], capsys)
-    assert main([*arguments, "--rank", "10000", "--dry-run"]) == 0  # a plan for another machine
-    assert main([*arguments, "--rank", "10000", "--max-learners", "1", "--epochs", "1"]) == 0
+    assert main([*arguments, "--rank", "10000", "--max-learners", "4", "--dry-run"]) == 0  # a plan for another machine
+    capsys.readouterr()
+    assert main([*arguments, "--rank", "10000", "--dry-run"]) == 0
+    cohorts = [line for line in capsys.readouterr().out.splitlines() if "1 learners, " in line]
+    assert len(cohorts) == 4  # those of rank 10,000 one by one
+    assert main([*arguments, "--rank", "10000", "--epochs", "1"]) == 0
 
 
 def test_every_number_has_its_limits():
@@ -646,7 +643,7 @@ def test_flags_override_a_preset():
 
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
-    others |= {"threads": 3, "save_adapters": True, "select": "x"}
+    others |= {"threads": 3, "save_adapters": True, "select": "x", "plan_for": "8xh200"}
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
     unnamed = {"eval_split", "experiments", "head_lr", "pinned", "remedies", "score_every", "trains"}

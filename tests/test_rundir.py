@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import stat
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -38,8 +39,24 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     reports = [f".report.html.{number}.partial" for number in (os.getpid(), 1, "x")]
     kept = (*reports, "checkpoint.safetensors", "mine.partial", ".tmp-mine")
     folder = made(tmp_path / "run", *LEFT, *kept)
+    (folder / "adapters").mkdir()
+    for name in (".adapter_model.safetensors.7.partial", "adapter_model.safetensors"):
+        (folder / "adapters" / name).write_text("half")
     with open_run(folder, CONFIG):
-        assert names(folder) == sorted((".lock", "config.json", *kept))
+        assert names(folder) == sorted((".lock", "adapters", "config.json", *kept))
+        assert names(folder / "adapters") == ["adapter_model.safetensors"]
+
+
+def test_a_job_of_several_processes_is_open_until_all_have_ended(tmp_path):
+    with ExitStack() as second:
+        with open_run(tmp_path, CONFIG, 0, 2) as first:
+            second.enter_context(open_run(tmp_path, CONFIG, 1, 2))
+            assert first.checkpoint.name == "checkpoint-0-of-2.safetensors"
+        for process in ((0, 1), (0, 2)):  # the first has ended, the second has not
+            with pytest.raises(UserError, match="open in another process"), open_run(tmp_path, CONFIG, *process):
+                pass
+    with open_run(tmp_path, CONFIG):
+        pass
 
 
 def test_another_configuration_loses_nothing(tmp_path):

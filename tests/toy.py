@@ -13,7 +13,8 @@ LABELS = ("O", "B-date", "B-time", "I-date", "I-time")
 class ToyCorpus:
     """Looks like `kloss.cl.corpus.Corpus` to streams, training and scoring: locale l's token 5+k mostly has label k+l."""
 
-    labels, vocab_size, bos_id, pad_id, eos_id = LABELS, 40, 0, 1, 2
+    name, labels, vocab_size, bos_id, pad_id, eos_id = "toy", LABELS, 40, 0, 1, 2
+    max_length = 16
 
     def __init__(self, locales=("aa", "bb", "cc"), sentences=12, seed=0):
         self.locales = tuple(locales)
@@ -31,6 +32,9 @@ class ToyCorpus:
             labels += [-100, *((words + shift) % len(LABELS)), -100]
             offsets.append(len(ids))
         return Sentences(np.array(ids, np.int32), np.array(labels, np.int32), np.array(offsets))
+
+    def words(self):
+        return np.arange(self.vocab_size)
 
     def sentences(self, locale, partition):
         return self._parts[locale, partition]

@@ -1,6 +1,6 @@
 """What the checkpoints of a run folder say of each learner, whichever processes, and however many, wrote them."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,28 +12,23 @@ from .corpus import Corpus
 from .progress import Record, check_progress
 from .rundir import Checkpoint
 from .shapes import check_shape
-from .shares import Stage
+from .shares import Share
 from .study import Study
 
-CHECKPOINT = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}
+CHECKPOINT = {
+    "share?": {"cohorts": [[int]], "ranks": [(int, None)]},  # earlier versions did not say what was a process's share
+    "finished": {str: {"weights": [int]}},
+    "cohort": (int, None),
+    "state?": dict,
+    "probed?": [([int], None)],
+}
 
 
-class Share(NamedTuple):
-    """What one process trains: its cohorts in order, and the rank of each one's bank."""
+class Saved(NamedTuple):
+    """A checkpoint and the share that it is of."""
 
-    cohorts: list[list[int]]
-    ranks: list[int | None]
-
-
-def share_of(study: Study, plan: Sequence[Stage], process: int, exact: bool) -> Share:
-    """The share of a process in a plan. With `exact` the banks of a stage have one rank, on which bits depend."""
-    share = Share([], [])
-    for stage in plan:
-        for cohort in stage.cohorts[process]:
-            share.cohorts.append(cohort)
-            own = max((study.learners[g].rank or 0 for g in cohort), default=0)
-            share.ranks.append(stage.rank if exact or stage.rank is None else own)
-    return share
+    checkpoint: Checkpoint
+    share: Share
 
 
 def score_every(config: Config, study: Study) -> list[int]:
@@ -48,9 +43,15 @@ def probes_of(study: Study, process: int, processes: int) -> range:
     return range(n * process // processes, n * (process + 1) // processes)
 
 
-def check(state: Any, config: Config, corpus: Corpus, study: Study, share: Share, probes: int) -> None:
-    """Check that a checkpoint's JSON can be of this share of the study. Raises UserError if it cannot."""
+def checked_share(state: Any, config: Config, corpus: Corpus, study: Study, planned: Share, probes: int) -> Share:
+    """Return the share of which a checkpoint's JSON is. Raises UserError if it cannot be of this study.
+
+    planned: the share of a checkpoint that does not say it.
+    """
     check_shape(state, CHECKPOINT)
+    share = Share(**state["share"]) if "share" in state else planned
+    if len(share.cohorts) != len(share.ranks) or not {g for c in share.cohorts for g in c} <= set(range(len(study.learners))):
+        raise UserError(f"its share has learners other than the {len(study.learners)} of the study")
     probed = state.get("probed", [])
     if len(probed) > probes or any(count is not None and len(count) != 3 for count in probed):
         raise UserError(f"it has counts of {len(probed)} probes that cannot be those of {probes}")
@@ -69,20 +70,21 @@ def check(state: Any, config: Config, corpus: Corpus, study: Study, share: Share
             raise UserError(f"it has {len(result['weights'])} numbers of weights for {len(members)} learners")
     if state["cohort"] is not None and not 0 <= state["cohort"] < len(share.cohorts):
         raise UserError(f"it is in cohort {state['cohort']}, of {len(share.cohorts)}")
+    return share
 
 
-def records(saved: Checkpoint, share: Share) -> Iterator[tuple[int, Record]]:
-    """Each learner that a checkpoint, once checked, tells of."""
-    state = saved.state
+def records(saved: Saved) -> Iterator[tuple[int, Record]]:
+    """Each learner that a checkpoint tells of."""
+    (tensors, state, _), share = saved
     for number, result in state["finished"].items():
         for i, g in enumerate(share.cohorts[int(number)]):
             yield g, _record(result, i, {}, None)
     number = state["cohort"]
     if number is not None:
         for i, g in enumerate(share.cohorts[number]):
-            rows = {name: saved.tensors[name][i] for name in STATE}
+            rows = {name: tensors[name][i] for name in STATE}
             end = f" of {i}"  # what rules have noted
-            rows |= {name.removesuffix(end): tensor for name, tensor in saved.tensors.items() if name.endswith(end)}
+            rows |= {name.removesuffix(end): tensor for name, tensor in tensors.items() if name.endswith(end)}
             yield g, _record(state["state"], i, rows, share.ranks[number])
 
 

@@ -118,9 +118,10 @@ class RunFolder:
         on_host, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
         write_tensors(self.checkpoint, on_host, {"state": text, "digest": _digest(on_host, text)})
 
-    def load_checkpoint(self, of: tuple[int, int] | None = None) -> Checkpoint | None:
+    def load_checkpoint(self, of: tuple[int, int] | None = None, *, whole: bool = True) -> Checkpoint | None:
         """Return the last checkpoint of a process of so many, by default of this one; None without it.
 
+        whole: with its tensors, without which it is not verified.
         Raises UserError for a damaged one.
         """
         from safetensors import safe_open
@@ -133,11 +134,11 @@ class RunFolder:
                 pass
             with self.reading_checkpoint(of), safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()} if whole else {}  # noqa: SIM118
                 text = metadata.get("state", "")
-                if "digest" in metadata and metadata["digest"] != _digest(tensors, text):
+                if whole and "digest" in metadata and metadata["digest"] != _digest(tensors, text):
                     raise UserError("its contents have not the digest written with them")
-                return Checkpoint(tensors, json.loads(text), "digest" in metadata)
+                return Checkpoint(tensors, json.loads(text), whole and "digest" in metadata)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
@@ -252,7 +253,7 @@ def _remove_leftovers(path: Path) -> None:
     `written` makes .*.partial, safetensors makes .tmp and six characters.
     """
     try:
-        for file in (*path.glob(".*.partial"), *path.glob(".tmp??????")):
+        for file in (*path.rglob(".*.partial"), *path.rglob(".tmp??????")):
             if not _in_use(file.name):
                 file.unlink(missing_ok=True)
         for log in logs(path):

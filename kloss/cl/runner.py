@@ -18,11 +18,10 @@ from .evaluate import score_probes
 from .learner import Scores
 from .probes import Counts, State
 from .progress import Record
-from .resume import check, keep_furthest, probes_of, records, score_every, share_of
-from .rundir import Checkpoint, RunFolder
-from .shares import Stage, stages
+from .resume import Saved, checked_share, keep_furthest, probes_of, records, score_every
+from .rundir import RunFolder
+from .shares import Stage, alone, share_of
 from .states import KeptRow
-from .stream import Stream
 from .study import Study
 from .train import Cohort
 
@@ -53,18 +52,21 @@ def train_study(
     folder: RunFolder,
     progress: Progress,
     processes: Processes = ALONE,
+    plan: Sequence[Stage] | None = None,
 ) -> Outcome:
     """Train and score every learner, or this process's share of them, continuing from the folder's checkpoints.
 
     load: returns a fresh backbone.
+    plan: which process trains what; None: that of one process, whose cohorts only the configuration limits.
     Returns the outcome of all learners, and raises ProcessLost if another process cannot do its share.
     """
-    job = _Job(config, corpus, study, load, folder, progress, processes)
+    plan = alone(config, study) if plan is None else plan
+    job = _Job(config, corpus, study, load, folder, progress, processes, plan)
     number = 0
-    for stage in job.plan:
+    for stage in plan:
         if stage.forks:
             job.gather()
-        for members in stage.cohorts[processes.rank]:
+        for members in stage.shares[processes.rank].cohorts:
             job.train(number, members)
             number += 1
     if processes.number > 1:
@@ -86,62 +88,62 @@ class _Job:
         folder: RunFolder,
         progress: Progress,
         processes: Processes,
+        plan: Sequence[Stage],
     ):
         self.config, self.corpus, self.study, self.load = config, corpus, study, load
         self.folder, self.progress, self.processes = folder, progress, processes
         self.kept, self.starts, self.every = study.kept(), study.starts(), score_every(config, study)
-        self.others = [of for of in folder.checkpoints() if of[1] != processes.number]
-        shared = processes.number > 1 or self.others
-        self.tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners] if shared else []
-        self.plan = self._plan(processes.number)
-        self.share = share_of(study, self.plan, processes.rank, config.exact)
+        self.shares = [share_of(plan, process) for process in range(processes.number)]
+        self.share = self.shares[processes.rank]
         self.saved = self._read(processes.rank, processes.number)
-        if self.saved is not None and not self.saved.verified:
+        if self.saved is not None and not self.saved.checkpoint.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
-        self.finished = {} if self.saved is None else self.saved.state["finished"]
-        self.known = self._known() if self.others else {}
         size = len(study.learners)
         self.outcome = Outcome([{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [])
+        self.known = self._known()
+        processes.wait()  # all have read what the first step of one may replace
+        usable = self.saved is not None and self.saved.share == self.share
+        self.finished = self.saved.checkpoint.state["finished"] if self.saved is not None and usable else {}
 
-    def _plan(self, processes: int) -> list[Stage]:
-        return stages(self.study, self.config.max_learners, self.tokens, processes)
-
-    def _read(self, process: int, processes: int) -> Checkpoint | None:
-        """A process's checkpoint. Raises UserError if it cannot be of its share of the study."""
-        saved = self.folder.load_checkpoint((process, processes))
-        if saved is not None:
-            with self.folder.reading_checkpoint((process, processes)):
-                share = share_of(self.study, self._plan(processes), process, self.config.exact)
-                probes = len(probes_of(self.study, process, processes))
-                check(saved.state, self.config, self.corpus, self.study, share, probes)
-        return saved
+    def _read(self, process: int, processes: int, *, whole: bool = True) -> Saved | None:
+        """A process's checkpoint. whole: with its tensors. Raises UserError if it cannot be of the study."""
+        saved = self.folder.load_checkpoint((process, processes), whole=whole)
+        if saved is None:
+            return None
+        with self.folder.reading_checkpoint((process, processes)):
+            planned = share_of(alone(self.config, self.study), 0)
+            probes = len(probes_of(self.study, process, processes))
+            return Saved(saved, checked_share(saved.state, self.config, self.corpus, self.study, planned, probes))
 
     def _known(self) -> dict[int, Record]:
-        """How far this process's learners are by all checkpoints, where some are of another number of processes."""
-        own = {g for members in self.share.cohorts for g in members}
+        """How far this process's learners are, if a checkpoint is of another job, in which they were dealt out otherwise."""
+        number = self.processes.number
+        shares = {(process, number): share for process, share in enumerate(self.shares)}
+        found = {of: self._read(*of, whole=False) for of in self.folder.checkpoints()}
+        others = [of for of, saved in found.items() if saved is not None and saved.share != shares.get(of)]
+        if others and self.saved is not None and (self.processes.rank, number) not in others:
+            others.append((self.processes.rank, number))
         known: dict[int, Record] = {}
-        for process, processes in [*self.others, *([] if self.saved is None else [(self.processes.rank, self.processes.number)])]:
-            saved = self._read(process, processes)
-            assert saved is not None
-            with self.folder.reading_checkpoint((process, processes)):
-                if not saved.verified:
-                    raise UserError("it has no digest, and can be continued by one process alone")
-                share = share_of(self.study, self._plan(processes), process, self.config.exact)
-                keep_furthest(known, records(saved, share), own)
+        for of in others:
+            saved = self._read(*of)
+            with self.folder.reading_checkpoint(of):
+                if saved is None or not saved.checkpoint.verified:
+                    raise UserError("it has no digest, and can be continued only as the job that wrote it")
+                keep_furthest(known, records(saved), {g for members in self.share.cohorts for g in members})
         return known
 
     def train(self, number: int, members: list[int]) -> None:
         """Train a cohort to its end, from where it is."""
         if str(number) not in self.finished:
             cohort = self._cohort(number, members)
-            watch = _Watch(cohort, number, self.finished, self.folder, self.config.checkpoint_seconds, self.progress)
+            watch = _Watch(cohort, number, self._state(), self.folder, self.config.checkpoint_seconds, self.progress)
             with on_signals(watch.stop):
                 cohort.train(watch)
                 weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(cohort.learners)]
                 if self.config.save_adapters:
                     self._save_adapters(cohort, members)
                 self.finished[str(number)] = cohort.state()[1] | {"weights": weights}
-                self.folder.save_checkpoint({}, {"finished": self.finished, "cohort": None})
+                self.folder.save_checkpoint({}, self._state())
             if watch.signal:  # during the last step
                 raise KeyboardInterrupt(watch.signal)
         self._enter(members, self.finished[str(number)])
@@ -166,12 +168,17 @@ class _Job:
                 cohort.failed[i] = "was not begun: the learner that it begins with diverged"
             elif g in self.starts:
                 cohort.begin(i, self.folder.states.load(self.starts[g]))
-        if self.others:
+        if self.known:
             cohort.resume({i: self.known[g] for i, g in enumerate(members) if g in self.known})
-        elif self.saved is not None and self.saved.state["cohort"] == number:
+        elif self.saved is not None and self.saved.checkpoint.state["cohort"] == number:
+            saved = self.saved.checkpoint
             with self.folder.reading_checkpoint():
-                cohort.load_state(self.saved.tensors, self.saved.state.get("state"), finite=not self.saved.verified)
+                cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
         return cohort
+
+    def _state(self) -> dict:
+        """What a checkpoint says of this process but for a cohort in training."""
+        return {"share": self.share._asdict(), "finished": self.finished, "cohort": None}
 
     def _enter(self, members: Sequence[int], result: dict) -> None:
         """Put the results of a cohort into the outcome."""
@@ -198,26 +205,25 @@ class _Job:
         for process in range(self.processes.number):
             saved = None if process == self.processes.rank else self._read(process, self.processes.number)
             if saved is not None:
-                share = share_of(self.study, self.plan, process, self.config.exact)
-                for number, result in saved.state["finished"].items():
-                    self._enter(share.cohorts[int(number)], result)
+                for number, result in saved.checkpoint.state["finished"].items():
+                    self._enter(saved.share.cohorts[int(number)], result)
 
     def probe(self) -> None:
         """Score the probes, each process some."""
         rank, number = self.processes.rank, self.processes.number
         own = [self.study.probes[i][1] for i in probes_of(self.study, rank, number)]
-        probed = [] if self.saved is None else self.saved.state.get("probed", [])
+        probed = self.saved.checkpoint.state.get("probed", []) if self.finished and self.saved is not None else []
 
         def after_some(done: list[Counts]) -> None:
             self.progress(len(done), len(own), f"probes: {len(done)} of {len(own)}")
-            self.folder.save_checkpoint({}, {"finished": self.finished, "cohort": None, "probed": done})
+            self.folder.save_checkpoint({}, self._state() | {"probed": done})
 
         rest = self.folder.states, self.outcome.failed, self.config, probed, after_some
         done = score_probes(own, self.study.learners, self.load(), self.corpus, *rest)
         self.processes.wait()
         for process in range(number):
             saved = None if process == rank else self._read(process, number)
-            self.outcome.probed.extend(done if saved is None else saved.state.get("probed", []))
+            self.outcome.probed.extend(done if saved is None else saved.checkpoint.state.get("probed", []))
 
 
 def _keep(folder: RunFolder, members: Sequence[int], state: State, row: KeptRow) -> None:
@@ -244,8 +250,8 @@ def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
 class _Watch:
     """Called after every step: updates the progress display, writes the log and, at intervals, a checkpoint."""
 
-    def __init__(self, cohort: Cohort, number: int, finished: dict, folder: RunFolder, interval: float, progress: Progress):
-        self.number, self.finished, self.folder = number, finished, folder
+    def __init__(self, cohort: Cohort, number: int, state: dict, folder: RunFolder, interval: float, progress: Progress):
+        self.state, self.folder = state | {"cohort": number}, folder
         self.interval, self.progress = interval, progress
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
         size = len(cohort.learners)
@@ -282,7 +288,7 @@ class _Watch:
         self.unsaved = True
         if self.signal or now - self.saved > self.interval:
             tensors, state = cohort.state()
-            self.folder.save_checkpoint(tensors, {"finished": self.finished, "cohort": self.number, "state": state})
+            self.folder.save_checkpoint(tensors, self.state | {"state": state})
             self.saved, self.unsaved = time.monotonic(), False
             if self.signal:
                 raise KeyboardInterrupt(self.signal)

@@ -1,23 +1,47 @@
-"""Which process trains which learners, in which cohorts. It follows from the study alone, so each process knows it of all."""
+"""Which process trains which learners, in which cohorts. All processes find the same plan, so each knows it of all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..config import Config
+from .corpus import Corpus
 from .learner import Learner
+from .stream import Stream
 from .study import Study
+
+MOST = 1 << 30
+STEP_TOKENS = {"cuda": 2400, "cpu": 0}  # what a whole model's step costs beside its tokens, in tokens of packed adapters
+
+
+class Share(NamedTuple):
+    """What one process trains: cohorts of learners, one after another, and the rank of each one's bank; None: a whole model."""
+
+    cohorts: list[list[int]]
+    ranks: list[int | None]
 
 
 class Stage(NamedTuple):
     """Learners that may train at the same time.
 
     forks: whether they begin with states of an earlier stage, which all processes have to have ended.
-    rank: the largest of their ranks; None: they train whole models.
-    cohorts: of each process, in the order in which it trains them.
+    shares: one of each process.
     """
 
     forks: bool
-    rank: int | None
-    cohorts: list[list[list[int]]]
+    shares: list[Share]
+
+
+class Limits(NamedTuple):
+    """How many adapters a cohort has.
+
+    most: 0: as many as fit.
+    fit: of a rank, how many the memory holds.
+    exact: whether all banks of a stage have the largest rank of its learners, on which bits depend.
+    """
+
+    most: int = 0
+    fit: Callable[[int], int] = lambda rank: MOST
+    exact: bool = False
 
 
 def depth(learner: Learner) -> int:
@@ -25,45 +49,77 @@ def depth(learner: Learner) -> int:
     return 0 if learner.start is None else 1 + depth(learner.start[0])
 
 
-def stages(study: Study, max_learners: int, tokens: Sequence[int] = (), processes: int = 1) -> list[Stage]:
-    """The learners of each stage: LoRA learners by depth, then whole models.
+def costs_of(study: Study, corpus: Corpus, device: str) -> list[float]:
+    """What training each learner costs, in tokens of packed adapters. device: cuda or cpu."""
+    streams = [Stream.of(corpus, learner) for learner in study.learners]
+    extra = [STEP_TOKENS[device] if learner.rank is None else 0 for learner in study.learners]
+    return [stream.tokens() + more * stream.steps() for stream, more in zip(streams, extra, strict=True)]
 
-    max_learners: of LoRA learners in a cohort; 0: no limit. Whole models are cohorts of their own.
-    tokens: of each learner, by which they are dealt out; not needed for one process.
+
+def stages(study: Study, limits: Limits, costs: Sequence[float] = (), processes: int = 1) -> list[Stage]:
+    """The learners of each stage: LoRA learners by depth, then whole models, which are cohorts of their own.
+
+    costs: of each learner, by which they are dealt out; not needed for one process.
     """
     lora: dict[int, list[int]] = {}
     for g, learner in enumerate(study.learners):
         if learner.rank is not None:
             lora.setdefault(depth(learner), []).append(g)
     whole = [g for g, learner in enumerate(study.learners) if learner.rank is None]
-    found, loads = [], [0] * processes
+    loads = [0.0] * processes
+    models = [Share([[g] for g in share], [None] * len(share)) for share in _dealt(whole, costs, loads)]
+    found = []
     for level, members in sorted(lora.items()):
-        if level > 0:
-            loads = [0] * processes  # they waited for each other
-        shares = _dealt(members, tokens, loads)
-        rank = max(study.learners[g].rank or 0 for g in members)
-        found.append(Stage(level > 0, rank, [_cut(share, max_learners or len(members)) for share in shares]))
-    if whole:
-        found.append(Stage(False, None, [_cut(share, 1) for share in _dealt(whole, tokens, loads)]))
-    return found
+        last = level == max(lora)  # whole models follow without waiting, and are dealt with it
+        shares = _dealt(members, costs, loads if last else [0.0] * processes)
+        largest = max(study.learners[g].rank or 0 for g in members) if limits.exact else 0
+        found.append(Stage(level > 0, [_cut(study, share, limits, largest) for share in shares]))
+    return found + ([Stage(False, models)] if whole else [])
 
 
-def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
-    """The learners of each cohort of a single process."""
-    return [cohort for stage in stages(study, max_learners) for cohort in stage.cohorts[0]]
+def alone(config: Config, study: Study) -> list[Stage]:
+    """The plan of one process whose memory is no limit."""
+    return stages(study, Limits(config.max_learners, exact=config.exact))
 
 
-def _dealt(members: Sequence[int], tokens: Sequence[int], loads: list[int]) -> list[list[int]]:
-    """Deal learners out to as many as have loads, which grow: the longest first, each to who has the least."""
+def share_of(plan: Sequence[Stage], process: int) -> Share:
+    """All that a process trains."""
+    shares = [stage.shares[process] for stage in plan]
+    return Share([c for share in shares for c in share.cohorts], [r for share in shares for r in share.ranks])
+
+
+def cohorts_of(plan: Sequence[Stage]) -> list[tuple[list[int], int | None]]:
+    """The cohorts of all processes, each with the rank of its bank."""
+    shares = [share for stage in plan for share in stage.shares]
+    return [pair for share in shares for pair in zip(share.cohorts, share.ranks, strict=True)]
+
+
+def _dealt(members: Sequence[int], costs: Sequence[float], loads: list[float]) -> list[list[int]]:
+    """Deal learners out to as many as have loads, which grow: the dearest first, each to who has the least."""
     shares: list[list[int]] = [[] for _ in loads]
     if len(loads) == 1:
         return [list(members)]
-    for g in sorted(members, key=lambda g: (-tokens[g], g)):
+    for g in sorted(members, key=lambda g: (-costs[g], g)):
         least = loads.index(min(loads))
         shares[least].append(g)
-        loads[least] += tokens[g]
+        loads[least] += costs[g]
     return [sorted(share) for share in shares]
 
 
-def _cut(members: Sequence[int], size: int) -> list[list[int]]:
-    return [list(members[i : i + size]) for i in range(0, len(members), size)]
+def _cut(study: Study, members: Sequence[int], limits: Limits, largest: int) -> Share:
+    """Cut adapters into cohorts; into some of like ranks, where memory is the limit. largest: rank of all their banks, or 0."""
+    ranks = {g: study.learners[g].rank or 0 for g in members}
+    if not limits.most and len(members) > limits.fit(max([*ranks.values(), largest])):
+        members = sorted(members, key=lambda g: (ranks[g], g))
+    share = Share([], [])
+    for g in members:
+        rank = max(largest, ranks[g])
+        if share.cohorts:
+            wider = max(share.ranks[-1] or 0, rank)
+            if len(share.cohorts[-1]) < (limits.most or max(1, limits.fit(wider))):
+                share.cohorts[-1].append(g)
+                share.ranks[-1] = wider
+                continue
+        share.cohorts.append([g])
+        share.ranks.append(rank)
+    return share
