@@ -44,22 +44,22 @@ class Outcome(NamedTuple):
 
 def depth(learner: Learner) -> int:
     """How many learners lie before a fork; 0 for one that begins anew."""
-    return 0 if learner.start is None else 1 + depth(learner.start[0])
+    return max((1 + depth(parent) for parent, _ in learner.parents), default=0)
 
 
 def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
-    """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one.
+    """The learners of each cohort: at most `max_learners` of one method (0: no limit), then whole models one by one.
 
-    A fork is in a later cohort than the learner that it begins with.
+    A learner is in a later cohort than those that it begins with.
     """
-    depths: dict[int, list[int]] = {}
+    kinds: dict[tuple, list[int]] = {}
     for g, learner in enumerate(study.learners):
         if learner.rank is not None:
-            depths.setdefault(depth(learner), []).append(g)
+            kinds.setdefault((depth(learner), learner.method != "lora", learner.kind), []).append(g)
     cohorts = []
-    for _, lora in sorted(depths.items()):
-        size = max_learners or len(lora)
-        cohorts += [lora[i : i + size] for i in range(0, len(lora), size)]
+    for _, alike in sorted(kinds.items()):
+        size = max_learners or len(alike)
+        cohorts += [alike[i : i + size] for i in range(0, len(alike), size)]
     return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
 
 
@@ -108,10 +108,10 @@ def train_study(
                 score_every=[every[g] for g in members],
             )
             for i, g in enumerate(members):
-                if g in starts and outcome.failed[starts[g].learner]:
+                if any(outcome.failed[state.learner] for state in starts.get(g, ())):
                     cohort.failed[i] = "was not begun: the learner that it begins with diverged"
                 elif g in starts:
-                    cohort.begin(i, folder.states.load(starts[g]))
+                    cohort.begin(i, [folder.states.load(state) for state in starts[g]])
             if saved is not None and saved.state["cohort"] == number:
                 with folder.reading_checkpoint():
                     cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
+from ..models.methods import METHODS, FusionBank, MethodBank
 from ..models.rows import overwrite
 from .corpus import Corpus
 from .evaluate import evaluate
@@ -27,7 +28,7 @@ from .stream import Stream
 class Cohort:
     """Learners that advance together: each has a row of the bank, a stream and a table of scores.
 
-    learners: all of them LoRA, or one that trains the whole model.
+    learners: all of one `kind`, or one that trains the whole model.
     to_score: for each learner, experiences completed -> locales to score.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     partition: dev or test, what is scored.
@@ -65,16 +66,8 @@ class Cohort:
             self.bank = FlatModel(model)
         else:
             model.freeze_backbone()
-            self.bank = AdapterBank(
-                model,
-                len(learners),
-                [learner.rank or 0 for learner in learners],
-                alpha=[learner.alpha for learner in learners],
-                seeds=[learner.seed for learner in learners],
-                dtype=weight.dtype,
-                device=self.device,
-                exact=exact,
-            )
+            self.bank = self._lora(learners) if learners[0].method == "lora" else self._other(learners)
+        self._donors: dict[tuple, AdapterBank] = {}
         self.streams = [Stream.of(corpus, learner) for learner in learners]
         self.rules = {g: learner.rule for g, learner in enumerate(learners) if learner.rule is not None}
         self.noted = {g: {n: torch.zeros_like(self.bank.param[g]) for n in rule.state} for g, rule in self.rules.items()}
@@ -84,10 +77,36 @@ class Cohort:
         self.tokens = 0
         self._team: _Team | None = None
 
-    def begin(self, g: int, row: KeptRow) -> None:
-        """Have a learner that has not trained begin with a row of another one."""
-        assert isinstance(self.bank, AdapterBank)
-        self.bank.load_row_(g, row.param, row.rank)
+    def _lora(self, learners: Sequence[Learner]) -> AdapterBank:
+        return AdapterBank(
+            self.model,
+            len(learners),
+            [learner.rank or 0 for learner in learners],
+            alpha=[learner.alpha for learner in learners],
+            seeds=[learner.seed for learner in learners],
+            dtype=self.model.classifier.weight.dtype,
+            device=self.device,
+            exact=self.exact,
+        )
+
+    def _other(self, learners: Sequence[Learner]) -> MethodBank:
+        method, size = learners[0].kind
+        assert all(learner.kind == (method, size) for learner in learners)
+        seeds, dtype = [learner.seed for learner in learners], self.model.classifier.weight.dtype
+        return METHODS[method](self.model, seeds, size, dtype=dtype, device=self.device)
+
+    def begin(self, g: int, rows: Sequence[KeptRow]) -> None:
+        """Have a learner that has not trained begin with a row of another one, or with its donors' rows."""
+        bank, donors = self.bank, self.learners[g].donors
+        if isinstance(bank, FusionBank):
+            if donors not in self._donors:
+                self._donors[donors] = self._lora([donor for donor, _ in donors])
+                for m, row in enumerate(rows):
+                    self._donors[donors].load_row_(m, row.param, row.rank)
+            bank.give_(g, self._donors[donors])
+        else:
+            assert isinstance(bank, AdapterBank)
+            bank.load_row_(g, rows[0].param, rows[0].rank)
 
     @property
     def steps(self) -> Tensor:
@@ -217,7 +236,7 @@ class _Team:
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
         self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact, bank=self.bank)
         self.rated = any(experience.rate != 1 for g in learners for experience in cohort.learners[g].experiences)
-        self.graphs = Graphs(cohort.device)
+        self.graphs = Graphs(cohort.device, enabled=self.bank.capturable)
         self._ahead: tuple[_Packed, list[list[int]]] | None = None
         self._start()
 
