@@ -54,6 +54,7 @@ class Study(NamedTuple):
     learners: list[Learner]  # to be trained, each once
     to_score: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
     probes: tuple[tuple[str, Probe], ...] = ()  # by experiment, to be scored at the end
+    weights: Sequence[int] = ()  # how many each learner has trained; empty before
 
     def starts(self) -> dict[int, list[State]]:
         """The states that learners begin with, by learner: a fork's one, a fusion's several."""
