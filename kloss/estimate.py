@@ -8,13 +8,15 @@ import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
+from .cl.learner import Learner
 from .cl.runner import cohorts_of, score_every
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
+from .cl.train import row_of
 from .config import Config
 from .files import read_json, user_path
-from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
+from .models import XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
 
 CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
@@ -43,9 +45,9 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
         learners = [study.learners[g] for g in members]
         steps = max(Stream.of(corpus, learner).steps() for learner in learners)
         rounds += steps
-        memory, ranks = "", [learner.rank for learner in learners if learner.rank is not None]
-        if backbone is not None and ranks:
-            mib = len(members) * AdapterBank.width_of(backbone, max(ranks)) * 16 / 2**20
+        memory = ""
+        if backbone is not None and learners[0].rank is not None:
+            mib = len(members) * row_of(backbone, learners) * 16 / 2**20
             memory = f", {mib:.0f} MiB of weights, gradients and moments"
         total = sum(tokens[g] for g in members)
         lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
@@ -107,12 +109,18 @@ def with_pass_tokens(config: Config, study: Study, sizes: XLMRConfig | None, mem
         return replace(config, pass_tokens=Config.pass_tokens)
     item, rooms = DTYPES[config.dtype].itemsize, []
     for members in cohorts_of(study, config.max_learners):
-        ranks = [rank for rank in (study.learners[g].rank for g in members) if rank is not None]
-        width = AdapterBank.width_of(sizes, max(ranks)) if ranks else sum(p.numel() for p in _parameters(sizes))
+        learners = [study.learners[g] for g in members]
+        whole = learners[0].rank is None
+        width = sum(p.numel() for p in _parameters(sizes)) if whole else row_of(sizes, learners)
         state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
-        kept = sum(kept_per_token(sizes, max(ranks, default=0), item).values())
+        kept = sum(kept_per_token(sizes, max(map(_kept_rank, learners)), item).values())
         rooms.append(0.6 * (memory - state) / kept)
     return replace(config, pass_tokens=max(1024, int(min(rooms))))
+
+
+def _kept_rank(learner: Learner) -> int:
+    """Return of how many ranks a pass keeps A x: a fusion has those of all its donors."""
+    return (learner.rank or 0) * max(1, len(learner.donors))
 
 
 def _parameters(sizes: XLMRConfig) -> list[torch.nn.Parameter]:
@@ -127,7 +135,7 @@ def _kept(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig) ->
     for members in cohorts_of(study, config.max_learners):
         learners = [study.learners[g] for g in members]
         batches = [Stream.of(corpus, learner).batch_tokens() for learner in learners]
-        rank = max(learner.rank or 0 for learner in learners)
+        rank = max(map(_kept_rank, learners))
         tokens = max(*batches, min(sum(batches), config.pass_tokens))
         kept = kept_per_token(backbone, rank, DTYPES[config.dtype].itemsize)
         passes.append((tokens * sum(kept.values()), tokens, kept))

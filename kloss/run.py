@@ -28,13 +28,13 @@ from .cl.shapes import check_scores
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
 from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
+from .cl.train import row_of
 from .config import Config
 from .console import Console
 from .errors import UserError
 from .estimate import describe, with_pass_tokens
 from .files import read_json, shown
 from .machine import keep_memory, on_threads, remarks
-from .models import AdapterBank
 from .presets import PRESETS
 from .report import write_report
 
@@ -151,10 +151,11 @@ def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.dev
     width, tokens = sizes.hidden_size, sizes.vocab_size + sizes.max_position_embeddings
     needed = {f"the tiny backbone of width {width:,}": width * (tokens + 12 * sizes.num_hidden_layers * width)}
     for members in cohorts_of(study, config.max_learners):
-        ranks = [learner.rank for learner in (study.learners[g] for g in members) if learner.rank is not None]
+        learners = [study.learners[g] for g in members]
+        ranks = [learner.rank for learner in learners if learner.rank is not None]
         if ranks:
             name = f"a cohort of {len(ranks):,} adapters of rank {max(ranks):,} (see --max-learners)"
-            needed[name] = len(ranks) * AdapterBank.width_of(sizes, max(ranks))
+            needed[name] = len(ranks) * row_of(sizes, learners)
     there = gpu_memory(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name, values in needed.items():
         if 16 * values > there:  # weight, gradient, two moments

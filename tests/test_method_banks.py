@@ -33,7 +33,7 @@ def bank_of(kind, config=SMALL, learners=2, seed=0, drawn=False):
         bank.param.add_(torch.randn(bank.param.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
     if isinstance(bank, FusionBank):
         for g in range(learners):
-            bank.give_(g, donors_of(config, g % 2))
+            bank.give_(g, donors_of(config, (g + g // 2) % 2))
     return bank
 
 

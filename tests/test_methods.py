@@ -104,6 +104,16 @@ def test_it_learns_and_leaves_backbone_and_donors_as_they_are(method):
     assert all(torch.equal(bank.param, was) for bank, was in zip(getattr(cohort.bank, "donors", []), donors, strict=True))
 
 
+def test_a_fusion_is_of_its_own_donors():
+    learners = of_size("fusion")
+    cohort = cohort_of(learners, CORPUS)
+    give(cohort)
+    for g, learner in enumerate(learners):
+        wanted = trained([donor for donor, _ in learner.donors]).bank
+        given = cohort.bank.donors[int(cohort.bank.given[g])]
+        assert torch.equal(given.param, wanted.param) and torch.equal(given.scaling, wanted.scaling)
+
+
 def test_decay_pulls_factors_and_gates_to_their_start():
     """Of a learner that has no gradient but for decay: rows hold differences from the start."""
     for method in ("ia3", "fusion"):
@@ -193,15 +203,16 @@ def ends(text):
 
 
 def test_what_keeps_more_is_found():
-    section = methods.analyse({}, entries({"prefix=0.1": (0.2, 0), "ia3=0.1": (-0.2, 0), "fusion=0.1": (0.2, -0.2)}, noise=0.01))
-    lora, prefix, ia3, fusion, slow = section.findings
+    planted = {"prefix=0.1": (0.2, 0), "ia3=0.1": (-0.2, 0), "fusion=0.1": (0.2, -0.2), "fusion=0.2": (0, -0.2)}
+    section = methods.analyse({}, entries(planted, noise=0.01))
+    lora, prefix, ia3, fusion, _, slow = section.findings
     assert lora.startswith("SHARED LoRA r=8, LoRA: 1,000 weights, 0.60 F1 when learned, 0.3") and lora.endswith("% kept.")
-    assert ": 2,000 weights, " in prefix and "% kept, +20 points against LoRA (+0.1" in prefix and ", −20 points" in ia3
+    assert ": 2,000 weights, " in prefix and "% kept, +20 points against LoRA (+1" in prefix and ", −20 points" in ia3
     assert fusion.startswith("SHARED LoRA r=8, fusion=0.1: 4,000 weights, 0.40 F1 when learned")
     assert slow == "More is kept, but less was learned: fusion=0.1."
     (table,) = section.tables
     rows = {row[0]: row for row in table.rows}
-    assert list(rows) == ["LoRA", "prefix=0.1", "ia3=0.1", "fusion=0.1"] and rows["LoRA"][5:] == ("", "", "")
+    assert list(rows) == ["LoRA", *planted] and rows["LoRA"][5:] == ("", "", "")
     for method, column, value in (("prefix=0.1", 7, 0.2), ("ia3=0.1", 7, -0.2), ("ia3=0.1", 6, -0.12), ("fusion=0.1", 5, -0.2)):
         low, high = ends(rows[method][column])
         assert low < value + 0.01 and high > value - 0.01 and high - low < 0.06

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import UserError
-from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
+from ..models import AdapterBank, FlatModel, Rows, XLMRConfig, XLMRForTokenClassification
 from ..models.methods import METHODS, FusionBank, MethodBank
 from ..models.rows import overwrite
+from ..models.slots import row_width
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
@@ -212,6 +213,14 @@ class Cohort:
         )
         for (_, locale, table), count in zip(cells, counts.tolist(), strict=True):
             table[locale] = count
+
+
+def row_of(sizes: XLMRConfig, learners: Sequence[Learner]) -> int:
+    """P of the bank of a cohort that trains adapters. sizes: of the backbone."""
+    method, size = learners[0].kind
+    if method == "lora":
+        return AdapterBank.width_of(sizes, max(learner.rank or 0 for learner in learners))
+    return row_width(METHODS[method].slots_of(sizes, size))
 
 
 class _Packed(NamedTuple):

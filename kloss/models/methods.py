@@ -18,7 +18,7 @@ from ..kernels import Dropout, Segments
 from ..kernels.dropout import keep_mask
 from .architecture import XLMRConfig
 from .bank import TARGETS, AdapterBank
-from .slots import HEAD, SlotRows, laid_out
+from .slots import HEAD, Slot, SlotRows, laid_out
 from .xlmr import XLMRForTokenClassification
 
 
@@ -43,14 +43,20 @@ class MethodBank(SlotRows):
         device: str | torch.device = "cpu",
     ):
         self.config = model_or_config if isinstance(model_or_config, XLMRConfig) else model_or_config.config
-        self.size, width, labels = size, self.config.hidden_size, self.config.num_labels
-        layers = range(self.config.num_hidden_layers)
-        shapes = {f"{layer}.{name}": shape for layer in layers for name, shape in self.shapes().items()}
-        super().__init__(laid_out(shapes | dict(zip(HEAD, ((labels, width), (labels,)), strict=True))), len(seeds), dtype, device)
+        self.size = size
+        super().__init__(self.slots_of(self.config, size), len(seeds), dtype, device)
         for g, seed in enumerate(seeds):
             self._draw_(g, torch.Generator().manual_seed(seed))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def slots_of(cls, config: XLMRConfig, size: int) -> dict[str, Slot]:
+        """The slots of a row."""
+        layers, labels = range(config.num_hidden_layers), config.num_labels
+        shapes = {f"{layer}.{name}": shape for layer in layers for name, shape in cls.shapes(config, size).items()}
+        return laid_out(shapes | dict(zip(HEAD, ((labels, config.hidden_size), (labels,)), strict=True)))
+
+    @staticmethod
+    def shapes(config: XLMRConfig, size: int) -> dict[str, tuple[int, ...]]:
         """What a row holds of each layer, by name."""
         raise NotImplementedError
 
@@ -94,8 +100,9 @@ class PrefixBank(MethodBank):
     Source: Li and Liang 2021, arXiv 2101.00190, without their reparametrisation, as peft has it by default.
     """
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("keys", "values"), (self.size, self.config.hidden_size))
+    @staticmethod
+    def shapes(config: XLMRConfig, size: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("keys", "values"), (size, config.hidden_size))
 
     def _draw_(self, g: int, generator: torch.Generator) -> None:
         """Keys and values are normal, of deviation 1 as peft's."""
@@ -157,8 +164,9 @@ class IA3Bank(MethodBank):
     Source: Liu et al. 2022, arXiv 2205.05638.
     """
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"key_value": (2 * self.config.hidden_size,), "inner": (self.config.intermediate_size,)}
+    @staticmethod
+    def shapes(config: XLMRConfig, size: int) -> dict[str, tuple[int, ...]]:
+        return {"key_value": (2 * config.hidden_size,), "inner": (config.intermediate_size,)}
 
     def linear(self, layer: int, name: str, x: Tensor, base: nn.Linear, segments: Segments) -> Tensor | None:
         if name not in ("qkv", "down"):
@@ -190,8 +198,9 @@ class FusionBank(MethodBank):
         self.donors: list[AdapterBank] = []
         super().__init__(model, seeds, size, **options)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(TARGETS, (self.size,))
+    @staticmethod
+    def shapes(config: XLMRConfig, size: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(TARGETS, (size,))
 
     def give_(self, g: int, donors: AdapterBank) -> None:
         """Set the donors of a learner: a bank of `size` adapters of this model, on all linears. Learners may share it."""

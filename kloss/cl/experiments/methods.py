@@ -116,13 +116,15 @@ def _findings(label: str, values: Mapping[str, Mapping[tuple, Floats]], weights:
     """A line for each method, and which keep more only where they learned less."""
     lora, lines, slow = values[LORA], [], []
     for method, of in values.items():
-        if not of or (learned := (means := _means(of))[0]) < FLOOR:
+        learned, end, share = _means(of) if of else (0.0, 0.0, 0.0)
+        if learned < FLOOR:
             lines.append(f"{label}, {method}: " + (f"learned nothing ({learned:.2f} F1 when learned)." if of else "diverged."))
             continue
-        text = f"{means[0]:.2f} F1 when learned, {means[1]:.2f} at the end; {means[2]:.0%} kept"
+        text = f"{learned:.2f} F1 when learned, {end:.2f} at the end; {share:.0%} kept"
         if method != LORA and lora:
             (_, own), _, (gap, kept) = _gaps(of, lora)
-            text += f", {signed(100 * gap, 0)} points against LoRA ({between(kept) or 'one run, no interval'})"
+            ends = between(Interval(100 * kept.low, 100 * kept.high, kept.df), 0) or "one run, no interval"
+            text += f", {signed(100 * gap, 0)} points against LoRA ({ends})"
             slow += [method] if own.high < 0 < kept.low else []
         lines.append(f"{label}, {method}: {weights[method]:,} weights, {text}.")
     if slow:
