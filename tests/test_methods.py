@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pretend import GPU, pretended_gpu
 from test_run import SMALL, one_line_error
 from test_train import BASE, SIX, Stop, cohort_of
 from toy import ToyCorpus
@@ -19,6 +20,7 @@ from kloss.cl.states import KeptRow
 from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
 from kloss.config import Config
+from kloss.models import AdapterBank
 from kloss.models.methods import METHODS
 from kloss.run import main, without_effect
 
@@ -290,3 +292,25 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
     assert [entry["weights"] - head for entry in entries[1:]] == [2 * 32 * methods.PREFIX, 2 * 32 + 128, 4 * 3]
     assert all(len(entry[part]) == 3 and None not in entry[part] for entry in entries for part in ("learned", "end"))
     assert "<h2>Is it LoRA?</h2>" in (tmp_path / "whole" / "report.html").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_on_a_gpu_they_are_those_of_a_cpu(method, monkeypatch):
+    """On a pretended one, which mixes no devices; no graphs are captured."""
+    corpus, sizes = ToyCorpus(("aa", "bb"), sentences=3), {"num_hidden_layers": 2}
+    learners = of_method(method, [replace(THREE, experiences=(("aa",), ("bb",)), epochs=1, dropout=0.0)])
+    learners += [replace(learners[0], experiences=(("bb",),), seed=4)]  # ends early
+    plain = cohort_of(learners, corpus, sizes)
+    rows = [plain.bank.param.new_zeros(AdapterBank.width_of(plain.model.config, 4)) + 0.01] * 2
+    with pretended_gpu(monkeypatch):
+        on_gpu = cohort_of(learners, corpus, sizes, device=GPU)
+        for cohort in (plain, on_gpu):
+            for g in range(2) if method == "fusion" else ():
+                cohort.begin(g, [KeptRow(row, 4) for row in rows])
+        on_gpu.train()
+        graphs = _Team(on_gpu, [0, 1]).graphs
+        params = on_gpu.bank.param.cpu()
+    plain.train()
+    assert not graphs.enabled and on_gpu.scores == plain.scores
+    assert (params - plain.bank.param).norm() < 1e-5 * plain.bank.param.norm()

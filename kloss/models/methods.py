@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels import Dropout, Segments
 from ..kernels.dropout import keep_mask
@@ -86,11 +85,12 @@ def by_adapter(x: Tensor, segments: Segments, function: Callable[[int | None, Te
     runs, order = segments.host_runs(), segments.order
     if not segments.sorted or len(order) < len(x):
         order = torch.cat([order, torch.arange(len(order), len(x), device=x.device)])
-        x = x.index_select(0, order)
-    own = [end - start for _, start, end in runs]
-    counts, adapters = [*own, len(x) - sum(own)], (*(g for g, *_ in runs), None)
-    parts = zip(adapters, x.split(counts), order.split(counts), strict=True)
-    y = torch.cat([function(*part) for part in parts if len(part[1])])
+        x = x[order]
+    counts: dict[int | None, int] = {g: end - start for g, start, end in runs}
+    if rest := len(x) - sum(counts.values()):
+        counts[None] = rest
+    sizes = list(counts.values())
+    y = torch.cat([function(*part) for part in zip(counts, x.split(sizes), order.split(sizes), strict=True)])
     return y if order is segments.order else torch.empty_like(y).index_copy(0, order, y)
 
 
@@ -138,23 +138,28 @@ def prefixed_attention(
     prefix: K and V, [p, H] each; None: p is 0. Dropout's feature of key j, the prefix's first, is head << 16 | j.
     Returns [T, H].
     """
-    padded = pad_sequence(qkv.split(list(lengths)), batch_first=True)  # [S, L, 3H]
-    q, k, v = padded.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [S, heads, L, D] each
-    live = torch.arange(padded.shape[1], device=qkv.device) < torch.tensor(lengths, device=qkv.device)[:, None]
-    seen = live
+    shape = len(lengths), max(lengths)  # S, L
+    slots = torch.cat([torch.arange(n) + s * shape[1] for s, n in enumerate(lengths)]).to(qkv.device)
+
+    def padded(x: Tensor) -> Tensor:
+        """[T, ...] -> [S, L, ...]."""
+        return x.new_zeros(math.prod(shape), *x.shape[1:]).index_copy(0, slots, x).unflatten(0, shape)
+
+    q, k, v = padded(qkv.unflatten(1, (3, heads, -1))).permute(2, 0, 3, 1, 4)  # [S, heads, L, D] each
+    seen = padded(torch.ones_like(slots, dtype=torch.bool))
     if prefix is not None:
         before = [x.unflatten(1, (heads, -1)).transpose(0, 1).expand(len(lengths), -1, -1, -1) for x in prefix]
         k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
-        seen = F.pad(live, (k.shape[2] - live.shape[1], 0), value=True)
+        seen = F.pad(seen, (k.shape[2] - shape[1], 0), value=True)
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen[:, None, None], -torch.inf)
     p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     if dropout is not None:
         count = k.shape[2]
         features = torch.arange(heads)[:, None] << 16 | torch.arange(count + count % 2)
         mask, scale = keep_mask(dropout, features.int().to(qkv.device))  # [T, heads, keys], [T]
-        mask, scale = (pad_sequence(x.split(list(lengths)), batch_first=True) for x in (mask[..., :count], scale))
+        mask, scale = padded(mask[..., :count]), padded(scale)
         p = torch.where(mask.transpose(1, 2), p * scale[:, None, :, None], p.new_zeros(()))
-    return (p.to(v.dtype) @ v).transpose(1, 2).flatten(2)[live]
+    return (p.to(v.dtype) @ v).transpose(1, 2).flatten(2).flatten(0, 1)[slots]
 
 
 class IA3Bank(MethodBank):
