@@ -59,7 +59,7 @@ def merged(model, bank, g, row):
             ):
                 a, b = (donors.view(donors.param, f"{layer}.{name}.{kind}")[m].double() for kind in "ab")
                 update = torch.cat([y @ x for x, y in zip(a.chunk(slices), b.chunk(slices), strict=True)])
-                gate = 1 / SIZE + row[f"{layer}.{name}"][m]
+                gate = 1 / SIZE + row[f"{layer}.gates"][m]
                 parameters[at + name + ".weight"] = parameters[at + name + ".weight"] + gate * donors.scaling[m].double() * update
     parameters |= {f"classifier.{kind}": row[f"head.{kind}"] for kind in ("weight", "bias")}
     return parameters

@@ -289,7 +289,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
     assert [entry["method"] for entry in entries] == ["LoRA", "prefix=0.01", "ia3=0.01", "fusion=0.01"]
     assert entries[0]["weights"] == scores["runs"][0]["trainable_parameters"] and set(CHOICES) <= set(scores["choices"])
     head = entries[1]["weights"] - 2 * 32 * methods.PREFIX
-    assert [entry["weights"] - head for entry in entries[1:]] == [2 * 32 * methods.PREFIX, 2 * 32 + 128, 4 * 3]
+    assert [entry["weights"] - head for entry in entries[1:]] == [2 * 32 * methods.PREFIX, 2 * 32 + 128, 3]
     assert all(len(entry[part]) == 3 and None not in entry[part] for entry in entries for part in ("learned", "end"))
     assert "<h2>Is it LoRA?</h2>" in (tmp_path / "whole" / "report.html").read_text()
 

@@ -56,7 +56,7 @@ METHODS = (
     "Liang's reparametrisation; positions of tokens stay as they are. IA³ has factors of keys, values and the feed-forward's "
     "inner activation, which begin at 1; weight decay pulls them there.",
     "Fusion is our reading of AdapterFusion (Pfeiffer et al. 2021): the NON-SHARED adapters of all languages of the study stay "
-    "as they are, and a learner trains a gate for each of them and each linear layer, which begins at their mean and decays to "
+    "as they are, and a learner trains a gate for each of them in each layer, which begins at their mean and decays to "
     "it; AdapterFusion's own weights depend on the token.",
     "Learners of these methods have no dropout of inputs as adapters have, and a head with LoRA's rate.",
 )

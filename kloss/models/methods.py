@@ -192,7 +192,7 @@ class IA3Bank(MethodBank):
 class FusionBank(MethodBank):
     """A fusion of `size` finished LoRA adapters, the donors, which stay as they are: y = W x + Σ_m γ_m s_m B_m A_m x.
 
-    γ is a gate for each linear and donor, and begins with 1 / size: the mean of the donors' updates. A row holds what gates
+    γ is a gate for each layer and donor, and begins with 1 / size: the mean of the donors' updates. A row holds what gates
     differ from that by. Our reading of AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247), whose weights depend on the token.
     """
 
@@ -205,7 +205,7 @@ class FusionBank(MethodBank):
 
     @staticmethod
     def shapes(config: XLMRConfig, size: int) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(TARGETS, (size,))
+        return {"gates": (size,)}
 
     def give_(self, g: int, donors: AdapterBank) -> None:
         """Set the donors of a learner: a bank of `size` adapters of this model, on all linears. Learners may share it."""
@@ -215,7 +215,7 @@ class FusionBank(MethodBank):
         self.given[g] = next(i for i, other in enumerate(self.donors) if donors is other)
 
     def linear(self, layer: int, name: str, x: Tensor, base: nn.Linear, segments: Segments) -> Tensor | None:
-        more, given, slices = self._of(layer, name), self.given.tolist(), 3 if name == "qkv" else 1
+        more, given, slices = self._of(layer, "gates"), self.given.tolist(), 3 if name == "qkv" else 1
 
         def fused(g: int | None, rows: Tensor, _: Tensor) -> Tensor:
             y = F.linear(rows, base.weight, base.bias)
