@@ -71,7 +71,7 @@ class StudyConfig:
     )
     # Of experiment `methods`: prefix (tuning), ia3, fusion (of adapters that have learned a language each), each with a learning
     # rate; the head keeps LoRA's. Several rates of one may be given; the defaults are the demo's, chosen on dev.
-    methods: tuple[str, ...] = field(default=("prefix=0.01", "ia3=0.01", "fusion=0.01"), metadata=_LATER)
+    methods: tuple[str, ...] = field(default=("prefix=0.03", "ia3=0.1", "fusion=0.03"), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
@@ -139,7 +139,7 @@ class MachineConfig:
     out: str = field(default="", metadata=_NOT_IDENTITY)
     # Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss.
     cache: str = field(default="", metadata=_NOT_IDENTITY)
-    # Write each adapter at its end as peft does, into the run folder's `adapters`.
+    # Write each LoRA adapter at its end as peft does, into the run folder's `adapters`.
     save_adapters: bool = field(default=False, metadata=_NOT_IDENTITY)
     checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
     # Settings that the other flags override.

@@ -1,7 +1,7 @@
 """Banks of methods that LoRA is compared with: prefix tuning, IA³, and a fusion of finished adapters; a tagging head per learner.
 
 They are in plain torch, for comparison and not for speed. Each product is of one learner's own rows, so a learner's bits do not
-depend on who shares the batch, where widths are multiples of 16.
+depend on who shares the batch, where widths are multiples of 16; on the number of threads they do.
 """
 
 import math
