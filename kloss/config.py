@@ -12,7 +12,7 @@ from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 ExperimentName = Literal[
-    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "savings", "scripts", "mechanism"
+    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "methods", "savings", "scripts", "mechanism"
 ]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
@@ -60,8 +60,8 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
-    # `rates` and `ranks` keep, which `remedies` help, what relearning saves (`savings`), whether common `scripts` help, what goes
-    # with forgetting (`mechanism`).
+    # `rates` and `ranks` keep, which `remedies` help, whether other `methods` than LoRA forget as it does, what relearning saves
+    # (`savings`), whether common `scripts` help, what goes with forgetting (`mechanism`).
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
     # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
@@ -69,6 +69,9 @@ class StudyConfig:
     remedies: tuple[str, ...] = field(
         default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
     )
+    # Of experiment `methods`: prefix (tuning), ia3, fusion (of adapters that have learned a language each), each with a learning
+    # rate; the head keeps LoRA's. Several rates of one may be given; the defaults are the demo's, chosen on dev.
+    methods: tuple[str, ...] = field(default=("prefix=0.03", "ia3=0.1", "fusion=0.03"), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
@@ -136,7 +139,7 @@ class MachineConfig:
     out: str = field(default="", metadata=_NOT_IDENTITY)
     # Folder of tokenised corpora and tiny backbones. Default: $XDG_CACHE_HOME/kloss or ~/.cache/kloss.
     cache: str = field(default="", metadata=_NOT_IDENTITY)
-    # Write each adapter at its end as peft does, into the run folder's `adapters`.
+    # Write each LoRA adapter at its end as peft does, into the run folder's `adapters`.
     save_adapters: bool = field(default=False, metadata=_NOT_IDENTITY)
     checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
     # Settings that the other flags override.

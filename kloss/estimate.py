@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 
 from .cl.backbone import DTYPES, tiny_config
+from .cl.banks import row_of
 from .cl.corpus import Corpus
+from .cl.learner import Learner
 from .cl.resume import score_every
 from .cl.shares import Limits, Stage, cohorts_of, costs_of, stages
 from .cl.strategies import STRATEGIES
@@ -19,7 +21,7 @@ from .cl.study import Study
 from .config import Config
 from .errors import UserError
 from .files import read_json, shown, user_path
-from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
+from .models import XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
 from .pace import GPUS, measured, seconds, timed_here
 
@@ -64,9 +66,9 @@ def plan_for(config: Config, corpus: Corpus, study: Study, sizes: XLMRConfig | N
     item = DTYPES[config.dtype].itemsize
     each = _state_bytes(item)
 
-    def fit(rank: int) -> int:
+    def fit(learner: Learner, rank: int) -> int:
         assert sizes is not None
-        return int(FULL * machine.memory / (each * AdapterBank.width_of(sizes, rank)))
+        return int(FULL * machine.memory / (each * row_of(sizes, learner, rank)))
 
     limits = Limits(config.max_learners, Limits().fit if sizes is None else fit, config.exact)
     costs = costs_of(study, corpus, machine.device) if machine.processes > 1 else ()
@@ -230,11 +232,17 @@ def with_pass_tokens(config: Config, study: Study, plan: Sequence[Stage], sizes:
         return replace(config, pass_tokens=Config.pass_tokens)
     item, rooms = DTYPES[config.dtype].itemsize, []
     for members, rank in cohorts_of(plan):
-        width = AdapterBank.width_of(sizes, rank) if rank else sum(p.numel() for p in _parameters(sizes))
+        learners = [study.learners[g] for g in members]
+        width = row_of(sizes, learners[0], rank) if rank else sum(p.numel() for p in _parameters(sizes))
         state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
-        kept = sum(kept_per_token(sizes, rank or 0, item).values())
+        kept = sum(kept_per_token(sizes, _kept_rank(learners, rank), item).values())
         rooms.append(0.6 * (machine.memory - state) / kept)
     return replace(config, pass_tokens=max(1024, int(min(rooms))))
+
+
+def _kept_rank(learners: Sequence[Learner], rank: int | None) -> int:
+    """Of how many ranks a pass of a bank of this rank keeps A x: a fusion has those of all its donors."""
+    return (rank or 0) * max(1, *(len(learner.donors) for learner in learners))
 
 
 def _parameters(sizes: XLMRConfig) -> list[torch.nn.Parameter]:
@@ -250,10 +258,11 @@ def _memory(config: Config, corpus: Corpus, study: Study, plan: Sequence[Stage],
     frozen = sum(p.numel() for p in _parameters(used)) * item
     found = []
     for members, rank in cohorts_of(plan):
-        batches = [Stream.of(corpus, study.learners[g]).batch_tokens() for g in members]
+        learners = [study.learners[g] for g in members]
+        batches = [Stream.of(corpus, learner).batch_tokens() for learner in learners]
         tokens = max(*batches, min(sum(batches), config.pass_tokens or Config.pass_tokens))
-        kept = kept_per_token(sizes, rank or 0, item)
-        width = AdapterBank.width_of(sizes, rank) if rank else frozen // item
+        kept = kept_per_token(sizes, _kept_rank(learners, rank), item)
+        width = row_of(sizes, learners[0], rank) if rank else frozen // item
         state = len(members) * width * _state_bytes(item) - (0 if rank else frozen)  # a whole model's working copy is the model
         found.append((state + tokens * sum(kept.values()), state, tokens, kept, len(members)))
     total, state, tokens, kept, size = max(found, key=lambda item: item[0])

@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from .cl.backbone import load_backbone, tiny_config, warm_up_threads
+from .cl.banks import row_of
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
@@ -35,7 +36,7 @@ from .errors import UserError
 from .estimate import Machine, describe, plan_for, with_pass_tokens
 from .files import read_json, shown
 from .machine import keep_memory, on_threads, remarks
-from .models import AdapterBank, XLMRForTokenClassification
+from .models import XLMRForTokenClassification
 from .presets import PRESETS
 from .processes import ALONE, Processes, ProcessLost, own_gpu, started
 from .report import write_report
@@ -122,6 +123,7 @@ def without_effect(config: Config) -> list[str]:
         ("every strategy trains whole models", all(s.full for s in strategies), "rank alpha lr lora_dropout trains max_learners"),
         ("no strategy trains whole models", not any(s.full for s in strategies), "full_lr"),
         ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
+        ("no experiment is methods", "methods" not in config.experiments, "methods"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
     )
@@ -149,7 +151,7 @@ def check_memory(config: Config, corpus: Corpus, study: Study, machine: Machine)
     for members, rank in cohorts_of(plan_for(config, corpus, study, sizes, machine)):
         if rank is not None:
             name = f"a cohort of {len(members):,} adapters of rank {rank:,} (see --max-learners)"
-            needed[name] = len(members) * AdapterBank.width_of(sizes, rank)
+            needed[name] = len(members) * row_of(sizes, study.learners[members[0]], rank)
     for name, values in needed.items():
         if 16 * values > machine.memory:  # weight, gradient, two moments
             there = f"{machine.device} has {machine.memory / 2**30:,.1f}"

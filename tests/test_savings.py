@@ -26,7 +26,7 @@ def test_learners_start_where_they_should():
             learners = savings._learners(study.learners[g], step)
             assert all(learner.experiences == (Experience((locale,)),) and learner.epochs == 1 for learner in learners.values())
             starts = {name: study.starts().get(study.learners.index(learner)) for name, learner in learners.items()}
-            assert starts == {"new": None, "before": State(g, step) if step else None, "end": State(g, len(LOCALES))}
+            assert starts == {"new": None, "before": [State(g, step)] if step else None, "end": [State(g, len(LOCALES))]}
             assert all(study.to_score[study.learners.index(learner)] == {1: [locale]} for learner in learners.values())
     assert len(study.learners) == 2 + 2 * 3 * 3 - 2 - _common(study)
 

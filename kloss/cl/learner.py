@@ -53,7 +53,7 @@ class Learner:
     """Everything that decides what is learned. Equal learners learn the same, so they are trained once."""
 
     experiences: tuple[Experience, ...]  # in training order; made of plain locales where these are given
-    rank: int | None  # None: full fine-tuning
+    rank: int | None  # None: full fine-tuning. Of prefix tuning: how many keys and values it has in a layer
     alpha: float  # LoRA's scaling is alpha / rank
     lr: float
     seed: int
@@ -69,6 +69,9 @@ class Learner:
     start: "tuple[Learner, int] | None" = None
     rule: Rule | None = None  # between gradient and update; of an adapter
     trains: tuple[str, ...] = ALL  # patterns of the slots of an adapter that train; the others stay as they are, to the bit
+    method: str = "lora"  # or one of `models.methods`
+    # Of a fusion: the learners whose adapters it is made of, and how many experiences these had completed.
+    donors: "tuple[tuple[Learner, int], ...]" = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experiences", tuple(map(Experience.of, self.experiences)))
@@ -76,13 +79,25 @@ class Learner:
             raise ValueError(f"{self.rule} works on adapters, and this learner trains the whole model")
         if self.trains != ALL and self.rank is None:
             raise ValueError(f"slots {self.trains} are those of an adapter, and this learner trains the whole model")
+        if self.method != "lora" and (self.rank is None or self.start is not None):
+            raise ValueError(f"a learner of {self.method} has a rank, and begins anew")
+
+    @property
+    def parents(self) -> "tuple[tuple[Learner, int], ...]":
+        """The states that it begins with."""
+        return self.donors if self.start is None else (self.start,)
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Its method, and of one other than LoRA the size. Learners of a bank have the same."""
+        return self.method, 0 if self.method == "lora" else len(self.donors) or self.rank or 0
 
     @property
     def name(self) -> str:
         locales = [locale for experience in self.experiences for locale in experience.locales]
         first, shape = locales[0], f"{len(self.experiences)}x{len(self.experiences[0].locales)}"
         languages = first if len(locales) == 1 else f"{shape} from {first}"
-        weights = "all weights" if self.rank is None else f"r={self.rank}"
+        weights = "all weights" if self.rank is None else f"r={self.rank}" if self.method == "lora" else self.method
         languages += "" if self.start is None else f" behind {self.start[0].name.split(', ')[0]}"
         rule = "" if self.rule is None else f", {type(self.rule).__name__} {self.rule.number:g}"
         return f"{languages}, {weights}, lr={self.lr:g}{rule}, seed {self.seed}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from torch import Tensor
 
-    from ..models.bank import Slot
+    from ..models.slots import Slot
 
 Counts = list[int] | None  # true positives, predicted and gold spans; None: a state was never reached
 # From the rows [P] of states, the slots of a row, and a part to the row [P] that is scored.

@@ -9,6 +9,7 @@ from ..config import Config
 from ..models import XLMRConfig
 from .corpus import Corpus
 from .experiments import recorded
+from .experiments.methods import PREFIX
 from .metrics import FLOOR, summarise
 from .rules import EWC
 from .runner import Outcome
@@ -50,6 +51,17 @@ REMEDIES = (
     "rate of the one before.",
 )
 
+METHODS = (
+    f"Prefix tuning learns {PREFIX} keys and values of each layer, drawn normal with deviation 1 as peft's, without Li and "
+    "Liang's reparametrisation; positions of tokens stay as they are. IA³ has factors of keys, values and the feed-forward's "
+    "inner activation, which begin at 1; weight decay pulls them there.",
+    "Fusion is our reading of AdapterFusion (Pfeiffer et al. 2021): the NON-SHARED adapters of all languages of the study stay "
+    "as they are, and a learner trains a gate for each of them in each layer, which begins at their mean and decays to "
+    "it; AdapterFusion's own weights depend on the token.",
+    "Learners of these methods have no dropout of inputs as adapters have, and a head with LoRA's rate.",
+)
+OF_EXPERIMENTS = {"remedies": REMEDIES, "methods": METHODS}
+
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
     """The contents of scores.json, JSON-ready.
@@ -59,6 +71,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
     """
     runs: list[dict] = []
     numbers: dict[Hashable, int] = {}
+    trained = study._replace(weights=outcome.weights)
     for trial in study.trials:
         matrix = trial.matrix(outcome.scores)
         reasons = [f"{study.learners[g].name} {outcome.failed[g]}" for g in trial.learners if outcome.failed[g]]
@@ -101,10 +114,13 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "runs": runs,
         "summary": summary_rows({"runs": runs}),
         "comparisons": comparisons({"runs": runs}),
-        **({"experiments": recorded(config, corpus, study, outcome.scores, outcome.probed)} if config.experiments else {}),
+        **({"experiments": recorded(config, corpus, trained, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
-            for choice in (*CHOICES, *(REMEDIES if "remedies" in config.experiments else ()))
+            for choice in (
+                *CHOICES,
+                *(line for name, lines in OF_EXPERIMENTS.items() if name in config.experiments for line in lines),
+            )
         ],
     }
 

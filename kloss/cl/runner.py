@@ -164,10 +164,10 @@ class _Job:
             score_every=[self.every[g] for g in members],
         )
         for i, g in enumerate(members):
-            if g in self.starts and self.outcome.failed[self.starts[g].learner]:
+            if any(self.outcome.failed[state.learner] for state in self.starts.get(g, ())):
                 cohort.failed[i] = "was not begun: the learner that it begins with diverged"
             elif g in self.starts:
-                cohort.begin(i, self.folder.states.load(self.starts[g]))
+                cohort.begin(i, [self.folder.states.load(state) for state in self.starts[g]])
         if self.known:
             cohort.resume({i: self.known[g] for i, g in enumerate(members) if g in self.known})
         elif self.saved is not None and self.saved.checkpoint.state["cohort"] == number:

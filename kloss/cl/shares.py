@@ -1,6 +1,7 @@
 """Which process trains which learners, in which cohorts. All processes find the same plan, so each knows it of all."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..config import Config
@@ -35,18 +36,18 @@ class Limits(NamedTuple):
     """How many adapters a cohort has.
 
     most: 0: as many as fit.
-    fit: of a rank, how many the memory holds.
+    fit: how many learners of this one's kind the memory holds, in a bank of this rank.
     exact: whether all banks of a stage have the largest rank of its learners, on which bits depend.
     """
 
     most: int = 0
-    fit: Callable[[int], int] = lambda rank: MOST
+    fit: Callable[[Learner, int], int] = lambda learner, rank: MOST
     exact: bool = False
 
 
 def depth(learner: Learner) -> int:
-    """How many learners lie before a fork; 0 for one that begins anew."""
-    return 0 if learner.start is None else 1 + depth(learner.start[0])
+    """How many learners lie before one that begins with others' states; 0 for one that begins anew."""
+    return max((1 + depth(parent) for parent, _ in learner.parents), default=0)
 
 
 def costs_of(study: Study, corpus: Corpus, device: str) -> list[float]:
@@ -57,22 +58,23 @@ def costs_of(study: Study, corpus: Corpus, device: str) -> list[float]:
 
 
 def stages(study: Study, limits: Limits, costs: Sequence[float] = (), processes: int = 1) -> list[Stage]:
-    """The learners of each stage: LoRA learners by depth, then whole models, which are cohorts of their own.
+    """The learners of each stage: adapters by depth, in cohorts of a kind, then whole models, which are cohorts of their own.
 
     costs: of each learner, by which they are dealt out; not needed for one process.
     """
-    lora: dict[int, list[int]] = {}
+    adapters: dict[int, list[int]] = {}
     for g, learner in enumerate(study.learners):
         if learner.rank is not None:
-            lora.setdefault(depth(learner), []).append(g)
+            adapters.setdefault(depth(learner), []).append(g)
     whole = [g for g, learner in enumerate(study.learners) if learner.rank is None]
     loads = [0.0] * processes
     models = [Share([[g] for g in share], [None] * len(share)) for share in _dealt(whole, costs, loads)]
     found = []
-    for level, members in sorted(lora.items()):
-        last = level == max(lora)  # whole models follow without waiting, and are dealt with it
+    for level, members in sorted(adapters.items()):
+        last = level == max(adapters)  # whole models follow without waiting, and are dealt with it
         shares = _dealt(members, costs, loads if last else [0.0] * processes)
-        largest = max(study.learners[g].rank or 0 for g in members) if limits.exact else 0
+        lora = [learner.rank or 0 for learner in (study.learners[g] for g in members) if learner.method == "lora"]
+        largest = max(lora, default=0) if limits.exact else 0
         found.append(Stage(level > 0, [_cut(study, share, limits, largest) for share in shares]))
     return found + ([Stage(False, models)] if whole else [])
 
@@ -107,19 +109,29 @@ def _dealt(members: Sequence[int], costs: Sequence[float], loads: list[float]) -
 
 
 def _cut(study: Study, members: Sequence[int], limits: Limits, largest: int) -> Share:
-    """Cut adapters into cohorts; into some of like ranks, where memory is the limit. largest: rank of all their banks, or 0."""
-    ranks = {g: study.learners[g].rank or 0 for g in members}
-    if not limits.most and len(members) > limits.fit(max([*ranks.values(), largest])):
-        members = sorted(members, key=lambda g: (ranks[g], g))
-    share = Share([], [])
+    """Cut adapters into cohorts of one kind. largest: rank of all banks of LoRA, or 0."""
+    kinds: dict[tuple, list[int]] = {}
     for g in members:
-        rank = max(largest, ranks[g])
-        if share.cohorts:
-            wider = max(share.ranks[-1] or 0, rank)
-            if len(share.cohorts[-1]) < (limits.most or max(1, limits.fit(wider))):
-                share.cohorts[-1].append(g)
-                share.ranks[-1] = wider
-                continue
-        share.cohorts.append([g])
-        share.ranks.append(rank)
+        learner = study.learners[g]
+        kinds.setdefault((learner.method != "lora", learner.kind), []).append(g)
+    share = Share([], [])
+    for (other, _), alike in sorted(kinds.items()):
+        _fill(share, study, alike, limits, 0 if other else largest)
     return share
+
+
+def _fill(share: Share, study: Study, members: Sequence[int], limits: Limits, largest: int) -> None:
+    """Add cohorts of learners of a kind: of like ranks, where memory is the limit."""
+    ranks = {g: study.learners[g].rank or 0 for g in members}
+    fit = partial(limits.fit, study.learners[members[0]])
+    if not limits.most and len(members) > fit(max(*ranks.values(), largest)):
+        members = sorted(members, key=lambda g: (ranks[g], g))
+    cohort: list[int] = []
+    for g in members:
+        wider = max(share.ranks[-1] or 0 if cohort else largest, ranks[g])
+        if not cohort or len(cohort) >= (limits.most or max(1, fit(wider))):
+            cohort, wider = [], max(largest, ranks[g])
+            share.cohorts.append(cohort)
+            share.ranks.append(wider)
+        cohort.append(g)
+        share.ranks[-1] = wider

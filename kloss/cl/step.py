@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import StepDropout, token_loss
-from ..models import AdapterBank, Rows, XLMRForTokenClassification
+from ..models import Rows, XLMRForTokenClassification
+from ..models.slots import SlotRows
 from .graphs import Graphs
 from .learner import ALL, Learner
 from .packing import PackedBatch, Part, pack
@@ -70,7 +71,7 @@ class StepSettings(NamedTuple):
         for trains, group in groupby(learners, lambda learner: learner.trains):
             last = first + len(list(group))
             if trains != ALL:
-                assert isinstance(bank, AdapterBank)
+                assert isinstance(bank, SlotRows)
                 frozen.append(Frozen(first, last, ~bank.columns(trains)))
             first = last
         return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm, tuple(frozen))

@@ -54,16 +54,19 @@ class Study(NamedTuple):
     learners: list[Learner]  # to be trained, each once
     to_score: list[dict[int, list[str]]]  # for each learner, experiences completed -> locales to score
     probes: tuple[tuple[str, Probe], ...] = ()  # by experiment, to be scored at the end
+    weights: Sequence[int] = ()  # how many each learner has trained; empty before
 
-    def starts(self) -> dict[int, State]:
-        """The states that forks begin with, by fork."""
-        forks = ((g, learner.start) for g, learner in enumerate(self.learners) if learner.start is not None)
-        return {g: State(self.learners.index(parent), experience) for g, (parent, experience) in forks}
+    def starts(self) -> dict[int, list[State]]:
+        """The states that learners begin with, by learner: a fork's one, a fusion's several."""
+        index = {learner: g for g, learner in enumerate(self.learners)}
+        forks = ((g, learner.parents) for g, learner in enumerate(self.learners) if learner.parents)
+        return {g: [State(index[parent], experience) for parent, experience in parents] for g, parents in forks}
 
     def kept(self) -> dict[int, set[int]]:
         """For each learner the experiences after which its row is kept: forks begin with it, or probes are made of it."""
         kept: dict[int, set[int]] = {g: set() for g in range(len(self.learners))}
-        for state in (*self.starts().values(), *(state for _, probe in self.probes for state in probe.states)):
+        starts = (state for states in self.starts().values() for state in states)
+        for state in (*starts, *(state for _, probe in self.probes for state in probe.states)):
             kept[state.learner].add(state.experience)
         return kept
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import UserError
-from ..models import AdapterBank, FlatModel, Rows, XLMRForTokenClassification
+from ..models import AdapterBank, Rows, XLMRForTokenClassification
+from ..models.methods import FusionBank
 from ..models.rows import STATE, overwrite
+from .banks import bank_of, lora_bank
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
@@ -27,7 +29,7 @@ from .stream import Stream
 class Cohort:
     """Learners that advance together: each has a row of the bank, a stream and a table of scores.
 
-    learners: all of them LoRA, or one that trains the whole model.
+    learners: all of one `kind`, or one that trains the whole model.
     to_score: for each learner, experiences completed -> locales to score.
     pass_tokens: tokens of one packed pass, about; a learner's batch is never split.
     partition: dev or test, what is scored.
@@ -58,26 +60,9 @@ class Cohort:
         self.pass_tokens, self.exact, self.partition = pass_tokens, exact, partition
         self.to_keep, self.keep = to_keep, keep
         self.score_every = score_every or [0] * len(learners)
-        weight = model.classifier.weight
-        self.device = weight.device
-        self.bank: Rows
-        if learners[0].rank is None:
-            assert len(learners) == 1, "models are trained one at a time"
-            model.draw_head_(learners[0].seed)
-            self.bank = FlatModel(model)
-        else:
-            model.freeze_backbone()
-            self.bank = AdapterBank(
-                model,
-                len(learners),
-                [learner.rank or 0 for learner in learners],
-                alpha=[learner.alpha for learner in learners],
-                seeds=[learner.seed for learner in learners],
-                dtype=weight.dtype,
-                device=self.device,
-                exact=exact,
-                largest=rank or 0,
-            )
+        self.device = model.classifier.weight.device
+        self.bank = bank_of(model, learners, rank or 0, exact=exact)
+        self._donors: dict[tuple, AdapterBank] = {}
         self.streams = [Stream.of(corpus, learner) for learner in learners]
         self.rules = {g: learner.rule for g, learner in enumerate(learners) if learner.rule is not None}
         self.noted = {g: {n: torch.zeros_like(self.bank.param[g]) for n in rule.state} for g, rule in self.rules.items()}
@@ -87,10 +72,18 @@ class Cohort:
         self.tokens = 0
         self._team: _Team | None = None
 
-    def begin(self, g: int, row: KeptRow) -> None:
-        """Have a learner that has not trained begin with a row of another one."""
-        assert isinstance(self.bank, AdapterBank)
-        self.bank.load_row_(g, row.param, row.rank)
+    def begin(self, g: int, rows: Sequence[KeptRow]) -> None:
+        """Have a learner that has not trained begin with a row of another one, or with its donors' rows."""
+        bank, donors = self.bank, self.learners[g].donors
+        if isinstance(bank, FusionBank):
+            if donors not in self._donors:
+                self._donors[donors] = lora_bank(self.model, [donor for donor, _ in donors], exact=self.exact)
+                for m, row in enumerate(rows):
+                    self._donors[donors].load_row_(m, row.param, row.rank)
+            bank.give_(g, self._donors[donors])
+        else:
+            assert isinstance(bank, AdapterBank)
+            bank.load_row_(g, rows[0].param, rows[0].rank)
 
     @property
     def steps(self) -> Tensor:
@@ -250,7 +243,7 @@ class _Team:
         self.bank = cohort.bank if everyone else cohort.bank.select(learners)
         self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact, bank=self.bank)
         self.rated = any(experience.rate != 1 for g in learners for experience in cohort.learners[g].experiences)
-        self.graphs = Graphs(cohort.device)
+        self.graphs = Graphs(cohort.device, enabled=self.bank.capturable)
         self._ahead: tuple[_Packed, list[list[int]]] | None = None
         self._start()
 

@@ -5,35 +5,24 @@ Saving, forking or loading an adapter is a row copy; the optimiser is elementwis
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.shared_ops import huge_pages
 from .convert import LINEARS, QKV
 from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .rows import Rows
+from .slots import HEAD, Slot, SlotRows, laid_out, row_width
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
 TARGETS = ("qkv", "out", "up", "down")
-HEAD = ("head.weight", "head.bias")
-ALIGNMENT = 32  # elements, 64 bytes in 16-bit types: slots and rows start there, so that a row's address never changes its bits
 
 
-class Slot(NamedTuple):
-    """A tensor's columns in its adapter's row: start:start+numel(shape)."""
-
-    start: int
-    shape: tuple[int, ...]
-
-
-class AdapterBank(Rows):
+class AdapterBank(SlotRows):
     """LoRA adapters of one model, with a tagging head each, as rows of a matrix [G, P].
 
     model_or_config: the model or its XLMRConfig.
@@ -49,6 +38,8 @@ class AdapterBank(Rows):
     Attributes beside those of `Rows`: ranks int64 [G] and alphas fp64 [G] on the host; scaling fp32 [G].
     Raises UserError for a rank below 1, an alpha that is not finite, or an unknown target.
     """
+
+    PER_ROW = ("ranks", "alphas", "scaling")
 
     def __init__(
         self,
@@ -77,49 +68,27 @@ class AdapterBank(Rows):
         if len(alphas) != adapters or not all(abs(a) <= LARGEST_ALPHA for a in alphas):
             raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
         self.rank, self.has_head, self.exact = max(*ranks, largest), head, exact
-        self.slots = _slots(self.config, self.targets, self.rank, head)
-        self.head_start = self.slots[HEAD[0]].start if head else None
         self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
-        param = huge_pages(torch.empty(adapters, _width(self.slots), dtype=torch.float32, device=device)).zero_()
-        super().__init__(param, param if dtype == torch.float32 else param.to(dtype))
-        self._make_leaves()
+        super().__init__(_slots(self.config, self.targets, self.rank, head), adapters, dtype, device)
         for g in range(adapters):
             self.init_(g, seeds[g] if seeds is not None else g)
 
     @staticmethod
     def width_of(config: XLMRConfig, rank: int, targets: Sequence[str] = TARGETS, *, head: bool = True) -> int:
         """P, the length of a row, for a rank."""
-        return _width(_slots(config, targets, rank, head))
+        return row_width(_slots(config, targets, rank, head))
 
     def _make_leaves(self) -> None:
-        """One autograd leaf per slot, sharing the bank's memory; a hook adds its gradient into `grad`."""
         self._writes: dict[str, Tensor] = {}
-        self._leaves = {name: self.view(self.work, name).detach().requires_grad_() for name in self.slots}
-        for name, leaf in self._leaves.items():
-            leaf.register_post_accumulate_grad_hook(_adder(self.view(self.grad, name)))
+        super()._make_leaves()
         self._ranks_changed()
 
     def _ranks_changed(self) -> None:
         mixed = bool((self.ranks < self.rank).any())
         self.ranks_if_mixed = self.ranks.to(self.param.device) if mixed else None
-        self._spans: dict[tuple[int, int], AdapterBank] = {}
+        self._spans = {}
         self._fresh: dict[tuple[int, int], AdapterBank] = {}
-
-    @property
-    def layout(self) -> dict[str, list[int]]:
-        """Each slot's first column, then its shape."""
-        return {name: [slot.start, *slot.shape] for name, slot in self.slots.items()}
-
-    def view(self, matrix: Tensor, name: str) -> Tensor:
-        """The slot `name` of every row of a matrix [G, P], as a strided view [G, *shape]."""
-        slot = self.slots[name]
-        return matrix[:, slot.start : slot.start + math.prod(slot.shape)].unflatten(1, slot.shape)
-
-    @property
-    def head(self) -> tuple[Tensor, Tensor] | None:
-        """The heads' weights [G, C, H] and biases [G, C]; None for a bank without heads."""
-        return (self._leaves[HEAD[0]], self._leaves[HEAD[1]]) if self.has_head else None
 
     def adapters_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
         """lora_a [G, slices*R, K] and lora_b [G, N, R] of a layer's linear; None where it carries no adapters."""
@@ -168,8 +137,8 @@ class AdapterBank(Rows):
         Raises ValueError for a row of another length.
         """
         slots = _slots(self.config, self.targets, rank, self.has_head)
-        if row.shape != (_width(slots),):
-            raise ValueError(f"a row of rank {rank} has {_width(slots)} weights here, not {list(row.shape)}")
+        if row.shape != (row_width(slots),):
+            raise ValueError(f"a row of rank {rank} has {row_width(slots)} weights here, not {list(row.shape)}")
         own, placed = int(self.ranks[g]), torch.zeros_like(self.param[g])
         for name, (start, shape) in slots.items():
             given, place = row[start : start + math.prod(shape)].view(shape).to(placed.device), self.view(placed[None], name)[0]
@@ -181,50 +150,11 @@ class AdapterBank(Rows):
                 place.copy_(given)
         return placed
 
-    def matching(self, patterns: Sequence[str]) -> list[str]:
-        """The slots whose names, such as 0.qkv.a or head.bias, match one of the patterns of `fnmatch`.
-
-        Raises UserError for a pattern that none matches.
-        """
-        matched = {pattern: [name for name in self.slots if fnmatchcase(name, pattern)] for pattern in patterns}
-        for pattern, names in matched.items():
-            if not names:
-                first, *_, last = (name for name in self.slots if name not in HEAD)
-                allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
-                raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
-        return [name for name in self.slots if any(name in names for names in matched.values())]
-
-    def columns(self, patterns: Sequence[str]) -> Tensor:
-        """Whether a column is of a slot that matches, bool [P], on param's device. Raises UserError as `matching`."""
-        mask = torch.zeros(self.param.shape[1], dtype=torch.bool)
-        for slot in map(self.slots.__getitem__, self.matching(patterns)):
-            mask[slot.start : slot.start + math.prod(slot.shape)] = True
-        return mask.to(self.param.device)
-
     def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:
         """Number of weights that adapter g trains in slots that match: its ranks' share of the row, and its head."""
         sizes = {name: math.prod(self.slots[name].shape) for name in self.matching(patterns)}
         lora = sum(size for name, size in sizes.items() if not name.startswith("head"))
         return lora * int(self.ranks[g]) // self.rank + sum(sizes.values()) - lora
-
-    def _like(self, rows: slice | Tensor, param: Tensor, *arguments: Tensor | None) -> "AdapterBank":
-        """A bank of the same layout over other rows. param, arguments: of `Rows`."""
-        other = copy(self)
-        other.ranks, other.alphas, other.scaling = self.ranks[rows], self.alphas[rows], self.scaling[rows]
-        Rows.__init__(other, param, *arguments)
-        other._make_leaves()
-        return other
-
-    def span(self, start: int, end: int) -> "AdapterBank":
-        """Adapters start..end-1 as a bank that shares this one's memory: gradients and optimiser's state included."""
-        if (start, end) == (0, self.adapters):
-            return self
-        if (start, end) not in self._spans:
-            rows = slice(start, end)
-            work = self.work[rows]
-            param = work if self.work is self.param else self.param[rows]
-            self._spans[start, end] = self._like(rows, param, work, self.grad[rows], self.steps[rows], self.moments[:, rows])
-        return self._spans[start, end]
 
     def fresh(self, start: int, end: int) -> "AdapterBank":
         """`span` for one backward pass through the whole model, which sets the gradients of its rows: nothing need be zeroed."""
@@ -237,21 +167,12 @@ class AdapterBank(Rows):
             self._fresh[start, end]._writes[name].zero_()
         return self._fresh[start, end]
 
-    def select(self, rows: Sequence[int]) -> "AdapterBank":
-        """A new bank with copies of some adapters and their optimiser's state, in the given order: forks, subsets."""
-        return self._like(torch.as_tensor(rows, dtype=torch.long), *self._copies(rows))
-
     @torch.no_grad()
     def copy_rows_(self, rows: Sequence[int], source: Rows) -> None:
         """Overwrite some adapters with all adapters of `source`: weights, rank, scaling, optimiser's state.
 
         Raises ValueError for a bank of another model, targets, rank or head.
         """
-        if not isinstance(source, AdapterBank) or source.slots != self.slots:
-            raise ValueError("the banks differ in model, targets, rank or head")
-        index = torch.as_tensor(rows, dtype=torch.long)
-        self.ranks[index], self.alphas[index] = source.ranks, source.alphas
-        self.scaling[index.to(self.scaling.device)] = source.scaling
         super().copy_rows_(rows, source)
         self._ranks_changed()
 
@@ -313,15 +234,6 @@ class AdapterBank(Rows):
         self.refresh(g)
 
 
-def _adder(total: Tensor) -> Callable[[Tensor], None]:
-    def add(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        total.add_(leaf.grad)
-        leaf.grad = None
-
-    return add
-
-
 def _slots(config: XLMRConfig, targets: Sequence[str], rank: int, head: bool) -> dict[str, Slot]:
     width, inner = config.hidden_size, config.intermediate_size
     sizes = {"qkv": (width, 3 * width, 3), "out": (width, width, 1), "up": (width, inner, 1), "down": (inner, width, 1)}
@@ -333,18 +245,4 @@ def _slots(config: XLMRConfig, targets: Sequence[str], rank: int, head: bool) ->
             shapes[f"{layer}.{target}.b"] = (outputs, rank)
     if head:
         shapes |= zip(HEAD, ((config.num_labels, width), (config.num_labels,)), strict=True)
-    slots, start = {}, 0
-    for name, shape in shapes.items():
-        slots[name] = Slot(start, shape)
-        start = aligned(start + math.prod(shape))
-    return slots
-
-
-def aligned(columns: int) -> int:
-    """The next column where a slot may start."""
-    return -(-columns // ALIGNMENT) * ALIGNMENT
-
-
-def _width(slots: dict[str, Slot]) -> int:
-    last = list(slots.values())[-1]
-    return aligned(last.start + math.prod(last.shape))
+    return laid_out(shapes)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import adapter_adamw_
+from ..kernels import Dropout, Segments, adapter_adamw_
 from ..kernels.shared_ops import huge_pages
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -27,6 +27,7 @@ class Rows:
     ranks_if_mixed: Tensor | None = None
     head_start: int | None = None  # the column where the heads begin, behind all else; None: no head of a rate of its own
     exact = False
+    capturable = True  # whether passes with it read nothing back from a GPU, so that a CUDA graph can hold them
 
     def __init__(
         self,
@@ -71,6 +72,16 @@ class Rows:
 
     def gradients_of(self, layer: int, name: str) -> tuple[Tensor, Tensor] | None:
         """Where backward writes the gradients of `adapters_of`; None: it adds them to `grad`."""
+        return None
+
+    def linear(self, layer: int, name: str, x: Tensor, base: nn.Linear, segments: Segments) -> Tensor | None:
+        """A layer's whole linear, where rows are of a method other than LoRA."""
+        return None
+
+    def attention(
+        self, layer: int, qkv: Tensor, cu_seqlens: Tensor, heads: int, segments: Segments, dropout: Dropout | None
+    ) -> Tensor | None:
+        """A layer's attention, likewise."""
         return None
 
     def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attach import adapted_layers
-from .bank import aligned
 from .rows import Rows, nonzero
+from .slots import aligned
 
 
 class StackedRows(Rows):

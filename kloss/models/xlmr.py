@@ -65,6 +65,16 @@ class Bank(Protocol):
         """Where backward writes the gradients of `adapters_of`; None: autograd gets them."""
         ...
 
+    def linear(self, layer: int, name: str, x: Tensor, base: nn.Linear, segments: Segments) -> Tensor | None:
+        """A layer's whole linear, of a method other than LoRA; None: `adapters_of` says what it is."""
+        ...
+
+    def attention(
+        self, layer: int, qkv: Tensor, cu_seqlens: Tensor, heads: int, segments: Segments, dropout: Dropout | None
+    ) -> Tensor | None:
+        """A layer's attention, likewise; None: it is `packed_attention`."""
+        ...
+
 
 LINEARS = ("qkv", "out", "up", "down")  # of a layer
 
@@ -123,10 +133,11 @@ class Layer(nn.Module):
 
         def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
             base = getattr(self, name)
-            adapters = None if bank is None else bank.adapters_of(self.index, name)
-            if bank is None or adapters is None:
+            if bank is None or segments is None:
                 return F.linear(x, base.weight, base.bias)
-            assert segments is not None
+            whole, adapters = bank.linear(self.index, name, x, base, segments), bank.adapters_of(self.index, name)
+            if whole is not None or adapters is None:
+                return F.linear(x, base.weight, base.bias) if whole is None else whole
             return multi_lora_linear(
                 x,
                 base.weight,
@@ -145,7 +156,11 @@ class Layer(nn.Module):
             return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
         qkv, keys = linear(x, "qkv", 3), drop("attention", "attention")
-        attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=tiles)
+        attended = None
+        if bank is not None and segments is not None:
+            attended = bank.attention(self.index, qkv, cu_seqlens, self.heads, segments, keys)
+        if attended is None:
+            attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=tiles)
         x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
         return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
 

@@ -20,7 +20,7 @@ from .section import Bars, Needs, Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...models.bank import Slot
+    from ...models.slots import Slot
     from ..corpus import Corpus
 
 SHAPE = {"label": str, "lr": float, "order_name": str, "seed": int, "locale": str, "part": str, "counts": ([int], None)}
