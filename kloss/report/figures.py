@@ -93,6 +93,7 @@ def _panel(caption: str, figure: "Figure", warning: str = "") -> Panel:
     used = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", body))
     body = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", body)
     body = re.sub(r'font: (?:\w+ )?([\d.]+)px [^;"]*', r"font-size: \1px", body)
+    body = re.sub(r' font-family: [^;"]*;?', "", body)  # which form is there depends on matplotlib's version
     for placeholder, name in ((INK, "ink"), (MUTED, "muted"), (RULE, "rule")):
         body = body.replace(placeholder, f"var(--{name})")
     view = start.partition('viewBox="')[2].partition('"')[0]
@@ -105,6 +106,8 @@ def heat_map(
 ) -> Panel:
     """Score matrix of one strategy. NaN stays blank; a white line parts learned languages from others.
 
+    Where there are values below 0, as of changes, red is below and blue above 0.
+
     R: [T+1, T], rows are steps, columns languages; or [T, T], rows are languages too, and there is no line.
     largest: top of the colour scale, common to all strategies.
     rows: what a row is.
@@ -113,8 +116,10 @@ def heat_map(
     small = T <= 14
     size = 8 if small else 7.5 if T <= 30 else 6.6
     height = 0.66 + (T + 1) * (0.27 if small else 0.135)
-    figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.55, top=0.6, bottom=0.06)
-    image = axes.imshow(R, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="none")
+    change = bool((R < 0).any())  # NaN compares false
+    figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.65 if change else 0.55, top=0.6, bottom=0.06)
+    low, colours = (-largest, "RdBu") if change else (0.0, "viridis")
+    image = axes.imshow(R, cmap=colours, vmin=low, vmax=largest, aspect="auto", interpolation="none")
     axes.spines[:].set_visible(False)
     steps = len(R) > T
     if steps:
@@ -123,7 +128,7 @@ def heat_map(
     axes.xaxis.tick_top()
     axes.set_xticks(range(T), order, fontsize=size, rotation=0 if T <= 6 else 90)
     axes.set_yticks(range(len(R)), ["before", *order] if steps else order, fontsize=size)
-    axes.set_ylabel(rows, color=MUTED, fontsize=8)
+    axes.set_ylabel(rows, color=MUTED, fontsize=8, labelpad=7)
     box, inch = axes.get_position(), 1 / figure.get_figwidth()
     bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.12 * inch, box.y0, 0.13 * inch, box.height)))
     bar.outline.set_visible(False)
@@ -131,8 +136,9 @@ def heat_map(
     if T <= 12:
         for (i, j), f1 in np.ndenumerate(R):
             if not np.isnan(f1):
-                colour = "white" if f1 < 0.6 * largest else "black"
-                axes.text(j, i, f"{f1:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=colour)
+                dark = abs(f1) > 0.6 * largest if change else f1 < 0.6 * largest
+                text = f"{f1 + 0.0:.2f}".replace("-0.00", "0.00").replace("0.", ".", 1).replace("-", "−")
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     return _panel(caption, figure, warning)
 
 
@@ -161,7 +167,7 @@ def lines(caption: str, series: Iterable[Line], xlabel: str, ylabel: str, names:
         axes.locator_params(axis="x", integer=True)
     axes.margins(x=0.015)
     axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure)
 
 
@@ -191,14 +197,14 @@ def bars(
     ticks = [m if spaced(m) else f"{m} *" for m in locales]
     axes.set_xticks(range(n), ticks, fontsize=7 if n > 30 else 8, rotation=0 if n <= 6 else 90)
     axes.margins(x=0.01)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure, warning)
 
 
 def named_bars(caption: str, values: Mapping[str, Sequence[float]], xlabel: str) -> Panel:
     """A bar for each name, the mean of its values, each of which is a dot; from top to bottom."""
-    n = len(values)
-    figure, axes = _figure(HALF, 0.62 + 0.27 * n, left=1.5, bottom=0.46)
+    n, longest = len(values), max(map(len, values))
+    figure, axes = _figure(HALF, 0.62 + 0.27 * n, left=min(3, max(0.9, 0.15 + 0.075 * longest)), bottom=0.46)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.barh(range(n), [mean(runs) for runs in values.values()], color=look(0)[0], height=0.7, alpha=0.55)

@@ -289,6 +289,6 @@ def panels(section: Section) -> list[Panel]:
     """The figures of an experiment's section."""
     drawn = [figures.named_bars(*bars) for bars in section.bars]
     for caption, names, values, rows in section.matrices:
-        largest = float(np.nanmax(values, initial=0.0)) or 1.0
+        largest = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         drawn.append(figures.heat_map(caption, values, names, largest, rows=rows))
     return drawn
