@@ -72,7 +72,7 @@ def test_a_wide_table_is_cards_on_a_phone_that_name_their_columns(tmp_path):
 def test_the_first_screen_leads_to_every_section(tmp_path):
     html = report(tmp_path, fake_scores(FIVE, ("non-shared", "shared"), orders=1, seeds=1))
     links = re.findall(r'<a href="#(s\d+)">(.*?)</a>', html.split("</header>")[0])
-    assert links == re.findall(r'<h2 id="(s\d+)">(.*?)</h2>', html)
+    assert links == re.findall(r'<section id="(s\d+)">\s*<h2>(.*?)</h2>', html)
     assert [title for _, title in links][:3] == ["Results", "Along the sequence", "Score matrices"]
 
 

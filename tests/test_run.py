@@ -125,6 +125,8 @@ def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
             assert locales <= entry["counts"].keys() and all(len(count) == 3 for count in entry["counts"].values())
         del run["curves"]
     assert traced == plain
+    pages = [(folder / name / "report.html").read_text() for name in ("plain", "whole")]
+    assert ["<h2>Within experiences</h2>" in page for page in pages] == [False, True]
 
 
 def test_settings_are_chosen_on_dev(small, capsys):

@@ -14,7 +14,7 @@ from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
 from ..errors import UserError
 from ..files import opened, read_json, write_text
-from . import sections
+from . import curves, figures, sections
 from .downloads import Download, files_of
 from .languages import languages
 from .sections import Log
@@ -58,10 +58,12 @@ def render(
     sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
     compared, focus = comparisons(scores), next((row["label"] for row in sections.losing(rows)), None)
     section = languages(scores["corpus"], sequential, focus) if sequential else {}
-    answers = list(experiments(scores))
+    answers, learning, settings = list(experiments(scores)), curves.learning(strategies), curves.over_settings(strategies, rows)
     contents = [
         "Results",
         *(("Along the sequence", "Score matrices") if sequential else ()),
+        *(("Within experiences",) if learning else ()),
+        *(("Ranks and rates",) if settings else ()),
         *(answer.title for answer in answers),
         *(("Languages",) if section else ()),
         *(("Training",) if log else ()),
@@ -94,6 +96,9 @@ def render(
         paper=sections.beside_the_paper(scores, rows),
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
+        learning=learning,
+        writing=figures.writing(scores["corpus"]["locales"]),
+        settings=settings,
         languages=section or None,
         experiments=[(answer, sections.panels(answer)) for answer in answers],
         training=sections.training(log) if log else None,

@@ -47,6 +47,12 @@ def colour_of(locale: str) -> str:
     return next((colour for _, colour, scripts in WRITING if script(locale) in scripts.split()), WRITING[-1][1])
 
 
+def writing(locales: Iterable[str]) -> list[tuple[str, str]]:
+    """(kind of writing, colour) of those that the locales have."""
+    colours = {colour_of(locale) for locale in locales}
+    return [(kind, colour) for kind, colour, _ in WRITING if colour in colours]
+
+
 class Line(NamedTuple):
     """One series: y [n] at x [n], with a band low..high [n] if given."""
 
@@ -171,6 +177,32 @@ def lines(caption: str, series: Iterable[Line], xlabel: str, ylabel: str, names:
     return _panel(caption, figure)
 
 
+def sequence(caption: str, series: Iterable[Line], borders: Sequence[float], names: Sequence[str], end: float) -> Panel:
+    """F1 of one learner through its experiences, by step. NaN parts a line.
+
+    borders, names: of each experience, the step where it begins and its language. end: the last step.
+    """
+    figure, axes = _figure(FULL, 2.6 if len(names) <= 14 else 2.9, top=0.3 if len(names) <= 14 else 0.6, bottom=0.42)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.spines["left"].set_visible(False)
+    for (colour, dash), x, y, _, _ in series:
+        style = (0, [float(length) for length in dash.split()]) if dash else "-"
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=1.6)
+    for border in borders:
+        axes.axvline(border, color=RULE, linewidth=0.8)
+    above = axes.secondary_xaxis("top")
+    above.spines["top"].set_visible(False)
+    size, rotation = (8, 0) if len(names) <= 14 else (7, 90)
+    middles = [(first + last) / 2 for first, last in zip(borders, [*borders[1:], end], strict=True)]
+    above.set_xticks(middles, names, fontsize=size, rotation=rotation, color=MUTED)
+    above.tick_params(length=0, pad=1)
+    axes.set_xlim(0, end)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step", color=MUTED, fontsize=8)
+    axes.set_ylabel("F1", color=MUTED, fontsize=8, labelpad=7)
+    return _panel(caption, figure)
+
+
 def bars(
     caption: str,
     values: Mapping[str, Sequence[float]],
@@ -214,4 +246,23 @@ def named_bars(caption: str, values: Mapping[str, Sequence[float]], xlabel: str)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    return _panel(caption, figure)
+
+
+def scatter(
+    caption: str, x: Floats, y: Floats, locales: Sequence[str], xlabel: str, ylabel: str, slope: float, alone: float
+) -> Panel:
+    """A dot for each observation, in the colour of its language's writing, and lines through the means of these slopes.
+
+    slope: drawn solid. alone: dashed.
+    """
+    figure, axes = _figure(HALF, 2.9, bottom=0.46)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.scatter(x, y, s=13, color=[colour_of(locale) for locale in locales], alpha=0.75, linewidths=0)
+    ends = np.array([x.min(), x.max()])
+    for steep, style in ((slope, "-"), (alone, (0, (4, 3)))):
+        axes.plot(ends, y.mean() + steep * (ends - x.mean()), color=INK, linestyle=style, linewidth=1.2)
+    axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure)
