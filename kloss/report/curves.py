@@ -59,8 +59,9 @@ def starts(row: Sequence[Traced]) -> dict[int, int]:
 
 def learning(strategies: Runs) -> dict[str, Any]:
     """F1 within experiences: of the language being learned for each strategy, and beside earlier ones for those that forget."""
-    together, panels = {}, []
-    joint = set()
+    together: dict[str, Line] = {}
+    joint: set[str] = set()
+    panels: list[Panel] = []
     for n, (label, runs) in enumerate(strategies.items()):
         rows = {id(run): traced(run) for run in runs if not run.get("diverged")}
         curves = [_within(of_run) for of_run in rows.values() if any(of_run)]
