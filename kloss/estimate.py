@@ -2,13 +2,17 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
+from .cl.learner import Learner
 from .cl.runner import cohorts_of, score_every
+from .cl.step import COPIES
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
@@ -37,18 +41,22 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     ]
     if math.isinf(config.max_norm):
         lines.append(("gradient clipping", "off (--max-norm inf)"))
-    backbone = _sizes(config, corpus)
-    rounds = 0
+    backbone = backbone_sizes(config, corpus)
+    rounds = trained = 0
     for number, members in enumerate(cohorts_of(study, config.max_learners), 1):
         learners = [study.learners[g] for g in members]
         steps = max(Stream.of(corpus, learner).steps() for learner in learners)
-        rounds += steps
+        works = [rule_work(corpus, learner) for learner in learners]
+        rounds += steps + sum(work.passes for work in works)
         memory, ranks = "", [learner.rank for learner in learners if learner.rank is not None]
         if backbone is not None and ranks:
-            mib = len(members) * AdapterBank.width_of(backbone, max(ranks)) * 16 / 2**20
+            width, item = AdapterBank.width_of(backbone, max(ranks)), DTYPES[config.dtype].itemsize
+            mib = (len(members) * width * 16 + rule_memory(learners, width, item)) / 2**20
             memory = f", {mib:.0f} MiB of weights, gradients and moments"
-        total = sum(tokens[g] for g in members)
-        lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{memory}"))
+        besides = sum(work.tokens for work in works)
+        trained += (total := sum(tokens[g] for g in members) + besides)
+        of_rules = f" ({besides} of them for rules)" if besides else ""
+        lines.append((f"cohort {number}", f"{len(members)} learners, {steps} rounds, {total} tokens{of_rules}{memory}"))
     lines.append(("scoring", f"{scored} tokens"))
     chosen = with_pass_tokens(config, study, backbone, on_gpu)
     if chosen != config:
@@ -58,13 +66,50 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
         lines.append(("kept for backward", _kept(config, corpus, study, backbone)))
     lines.append(("threads", f"{torch.get_num_threads()} (--threads)"))
     if backbone is not None:
-        seconds = estimated_seconds(backbone, rounds, sum(tokens), scored)
+        seconds = estimated_seconds(backbone, rounds, trained, scored)
         after = " after the backbone's warm-up" if config.backbone == "tiny" else ""
         lines.append(("time", f"about {seconds / 60:.1f} minutes on this machine{after} (an estimate)"))
     return lines
 
 
-def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
+class RuleWork(NamedTuple):
+    """What a learner's rule computes beside its batches: tokens of forward and backward, and passes, one after another."""
+
+    tokens: int
+    passes: int
+
+
+def rule_work(corpus: Corpus, learner: Learner) -> RuleWork:
+    """Return the work of a learner's rule. Replayed sentences count with their mean length: which are drawn is not looked up."""
+    rule, stream, last = learner.rule, Stream.of(corpus, learner), len(learner.experiences) - 1
+    tokens = passes = 0
+    if rule is None:
+        return RuleWork(0, 0)
+    for i in range(last + 1):
+        if rule.replays and i > 0:
+            stream.seek([i, 0, 0])
+            pool, drawn, _ = stream.replayed(rule.number)
+            steps = stream.steps_of(i)
+            tokens += round(steps * len(drawn) * len(pool.input_ids) / pool.number)
+            passes += steps
+        if rule.SENTENCES and i < last:
+            pool, some, _ = stream.some(i, rule.SENTENCES)
+            tokens += len(pool.take(some).input_ids)
+            passes += -(-len(some) // COPIES)
+    return RuleWork(tokens, passes)
+
+
+def rule_memory(learners: Sequence[Learner], width: int, itemsize: int) -> int:
+    """Return the bytes of what the rules of learners note, and of their reference gradients.
+
+    width: of a learner's row.
+    itemsize: bytes of an element in the model's dtype.
+    """
+    rules = [learner.rule for learner in learners if learner.rule is not None]
+    return width * sum(4 * len(rule.state) + itemsize * rule.replays for rule in rules)
+
+
+def backbone_sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
     """Return the backbone's sizes; None for one on the hub, which a plan does not load."""
     if config.backbone == "tiny":
         return tiny_config(config, corpus)

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from .cl.backbone import load_backbone, tiny_config, warm_up_threads
+from .cl.backbone import DTYPES, load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
+from .cl.learner import ALL
 from .cl.results import results, score_table
 from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
@@ -31,8 +32,8 @@ from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, w
 from .config import Config
 from .console import Console
 from .errors import UserError
-from .estimate import describe, with_pass_tokens
-from .files import read_json, shown
+from .estimate import backbone_sizes, describe, rule_memory, with_pass_tokens
+from .files import leaving_pipes, read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
 from .presets import PRESETS
@@ -93,6 +94,7 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     study = plan(config, corpus.locales)
+    check_trains(config, corpus, study)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
     return corpus, with_experiments(config, study)
@@ -142,22 +144,36 @@ def gpu_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def check_trains(config: Config, corpus: Corpus, study: Study) -> None:
+    """Raise UserError for a pattern of --trains that matches no part of an adapter, unless the backbone is still on the hub."""
+    sizes = backbone_sizes(config, corpus) if any(learner.trains != ALL for learner in study.learners) else None
+    if sizes is not None:
+        try:
+            AdapterBank.check_patterns(sizes, config.trains)
+        except UserError as error:
+            raise UserError(f"--trains: {error}") from error
+
+
 def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:
     """Raise UserError if the tiny backbone, or its largest cohort of adapters, takes more memory than the device has."""
     if config.backbone != "tiny":
         return  # its sizes are not known yet
     sizes = tiny_config(config, corpus)
     width, tokens = sizes.hidden_size, sizes.vocab_size + sizes.max_position_embeddings
-    needed = {f"the tiny backbone of width {width:,}": width * (tokens + 12 * sizes.num_hidden_layers * width)}
+    each = 16  # bytes of a weight, its gradient and two moments
+    needed = {f"the tiny backbone of width {width:,}": each * width * (tokens + 12 * sizes.num_hidden_layers * width)}
     for members in cohorts_of(study, config.max_learners):
-        ranks = [learner.rank for learner in (study.learners[g] for g in members) if learner.rank is not None]
+        learners = [study.learners[g] for g in members]
+        ranks = [learner.rank for learner in learners if learner.rank is not None]
         if ranks:
+            row = AdapterBank.width_of(sizes, max(ranks))
+            noted = rule_memory(learners, row, DTYPES[config.dtype].itemsize)
             name = f"a cohort of {len(ranks):,} adapters of rank {max(ranks):,} (see --max-learners)"
-            needed[name] = len(ranks) * AdapterBank.width_of(sizes, max(ranks))
+            needed[f"{name}, with what rules note," if noted else name] = each * len(ranks) * row + noted
     there = gpu_memory(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, values in needed.items():
-        if 16 * values > there:  # weight, gradient, two moments
-            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
+    for name, size in needed.items():
+        if size > there:
+            raise UserError(f"{name} needs {size / 2**30:,.1f} GiB for training; {device} has {there / 2**30:,.1f}")
 
 
 def run(config: Config, progress: Progress) -> tuple[Path, dict]:
@@ -219,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns its exit status: 0, 2 for a user's mistake (one line on stderr), 3 if a learner diverged (the rest is reported),
-    128 + the signal that stopped it.
+    128 + the signal that stopped it. An experiment's own learner counts as well as those of score matrices.
     """
     console = Console()
     try:
@@ -235,10 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 with console.progress() as progress:
                     folder, scores = run(config, progress)
-                rows = summary_rows(scores)
+                rows, besides = summary_rows(scores), scores.get("diverged_besides", [])
                 advice = chosen_on_dev(scores, rows)
-                console.summary(warnings(rows), rows, comparisons(scores), advice, folder / "report.html")
-                return DIVERGED if any(row["diverged"] for row in rows) else 0
+                console.summary(warnings(rows, besides), rows, comparisons(scores), advice, folder / "report.html")
+                return DIVERGED if besides or any(row["diverged"] for row in rows) else 0
     except UserError as error:
         console.error(shown(error, 2000))
         return 2
@@ -249,4 +265,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaving_pipes():
+        sys.exit(main())

@@ -129,6 +129,13 @@ def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
     assert ["<h2>Within experiences</h2>" in page for page in pages] == [False, True]
 
 
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback():
+    """`--help | head -3` ended in a traceback. `true` has left before anything is written."""
+    command = f"{sys.executable} -m kloss.run --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{128 + signal.SIGPIPE}\n", "")
+
+
 def test_settings_are_chosen_on_dev(small, capsys):
     arguments, folder = small
     assert main([*arguments, "--strategies", "shared", "--eval-split", "dev", "--out", str(folder / "dev")]) == 0

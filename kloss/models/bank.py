@@ -177,13 +177,12 @@ class AdapterBank(Rows):
 
         Raises UserError for a pattern that none matches.
         """
-        matched = {pattern: [name for name in self.slots if fnmatchcase(name, pattern)] for pattern in patterns}
-        for pattern, names in matched.items():
-            if not names:
-                first, *_, last = (name for name in self.slots if name not in HEAD)
-                allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
-                raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
-        return [name for name in self.slots if any(name in names for names in matched.values())]
+        return _matching(list(self.slots), patterns)
+
+    @staticmethod
+    def check_patterns(config: XLMRConfig, patterns: Sequence[str], targets: Sequence[str] = TARGETS) -> None:
+        """Raise UserError, as `matching` of a bank with these sizes."""
+        _matching(list(_slots(config, targets, 1, True)), patterns)
 
     def columns(self, patterns: Sequence[str]) -> Tensor:
         """Whether a column is of a slot that matches, bool [P], on param's device. Raises UserError as `matching`."""
@@ -339,3 +338,14 @@ def aligned(columns: int) -> int:
 def _width(slots: dict[str, Slot]) -> int:
     last = list(slots.values())[-1]
     return aligned(last.start + math.prod(last.shape))
+
+
+def _matching(slots: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Those of the slots, by name, that match one of the patterns. Raises UserError for a pattern that none matches."""
+    matched = {pattern: [name for name in slots if fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, names in matched.items():
+        if not names:
+            first, *_, last = (name for name in slots if name not in HEAD)
+            allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
+            raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
+    return [name for name in slots if any(name in names for names in matched.values())]

@@ -79,7 +79,7 @@ def render(
         env=env,
         count=sections.count,
         counted=sections.counted,
-        warnings=warnings(rows),
+        warnings=warnings(rows, scores.get("diverged_besides", ())),
         nothing_learned=nothing_learned(rows),
         could_forget=any(row["can_forget"] for row in rows),
         fewest_orders=FEWEST_ORDERS,
