@@ -70,7 +70,8 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     config = config.checked()
     for line in without_effect(config):
         progress.say(line)
-    locales, synthetic = check_locales(config.languages) or None, None
+    names, synthetic = check_locales(config.languages), None
+    locales = None if names_all(config) else names or None
     if config.data == "synthetic":
         locales = locales or LOCALES
         synthetic = {"overlap": config.overlap, "relatedness": config.relatedness}
@@ -90,6 +91,9 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         progress=progress,
         synthetic=synthetic,
     )
+    absent = [locale for locale in names if locale not in corpus.locales]
+    if absent:
+        raise UserError(f"{corpus.name} has no utterances in {', '.join(absent)}")
     empty = [locale for locale in corpus.locales if not corpus.sentences(locale, config.eval_split).number]
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
@@ -98,6 +102,21 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
     return corpus, with_experiments(config, study)
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.out or f"runs/{config.preset}")
+
+
+def names_all(config: Config) -> bool:
+    """Return whether `--languages` names all locales in their own order: the same study as naming none, so the same caches.
+
+    A run folder that an earlier version began with all of them named goes on as it began.
+    """
+    began = None
+    with contextlib.suppress(UserError):
+        began = read_json(folder_of(config) / "config.json").get("languages")
+    return config.languages == LOCALES and began != list(LOCALES)
 
 
 def with_selection(config: Config) -> Config:
@@ -187,8 +206,8 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             progress.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
     if config.select:
         progress.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
-    identity = config.identity() | {"corpus": corpus.fingerprint}
-    with open_run(config.out or f"runs/{config.preset}", identity) as folder:
+    identity = config.identity() | {"corpus": corpus.fingerprint} | ({"languages": []} if names_all(config) else {})
+    with open_run(folder_of(config), identity) as folder:
         if folder.done:
             progress.say(f"{folder.path} is complete already; its report is made anew")
         else:
