@@ -14,7 +14,7 @@ from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
 from ..errors import UserError
 from ..files import opened, read_json, write_text
-from . import curves, figures, sections
+from . import curves, figures, paper, sections
 from .downloads import Download, files_of
 from .languages import languages
 from .sections import Log
@@ -93,7 +93,8 @@ def render(
         limits=sections.limits(scores, rows, strategies[focus] if focus else []),
         compared=sections.paired_differences(compared),
         results=sections.results(rows, strategies),
-        paper=sections.beside_the_paper(scores, rows),
+        paper=paper.beside_the_paper(scores, rows),
+        replicated=paper.findings(scores, strategies, rows),
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
         learning=learning,
