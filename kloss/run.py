@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from .cl.backbone import DTYPES, load_backbone, tiny_config, warm_up_threads
+from .cl.boards import writer
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
@@ -262,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = with_selection(parse(sys.argv[1:] if arguments is None else arguments).checked())
             stack.enter_context(on_threads(config.threads))
             keep_memory()
+            if config.tensorboard:
+                writer()
             if config.dry_run:
                 with console.progress() as progress:
                     memory = None if config.pass_tokens else gpu_memory(device_of(config.device))  # a plan needs no GPU

@@ -5,13 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, XLMRForTokenClassification
+from .boards import boards
 from .corpus import Corpus
 from .evaluate import score_probes
 from .learner import Learner, Scores
@@ -116,8 +117,9 @@ def train_study(
                 with folder.reading_checkpoint():
                     cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
             watch = _Watch(cohort, number, finished, folder, config.checkpoint_seconds, progress)
-            with on_signals(watch.stop):
-                cohort.train(watch)
+            logs = boards(folder.path / "tensorboard", members, cohort, watch) if config.tensorboard else nullcontext(watch)
+            with on_signals(watch.stop), logs as after_step:
+                cohort.train(after_step)
                 weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(learners)]
                 if config.save_adapters:
                     _save_adapters(cohort, members, folder)
