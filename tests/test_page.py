@@ -59,13 +59,14 @@ def test_nothing_is_wider_than_a_phone_outside_a_box_that_scrolls(tmp_path, loca
 def test_a_wide_table_is_cards_on_a_phone_that_name_their_columns(tmp_path):
     html = report(tmp_path, fake_scores(FIVE, ("non-shared", "shared"), orders=1, seeds=2))
     wide = re.findall(r'(?s)<table class="[^"]*\bcards\b[^"]*">(.*?)</table>', html)
-    assert len(wide) >= 3  # results, paper, contrasts
+    assert len(wide) >= 4  # results, paper, its findings, contrasts
     for table in wide:
         heads = re.findall(r"<th>(.*?)</th>", table)
-        assert len(heads) > 4
         for row in re.findall(r"(?s)<tr>(.*?)</tr>", table.split("<tbody>")[1]):
             assert re.findall(r'<td[^>]*data-head="(.*?)"', row) == heads[1:]
-    assert 'data-head="CBT">' in wide[0]
+    assert 'data-head="CBT">' in wide[0] and 'data-head="verdict">' in wide[2]
+    narrow = re.findall(r'(?s)<table class="(?![^"]*\b(?:cards|wide|settings)\b)[^"]*">(.*?)</table>', html)
+    assert narrow and all(len(re.findall(r"<th>", table)) <= 4 and "data-head" not in table for table in narrow)
     assert "content: attr(data-head)" in STYLE and ".cards thead { display: none }" in STYLE
 
 
