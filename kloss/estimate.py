@@ -2,21 +2,20 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from .cl.backbone import DTYPES, tiny_config
 from .cl.corpus import Corpus
-from .cl.learner import Learner
+from .cl.learner import ALL
+from .cl.rule_costs import rule_memory, rule_work
 from .cl.runner import cohorts_of, score_every
-from .cl.step import COPIES
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
 from .cl.study import Study
 from .config import Config
+from .errors import UserError
 from .files import read_json, user_path
 from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
@@ -41,7 +40,7 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     ]
     if math.isinf(config.max_norm):
         lines.append(("gradient clipping", "off (--max-norm inf)"))
-    backbone = backbone_sizes(config, corpus)
+    backbone = _sizes(config, corpus)
     rounds = trained = 0
     for number, members in enumerate(cohorts_of(study, config.max_learners), 1):
         learners = [study.learners[g] for g in members]
@@ -72,49 +71,22 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     return lines
 
 
-class RuleWork(NamedTuple):
-    """What a learner's rule computes beside its batches: tokens of forward and backward, and passes, one after another."""
-
-    tokens: int
-    passes: int
-
-
-def rule_work(corpus: Corpus, learner: Learner) -> RuleWork:
-    """Return the work of a learner's rule. Replayed sentences count with their mean length: which are drawn is not looked up."""
-    rule, stream, last = learner.rule, Stream.of(corpus, learner), len(learner.experiences) - 1
-    tokens = passes = 0
-    if rule is None:
-        return RuleWork(0, 0)
-    for i in range(last + 1):
-        if rule.replays and i > 0:
-            stream.seek([i, 0, 0])
-            pool, drawn, _ = stream.replayed(rule.number)
-            steps = stream.steps_of(i)
-            tokens += round(steps * len(drawn) * len(pool.input_ids) / pool.number)
-            passes += steps
-        if rule.SENTENCES and i < last:
-            pool, some, _ = stream.some(i, rule.SENTENCES)
-            tokens += len(pool.take(some).input_ids)
-            passes += -(-len(some) // COPIES)
-    return RuleWork(tokens, passes)
-
-
-def rule_memory(learners: Sequence[Learner], width: int, itemsize: int) -> int:
-    """Return the bytes of what the rules of learners note, and of their reference gradients.
-
-    width: of a learner's row.
-    itemsize: bytes of an element in the model's dtype.
-    """
-    rules = [learner.rule for learner in learners if learner.rule is not None]
-    return width * sum(4 * len(rule.state) + itemsize * rule.replays for rule in rules)
-
-
-def backbone_sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
+def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
     """Return the backbone's sizes; None for one on the hub, which a plan does not load."""
     if config.backbone == "tiny":
         return tiny_config(config, corpus)
     file = user_path(config.backbone, "--backbone") / "config.json"
     return replace(from_config(read_json(file), config.backbone), num_labels=len(corpus.labels)) if file.is_file() else None
+
+
+def check_trains(config: Config, corpus: Corpus, study: Study) -> None:
+    """Raise UserError for a pattern of --trains that matches no part of an adapter, unless the backbone is still on the hub."""
+    sizes = _sizes(config, corpus) if any(learner.trains != ALL for learner in study.learners) else None
+    if sizes is not None:
+        try:
+            AdapterBank.check_patterns(sizes, config.trains)
+        except UserError as error:
+            raise UserError(f"--trains: {error}") from error
 
 
 def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int]:

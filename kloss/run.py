@@ -22,8 +22,8 @@ from .cl.boards import writer
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
-from .cl.learner import ALL
 from .cl.results import results, score_table
+from .cl.rule_costs import rule_memory
 from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
 from .cl.shapes import check_scores
@@ -33,7 +33,7 @@ from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, w
 from .config import Config
 from .console import Console
 from .errors import UserError
-from .estimate import backbone_sizes, describe, rule_memory, with_pass_tokens
+from .estimate import check_trains, describe, with_pass_tokens
 from .files import leaving_pipes, read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import AdapterBank
@@ -162,16 +162,6 @@ def device_of(name: str) -> torch.device:
 def gpu_memory(device: torch.device) -> int | None:
     """Return the bytes of a GPU's memory; None for a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def check_trains(config: Config, corpus: Corpus, study: Study) -> None:
-    """Raise UserError for a pattern of --trains that matches no part of an adapter, unless the backbone is still on the hub."""
-    sizes = backbone_sizes(config, corpus) if any(learner.trains != ALL for learner in study.learners) else None
-    if sizes is not None:
-        try:
-            AdapterBank.check_patterns(sizes, config.trains)
-        except UserError as error:
-            raise UserError(f"--trains: {error}") from error
 
 
 def check_memory(config: Config, corpus: Corpus, study: Study, device: torch.device) -> None:

@@ -77,6 +77,9 @@ def test_odd_curves_are_no_error(tmp_path):
     short = {"learner": 0, "experience": 1, "step": 10, "counts": {"en-US": [1]}}
     runs = [fake_run("shared", THREE) | {"curves": [odd, short]}, fake_run("other", THREE) | {"curves": [short]}]
     assert "Results" in report(tmp_path, fake_scores(THREE, runs=runs))
+    runs = [shared(lambda i, mark: 0.3, lambda i, mark: 0.2), shared(lambda i, mark: 0.3, lambda i, mark: 0.2, seed=1, every=7)]
+    runs[1]["curves"] = runs[1]["curves"][::-1]
+    assert "one language after another" in report(tmp_path, fake_scores(THREE, runs=runs))  # other marks: the first run alone
 
 
 def test_several_ranks_and_rates_are_curves():

@@ -5,30 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import ToyCorpus, toy_model
 
 from bench.whole_step import make_step
-from kloss import estimate, run
-from kloss.cl import step
-from kloss.cl.backbone import tiny_config
-from kloss.cl.experiments import with_experiments
 from kloss.cl.languages import LOCALES
-from kloss.cl.learner import Learner
-from kloss.cl.rules import RULES
-from kloss.cl.stream import Stream
 from kloss.cl.study import plan
-from kloss.cl.train import Cohort
 from kloss.config import Config
-from kloss.errors import UserError
-from kloss.estimate import backbone_sizes, describe, kept_per_token, rule_memory, rule_work, with_pass_tokens
+from kloss.estimate import _sizes, kept_per_token, with_pass_tokens
 from kloss.kernels.cpu_library import built
 from kloss.models import BASE, TINY, AdapterBank, XLMRForTokenClassification
-
-CORPUS = ToyCorpus()
-
-
-class PlannedCorpus(ToyCorpus):
-    name, max_length = "toy", 64
 
 
 @pytest.mark.skipif(not built(), reason="csrc is not built")
@@ -62,8 +46,8 @@ def test_sizes_of_a_backbone_in_a_folder_are_read(tmp_path):
     sizes = replace(TINY, vocab_size=50, hidden_size=64, intermediate_size=256)
     corpus = SimpleNamespace(labels=("O", "B-x", "I-x"))
     XLMRForTokenClassification.random(sizes).save_pretrained(tmp_path)
-    assert backbone_sizes(Config(backbone=str(tmp_path)), corpus) == replace(sizes, num_labels=3)
-    assert backbone_sizes(Config(backbone="some/one"), corpus) is None
+    assert _sizes(Config(backbone=str(tmp_path)), corpus) == replace(sizes, num_labels=3)
+    assert _sizes(Config(backbone="some/one"), corpus) is None
 
 
 def test_passes_fill_a_gpus_memory_and_no_more():
@@ -82,59 +66,3 @@ def test_passes_fill_a_gpus_memory_and_no_more():
     assert with_pass_tokens(replace(config, pass_tokens=7), study, sizes, 80 << 30).pass_tokens == 7
     whole = replace(config, strategies=("vanilla",))
     assert with_pass_tokens(whole, plan(whole, LOCALES), sizes, 20 << 30).pass_tokens > 1024
-
-
-@pytest.mark.parametrize("number", [0.3, 1.0])
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_the_plan_counts_what_rules_compute(name, number, monkeypatch):
-    """Every sentence of every backward, of the batches and of what rules take gradients of besides."""
-    epochs = 12 if RULES[name].replays else 2  # of many draws the mean is what the plan says
-    learner = Learner((("aa",), ("bb",), ("aa", "bb")), 4, 4.0, 1e-3, 0, epochs, 4, rule=RULES[name](number))
-    seen, original = [], step._backward
-
-    def counted(model, bank, settings, first, last, batch):
-        seen.append(batch.tokens)
-        return original(model, bank, settings, first, last, batch)
-
-    monkeypatch.setattr(step, "_backward", counted)
-    Cohort(toy_model(), CORPUS, [learner], [{}]).train()
-    stream, besides = Stream.of(CORPUS, learner), rule_work(CORPUS, learner)
-    assert len(seen) == stream.steps() + besides.passes
-    assert sum(seen) == pytest.approx(stream.tokens() + besides.tokens, rel=0.02 if RULES[name].replays else 0)
-    assert (besides.tokens > 0) == (name != "l2") and rule_work(CORPUS, replace(learner, rule=None)) == (0, 0)
-
-
-def test_the_plan_says_what_rules_take(monkeypatch):
-    config = Config(strategies=("shared",), experiments=("remedies",), remedies=("a-gem=0.5", "ewc=1"), max_learners=1)
-    config = replace(config, rank=(2,), tiny_layers=1, tiny_hidden=32, epochs=1, batch_size=2)
-    corpus = PlannedCorpus()
-    study = with_experiments(config, plan(config, corpus.locales))
-    plain, agem, ewc = study.learners
-    timed = []
-    monkeypatch.setattr(estimate, "estimated_seconds", lambda *arguments: timed.append(arguments[1:]) or 60.0)
-    lines = dict(describe(config, corpus, study))
-    works = [rule_work(corpus, learner) for learner in study.learners]
-    steps = sum(Stream.of(corpus, learner).steps() for learner in study.learners)
-    tokens = Stream.of(corpus, plain).tokens()
-    assert timed[0][:2] == (steps + works[1].passes + works[2].passes, 3 * tokens + works[1].tokens + works[2].tokens)
-    width = AdapterBank.width_of(tiny_config(config, corpus), 2)
-    for number, learner, work in zip((1, 2, 3), study.learners, works, strict=True):
-        line = lines[f"cohort {number}"]
-        assert f"{tokens + work.tokens} tokens" in line and (f"{work.tokens} of them for rules" in line) == (number > 1)
-        of_rule = 4 * width * {0: 0, 1: 1, 2: 2}[number - 1]  # A-GEM's reference gradient; EWC's anchor and information
-        assert rule_memory([learner], width, 4) == of_rule
-        assert f"{(16 * width + of_rule) / 2**20:.0f} MiB" in line
-    assert (plain.rule, agem.rule.number, ewc.rule.number) == (None, 0.5, 1.0)
-
-
-def test_memory_counts_what_rules_note(monkeypatch):
-    config = Config(strategies=("shared",), experiments=("remedies",), remedies=("ewc=1",), rank=(64,))
-    config, corpus = replace(config, tiny_layers=1, tiny_hidden=32), PlannedCorpus()
-    study = with_experiments(config, plan(config, corpus.locales))
-    width = AdapterBank.width_of(tiny_config(config, corpus), 64)
-    needed = 2 * 16 * width + 2 * 4 * width  # two adapters, one with an anchor and its information
-    monkeypatch.setattr(run, "gpu_memory", lambda device: needed)
-    run.check_memory(config, corpus, study, torch.device("cpu"))
-    monkeypatch.setattr(run, "gpu_memory", lambda device: needed - 1)
-    with pytest.raises(UserError, match="a cohort of 2 adapters of rank 64 .*, with what rules note,"):
-        run.check_memory(config, corpus, study, torch.device("cpu"))

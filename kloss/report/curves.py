@@ -74,7 +74,8 @@ def learning(strategies: Runs) -> dict[str, Any]:
                 joint.add(label)
         one = [run for run in runs if id(run) in rows and len(rows[id(run)]) == 1 and traits(run).can_change.any()]
         if one and rows[id(one[0])][0] and len(panels) < SHOWN:
-            alike = [run for run in one if run["order"] == one[0]["order"]]
+            marks = [entry[:2] for entry in rows[id(one[0])][0]]
+            alike = [run for run in one if run["order"] == one[0]["order"] and [e[:2] for e in rows[id(run)][0]] == marks]
             panels.append(_along(label, alike, [rows[id(run)][0] for run in alike]))
     if not together:
         return {}
@@ -101,7 +102,7 @@ def _within(rows: Sequence[Sequence[Traced]]) -> dict[int, float]:
 
 
 def _along(label: str, runs: Sequence[Run], rows: Sequence[Sequence[Traced]]) -> Panel:
-    """One learner through its sequence, the mean over runs of one order; after each experience stands its row of R."""
+    """One learner through its sequence, the mean over runs of one order and the same marks; each experience ends with R's row."""
     order, begin = runs[0]["order"], starts(rows[0])
     curves = []
     for run, row in zip(runs, rows, strict=True):
@@ -111,7 +112,7 @@ def _along(label: str, runs: Sequence[Run], rows: Sequence[Sequence[Traced]]) ->
             if end is not None and len(R) == len(order) + 1:
                 points[end] = (float(R[i + 1, i]), float(measured_mean(R[i + 1, :i])) if i else np.nan)
         curves.append(points)
-    steps = sorted(set.intersection(*(set(points) for points in curves)))
+    steps = sorted(curves[0])
     values = measured_mean([[points[step] for step in steps] for points in curves], axis=0)
     x = np.array(steps, np.float64)
     borders = [begin[i] for i in sorted(begin)]
