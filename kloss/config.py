@@ -141,6 +141,8 @@ class MachineConfig:
     cache: str = field(default="", metadata=_NOT_IDENTITY)
     # Write each LoRA adapter at its end as peft does, into the run folder's `adapters`.
     save_adapters: bool = field(default=False, metadata=_NOT_IDENTITY)
+    # Write each learner's loss and F1 into the run folder's `tensorboard`, for `tensorboard --logdir`; wants that package.
+    tensorboard: bool = field(default=False, metadata=_NOT_IDENTITY)
     checkpoint_seconds: float = field(default=60.0, metadata=_NOT_IDENTITY)  # time between checkpoints
     # Settings that the other flags override.
     preset: Literal["demo", "paper", "first-five", "damage"] = field(default="demo", metadata=_NOT_IDENTITY)

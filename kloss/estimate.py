@@ -12,8 +12,9 @@ import torch
 from .cl.backbone import DTYPES, tiny_config
 from .cl.banks import row_of
 from .cl.corpus import Corpus
-from .cl.learner import Learner
+from .cl.learner import ALL, Learner
 from .cl.resume import score_every
+from .cl.rule_costs import RuleWork, rule_memory, rule_work
 from .cl.shares import Limits, Stage, cohorts_of, costs_of, stages
 from .cl.strategies import STRATEGIES
 from .cl.stream import Stream
@@ -21,7 +22,7 @@ from .cl.study import Study
 from .config import Config
 from .errors import UserError
 from .files import read_json, shown, user_path
-from .models import XLMRConfig, XLMRForTokenClassification
+from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
 from .pace import GPUS, measured, seconds, timed_here
 
@@ -115,17 +116,19 @@ class _Work(NamedTuple):
     steps: list[int]
     tokens: list[int]
     scored: list[int]  # tokens
+    rules: list[RuleWork]
 
 
 def _work(config: Config, corpus: Corpus, study: Study) -> _Work:
     sizes = {locale: len(corpus.sentences(locale, config.eval_split).input_ids) for locale in corpus.locales}
-    work = _Work([], [], [])
+    work = _Work([], [], [], [])
     for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
         stream = Stream.of(corpus, learner)
         within = [locale for i in stream.marks(every).values() for locale in table.get(i + 1, ())]
         ends = [locale for row in table.values() for locale in row]
         work.steps.append(stream.steps())
         work.tokens.append(stream.tokens())
+        work.rules.append(rule_work(corpus, learner))
         work.scored.append(sum(sizes[locale] for locale in (*ends, *within)))
     return work
 
@@ -137,8 +140,10 @@ def _who(study: Study, plan: Sequence[Stage], work: _Work, backbone: XLMRConfig 
     if processes == 1 and len(shares[0]) <= 8:
         lines = []
         for number, members in enumerate(shares[0], 1):
-            total, rounds = sum(work.tokens[g] for g in members), max(work.steps[g] for g in members)
-            lines.append((f"cohort {number}", f"{len(members)} learners, {rounds} rounds, {total} tokens"))
+            besides, rounds = sum(work.rules[g].tokens for g in members), max(work.steps[g] for g in members)
+            total = sum(work.tokens[g] for g in members) + besides
+            of_rules = f" ({besides} of them for rules)" if besides else ""
+            lines.append((f"cohort {number}", f"{len(members)} learners, {rounds} rounds, {total} tokens{of_rules}"))
         return lines
 
     def span(values: Sequence[int]) -> str:
@@ -165,7 +170,8 @@ def _time(config: Config, study: Study, plan: Sequence[Stage], work: _Work, size
         pace = here or measured(machine.gpu, sizes, rank or 32)
         steps, tokens = [work.steps[g] for g in members], [work.tokens[g] for g in members]
         trained = seconds(pace, steps, tokens, config.pass_tokens or Config.pass_tokens, whole=rank is None)
-        return trained + pace.scored * sum(work.scored[g] for g in members)
+        of_rules = sum(pace.token * work.rules[g].tokens + pace.step * work.rules[g].passes for g in members)
+        return trained + of_rules + pace.scored * sum(work.scored[g] for g in members)
 
     whole, busy, since = 0.0, 0.0, [0.0] * machine.processes
     for stage in plan:
@@ -195,6 +201,16 @@ def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
         return tiny_config(config, corpus)
     file = user_path(config.backbone, "--backbone") / "config.json"
     return replace(from_config(read_json(file), config.backbone), num_labels=len(corpus.labels)) if file.is_file() else None
+
+
+def check_trains(config: Config, corpus: Corpus, study: Study) -> None:
+    """Raise UserError for a pattern of --trains that matches no part of an adapter, unless the backbone is still on the hub."""
+    sizes = _sizes(config, corpus) if any(learner.trains != ALL for learner in study.learners) else None
+    if sizes is not None:
+        try:
+            AdapterBank.check_patterns(sizes, config.trains)
+        except UserError as error:
+            raise UserError(f"--trains: {error}") from error
 
 
 def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int]:
@@ -264,6 +280,7 @@ def _memory(config: Config, corpus: Corpus, study: Study, plan: Sequence[Stage],
         kept = kept_per_token(sizes, _kept_rank(learners, rank), item)
         width = row_of(sizes, learners[0], rank) if rank else frozen // item
         state = len(members) * width * _state_bytes(item) - (0 if rank else frozen)  # a whole model's working copy is the model
+        state += rule_memory(learners, width, item)
         found.append((state + tokens * sum(kept.values()), state, tokens, kept, len(members)))
     total, state, tokens, kept, size = max(found, key=lambda item: item[0])
     most = sorted(kept, key=lambda name: -kept[name])[:3]
@@ -277,4 +294,6 @@ def _memory(config: Config, corpus: Corpus, study: Study, plan: Sequence[Stage],
 
 
 def _size(count: float) -> str:
+    if count < 10 * 2**20:
+        return f"{count / 2**20:.1f} MiB"
     return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.0f} GiB"

@@ -10,7 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,6 +63,19 @@ def user_path(given: str | Path, flag: str = "") -> Path:
     if max(map(len, names)) > NAME_BYTES:  # within a folder that is not there yet, where stat does not see it
         raise UserError(f"cannot use {named}: a name has at most {NAME_BYTES} bytes")
     return path
+
+
+@contextlib.contextmanager
+def leaving_pipes() -> Iterator[None]:
+    """Run a command. If the reader of its output leaves (`| head`), it ends with 128 + SIGPIPE and says nothing, as others do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at its end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 import tyro
 
-from .cl.backbone import load_backbone, tiny_config, warm_up_threads
+from .cl.backbone import DTYPES, load_backbone, tiny_config, warm_up_threads
 from .cl.banks import row_of
+from .cl.boards import writer
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
 from .cl.results import results, score_table
+from .cl.rule_costs import rule_memory
 from .cl.rundir import RunFolder, open_run
 from .cl.runner import Progress, on_signals, train_study
 from .cl.shapes import check_scores
@@ -33,8 +35,8 @@ from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, w
 from .config import Config
 from .console import Console, Silent
 from .errors import UserError
-from .estimate import Machine, describe, plan_for, with_pass_tokens
-from .files import read_json, shown
+from .estimate import Machine, check_trains, describe, plan_for, with_pass_tokens
+from .files import leaving_pipes, read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import XLMRForTokenClassification
 from .presets import PRESETS
@@ -72,7 +74,8 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     config = config.checked()
     for line in without_effect(config):
         progress.say(line)
-    locales, synthetic = check_locales(config.languages) or None, None
+    names, synthetic = check_locales(config.languages), None
+    locales = None if names_all(config) else names or None
     if config.data == "synthetic":
         locales = locales or LOCALES
         synthetic = {"overlap": config.overlap, "relatedness": config.relatedness}
@@ -92,13 +95,32 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         progress=progress,
         synthetic=synthetic,
     )
+    absent = [locale for locale in names if locale not in corpus.locales]
+    if absent:
+        raise UserError(f"{corpus.name} has no utterances in {', '.join(absent)}")
     empty = [locale for locale in corpus.locales if not corpus.sentences(locale, config.eval_split).number]
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     study = plan(config, corpus.locales)
+    check_trains(config, corpus, study)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
     return corpus, with_experiments(config, study)
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.out or f"runs/{config.preset}")
+
+
+def names_all(config: Config) -> bool:
+    """Return whether `--languages` names all locales in their own order: the same study as naming none, so the same caches.
+
+    A run folder that an earlier version began with all of them named goes on as it began.
+    """
+    began = None
+    with contextlib.suppress(UserError):
+        began = read_json(folder_of(config) / "config.json").get("languages")
+    return config.languages == LOCALES and began != list(LOCALES)
 
 
 def with_selection(config: Config) -> Config:
@@ -147,15 +169,19 @@ def check_memory(config: Config, corpus: Corpus, study: Study, machine: Machine)
         return  # its sizes are not known yet
     sizes = tiny_config(config, corpus)
     width, tokens = sizes.hidden_size, sizes.vocab_size + sizes.max_position_embeddings
-    needed = {f"the tiny backbone of width {width:,}": width * (tokens + 12 * sizes.num_hidden_layers * width)}
+    each = 16  # bytes of a weight, its gradient and two moments
+    needed = {f"the tiny backbone of width {width:,}": each * width * (tokens + 12 * sizes.num_hidden_layers * width)}
     for members, rank in cohorts_of(plan_for(config, corpus, study, sizes, machine)):
         if rank is not None:
+            learners = [study.learners[g] for g in members]
+            row = row_of(sizes, learners[0], rank)
+            noted = rule_memory(learners, row, DTYPES[config.dtype].itemsize)
             name = f"a cohort of {len(members):,} adapters of rank {rank:,} (see --max-learners)"
-            needed[name] = len(members) * row_of(sizes, study.learners[members[0]], rank)
-    for name, values in needed.items():
-        if 16 * values > machine.memory:  # weight, gradient, two moments
+            needed[f"{name}, with what rules note," if noted else name] = each * len(members) * row + noted
+    for name, size in needed.items():
+        if size > machine.memory:
             there = f"{machine.device} has {machine.memory / 2**30:,.1f}"
-            raise UserError(f"{name} needs {values / 2**26:,.1f} GiB for training; {there}")
+            raise UserError(f"{name} needs {size / 2**30:,.1f} GiB for training; {there}")
 
 
 def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tuple[Path, dict]:
@@ -174,11 +200,10 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
             once.say(f"{locale}: {count} utterances are longer than {corpus.max_length} subwords and were cut")
     if config.select:
         once.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
-    identity = config.identity() | {"corpus": corpus.fingerprint}
+    identity = config.identity() | {"corpus": corpus.fingerprint} | ({"languages": []} if names_all(config) else {})
     with contextlib.ExitStack() as stack:
         with processes.first():
-            opening = open_run(config.out or f"runs/{config.preset}", identity, processes.rank, processes.number)
-            folder = stack.enter_context(opening)
+            folder = stack.enter_context(open_run(folder_of(config), identity, processes.rank, processes.number))
         if folder.done:
             once.say(f"{folder.path} is complete already; its report is made anew")
         else:
@@ -265,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns its exit status: 0, 1 if another process of the job ended, 2 for a user's mistake (one line on stderr), 3 if a learner
-    diverged (the rest is reported), 128 + the signal that stopped it.
+    diverged (the rest is reported), 128 + the signal that stopped it. An experiment's own learner counts as well as those of
+    score matrices.
     """
     console, processes = Console(), ALONE
     try:
@@ -276,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if config.dry_run and processes.rank == 0:
                     _print_plan(config, console, processes.number)
             keep_memory()
+            if config.tensorboard:
+                writer()
             if not config.dry_run:
                 with console.progress(processes.rank) as progress:
                     folder, scores = run(config, progress, processes)
@@ -304,11 +332,13 @@ def _print_plan(config: Config, console: Console, number: int) -> None:
 
 def _print_scores(scores: dict, folder: Path, console: Console | None) -> int:
     """Print a run's summary, unless another process does, and return the exit status."""
-    rows = summary_rows(scores)
+    rows, besides = summary_rows(scores), scores.get("diverged_besides", [])
     if console is not None:
-        console.summary(warnings(rows), rows, comparisons(scores), chosen_on_dev(scores, rows), folder / "report.html")
-    return DIVERGED if any(row["diverged"] for row in rows) else 0
+        advice = chosen_on_dev(scores, rows)
+        console.summary(warnings(rows, besides), rows, comparisons(scores), advice, folder / "report.html")
+    return DIVERGED if besides or any(row["diverged"] for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaving_pipes():
+        sys.exit(main())

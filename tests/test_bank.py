@@ -10,6 +10,7 @@ from kloss.errors import UserError
 from kloss.kernels import make_segments, multi_lora_cpu, token_loss
 from kloss.models import AdapterBank, FlatModel, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
+from kloss.models.xlmr import Bank
 
 CONFIG = XLMRConfig(
     vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
@@ -140,7 +141,7 @@ def test_gradients_land_in_the_bank_as_on_plain_tensors():
     labels = torch.arange(12) % 5
     model.freeze_backbone()
 
-    class Plain:
+    class Plain(Bank):
         """The bank's views as ordinary leaves."""
 
         scaling, ranks_if_mixed, exact = bank.scaling, bank.ranks, False

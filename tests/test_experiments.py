@@ -439,13 +439,13 @@ def placed(effects, seeds=3, orders=2, noise=0.0):
 def test_order_finds_what_a_place_does_and_nothing_where_it_does_nothing():
     section = experiments.order.analyse({}, placed({"start": 0.4, "middle": 0.3, "end": 0.2}, noise=0.01))
     assert "they end at 0.30, 0.30 and 0.30 F1; the others at 0.45, 0.35 and 0.2" in section.findings[0]
-    rows = {row[:2]: row[2:] for row in section.tables[0].rows}
+    rows = {row[:2]: [cell.replace("−", "-") for cell in row[2:]] for row in section.tables[0].rows}
     mean, ends = rows["others, at the end", "end − start"]
     low, high = map(float, ends.split(" to "))
     assert -0.22 < float(mean) < -0.18 and low < float(mean) < high < 0
-    assert rows["pinned, at the end", "end − start"] == ("+0.000", "")
+    assert rows["pinned, at the end", "end − start"] == ["0.000", ""]
     section = experiments.order.analyse({}, placed({"start": 0.3, "middle": 0.3, "end": 0.3}, noise=0.05))
-    low, high = map(float, section.tables[0].rows[-3][3].split(" to "))
+    low, high = map(float, section.tables[0].rows[-3][3].replace("−", "-").split(" to "))
     assert section.tables[0].rows[-3][0] == "others, at the end" and low < 0 < high
 
 

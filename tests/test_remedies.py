@@ -14,7 +14,7 @@ from kloss.cl.rules import AGEM, EWC, L2, RULES
 from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
 from kloss.config import Config
-from kloss.run import main, without_effect
+from kloss.run import DIVERGED, main, without_effect
 
 LOCALES = ("en-US", "de-DE", "ja-JP")
 
@@ -133,6 +133,19 @@ def test_a_remedy_that_is_none(text, capsys, tmp_path):
     arguments = [*SMALL, "--strategies", "shared", "--experiments", "remedies", "--out", str(tmp_path / "run")]
     line = one_line_error([*arguments, "--remedies", "l2=1", text], capsys)
     assert f"'{text}'" in line and "replay=SHARE" in line and "l2=NUMBER" in line and "lr-adjust=SHARE" in line
+
+
+def test_a_remedy_that_diverged_is_in_the_exit_status(capsys, tmp_path):
+    """Its learner is in no score matrix, and plain SHARED trained well: the run ended with 0 and no word."""
+    arguments = [*SMALL, "--cache", str(tmp_path / "cache"), "--strategies", "shared", "--experiments", "remedies"]
+    assert main([*arguments, "--remedies", "l2=1", "--out", str(tmp_path / "good")]) == 0
+    assert "diverged_besides" not in json.loads((tmp_path / "good" / "scores.json").read_text())
+    for again in range(2):  # the second time it is read from the folder
+        assert main([*arguments, "--remedies", "l2=1e30", "--out", str(tmp_path / "run")]) == DIVERGED, again
+        assert "Of the learners of experiments alone, 1 did not come to an end: 3x1 from " in capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["runs"][0]["diverged"] is None and "diverged at step" in scores["diverged_besides"][0]
+    assert "Of the learners of experiments alone" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_remedy_named_twice(capsys, tmp_path):

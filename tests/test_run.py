@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pwd
+import re
 import resource
 import signal
 import subprocess
@@ -16,6 +17,9 @@ import pytest
 import torch
 from test_files import ODD_ENTRIES, make_odd_entry
 
+from kloss.cl.corpus import load_corpus
+from kloss.cl.languages import LOCALES
+from kloss.cl.rundir import open_run
 from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.summary import best_on_dev
 from kloss.cl.train import _Team
@@ -24,7 +28,7 @@ from kloss.console import Console
 from kloss.errors import UserError
 from kloss.estimate import Machine, describe
 from kloss.presets import demo, first_five, paper
-from kloss.run import main, parse, prepare, without_effect
+from kloss.run import main, names_all, parse, prepare, without_effect
 
 SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
@@ -124,6 +128,55 @@ def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
             assert locales <= entry["counts"].keys() and all(len(count) == 3 for count in entry["counts"].values())
         del run["curves"]
     assert traced == plain
+    pages = [(folder / name / "report.html").read_text() for name in ("plain", "whole")]
+    assert ["<h2>Within experiences</h2>" in page for page in pages] == [False, True]
+
+
+def test_all_locales_named_are_none_named(tmp_path):
+    """They were another corpus in the cache, and another run."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    for locale in LOCALES:
+        text = [("wake me at [time : nine]", "train"), ("call [person : anna] now", "train"), ("wake me [time : now]", "test")]
+        lines = [
+            {"id": str(n), "locale": locale, "partition": split, "utt": re.sub(r"\[\w+ : (\w+)\]", r"\1", utt), "annot_utt": utt}
+            for n, (utt, split) in enumerate(text)
+        ]
+        (data / f"{locale}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [*SMALL[4:], "--data", str(data), "--cache", str(cache), "--strategies", "lora-multi", "--epochs", "1"]
+    none, all_ = tmp_path / "none", tmp_path / "all"
+    assert main([*arguments, "--languages", "--out", str(none)]) == 0
+    entries = {entry.name for entry in cache.iterdir()}
+    assert main([*arguments, "--languages", *LOCALES, "--out", str(all_)]) == 0
+    assert {entry.name for entry in cache.iterdir()} == entries
+    assert (all_ / "config.json").read_bytes() == (none / "config.json").read_bytes()
+    assert (all_ / "scores.json").read_bytes() == (none / "scores.json").read_bytes()
+    assert main([*arguments, "--languages", *LOCALES, "--out", str(none)]) == 0, "one run folder"
+    # A folder that an earlier version began, with all of them in its settings, goes on as it began.
+    with Console().progress() as progress:
+        old = replace(parse([*arguments, "--languages", *LOCALES]).checked(), out=str(tmp_path / "old"))
+        corpus = load_corpus(str(data), locales=LOCALES, limit=24, eval_limit=8, cache=cache)
+        with open_run(old.out, old.identity() | {"corpus": corpus.fingerprint}):
+            pass
+        assert not names_all(old) and prepare(old, progress)[0].fingerprint == corpus.fingerprint
+    assert main([*arguments, "--languages", *LOCALES, "--out", old.out]) == 0
+    before, after = (json.loads((folder / "scores.json").read_text()) for folder in (none, Path(old.out)))
+    assert before == after
+    assert not names_all(replace(old, languages=LOCALES[::-1], out="")) and not names_all(replace(old, languages=(), out=""))
+
+
+def test_all_locales_named_must_be_there(tmp_path, capsys):
+    data = tmp_path / "data"
+    jsonl(data)
+    line = one_line_error(["--data", str(data), "--languages", *LOCALES, "--cache", str(tmp_path), "--dry-run"], capsys)
+    assert "data has no utterances in " in line and "zh-TW" in line and "en-US" not in line
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback():
+    """`--help | head -3` ended in a traceback. `true` has left before anything is written."""
+    command = f"{sys.executable} -m kloss.run --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{128 + signal.SIGPIPE}\n", "")
 
 
 def test_settings_are_chosen_on_dev(small, capsys):

@@ -127,5 +127,8 @@ def test_from_the_command_line(tmp_path, capsys):
     a = 2 * (3 * width + width + width + inner)  # rank 2: q, k and v, out, up, down
     assert whole[0]["trainable_parameters"] - some[0]["trainable_parameters"] == 3 * a
     assert whole[1] == some[1], "whole models train as before"
-    assert "matches no part" in one_line_error([*arguments, "--out", str(tmp_path / "c"), "--trains", "B"], capsys)
+    for more in ([], ["--dry-run"]):
+        line = one_line_error([*arguments, "--out", str(tmp_path / "c"), "--trains", "*.b", "B", *more], capsys)
+        assert "--trains: 'B' matches no part of an adapter; they are 0.qkv.a to 0.down.b, and head.weight, head.bias" in line
+        assert not (tmp_path / "c").exists(), "it began the run"
     assert "--trains needs at least one" in one_line_error([*arguments, "--out", str(tmp_path / "d"), "--trains"], capsys)

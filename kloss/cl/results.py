@@ -67,8 +67,15 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
     """The contents of scores.json, JSON-ready.
 
     parameters: number of the backbone's parameters.
-    Runs of one "unit" have the same final scores, for they are of the same learners.
+    Runs of one "unit" have the same final scores, for they are of the same learners. "diverged_besides" is there where a learner
+    of an experiment, whose scores are in no run, diverged or was not begun.
     """
+    in_runs = {g for trial in study.trials for g in trial.learners}
+    besides = [
+        f"{learner.name} {reason}"
+        for g, (learner, reason) in enumerate(zip(study.learners, outcome.failed, strict=True))
+        if reason and g not in in_runs
+    ]
     runs: list[dict] = []
     numbers: dict[Hashable, int] = {}
     trained = study._replace(weights=outcome.weights)
@@ -115,6 +122,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         "summary": summary_rows({"runs": runs}),
         "comparisons": comparisons({"runs": runs}),
         **({"experiments": recorded(config, corpus, trained, outcome.scores, outcome.probed)} if config.experiments else {}),
+        **({"diverged_besides": besides} if besides else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
             for choice in (

@@ -30,11 +30,13 @@ class Rule:
     state: names of its tensors, fp32 [P] each, zero at first; they are in the checkpoint.
     replays: whether it needs a reference gradient; then `number` is the share of each earlier locale's sentences, at even
         distances, that it is drawn from.
+    SENTENCES: how many it asks `squares` for after each experience but the last, for the plan of a run.
     """
 
     number: float
     state: ClassVar[tuple[str, ...]] = ()
     replays: ClassVar[bool] = False
+    SENTENCES: ClassVar[int] = 0
 
     def learned(self, param: "Tensor", state: Notes, squares: Squares) -> None:
         """Note, in `state`, what was learned: called at the end of each experience but the last.

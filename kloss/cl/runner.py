@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from ..config import Config
 from ..errors import UserError
 from ..models import AdapterBank, XLMRForTokenClassification
 from ..processes import ALONE, Processes
+from .boards import AfterStep, boards
 from .corpus import Corpus
 from .evaluate import score_probes
 from .learner import Scores
@@ -137,8 +138,8 @@ class _Job:
         if str(number) not in self.finished:
             cohort = self._cohort(number, members)
             watch = _Watch(cohort, number, self._state(), self.folder, self.config.checkpoint_seconds, self.progress)
-            with on_signals(watch.stop):
-                cohort.train(watch)
+            with on_signals(watch.stop), self._boards(cohort, members, watch) as after_step:
+                cohort.train(after_step)
                 weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(cohort.learners)]
                 if self.config.save_adapters:
                     self._save_adapters(cohort, members)
@@ -175,6 +176,10 @@ class _Job:
             with self.folder.reading_checkpoint():
                 cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
         return cohort
+
+    def _boards(self, cohort: Cohort, members: Sequence[int], watch: AfterStep) -> AbstractContextManager[AfterStep]:
+        folder = self.folder.path / "tensorboard"
+        return boards(folder, members, cohort, watch) if self.config.tensorboard else nullcontext(watch)
 
     def _state(self) -> dict:
         """What a checkpoint says of this process but for a cohort in training."""

@@ -38,6 +38,7 @@ SCORES = {
             "curves?": [{"learner": int, "experience": int, "step": int, "counts": {str: [int]}}],
         }
     ],
+    "diverged_besides?": [str],
     "choices?": [str],
 }
 ENVIRONMENT = {"commit?": (str, None), "command?": (str, [str]), "argv?": (str, [str])}

@@ -118,8 +118,11 @@ def nothing_learned(rows: Sequence[Row]) -> bool:
     return bool(learned) and max(learned) < FLOOR
 
 
-def warnings(rows: Sequence[Row]) -> list[str]:
-    """What must be read before any figure: nothing was learned, learners diverged. In the order of weight."""
+def warnings(rows: Sequence[Row], besides: Sequence[str] = ()) -> list[str]:
+    """What must be read before any figure: nothing was learned, learners diverged. In the order of weight.
+
+    besides: learners of experiments alone that diverged, with the reason: "diverged_besides" of scores.json.
+    """
     best = max((row["learned"] for row in rows if row["learned"] is not None), default=0.0)
     floor = f"{FLOOR:.2f} F1 on a language just after its own training"
     lines = []
@@ -142,6 +145,9 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["diverged"]:
             lines.append(f"{row['label']}: {row['diverged']} of {row['runs']} runs diverged and are in no average.")
+    if besides:
+        more = f" and {len(besides) - 1} more" if len(besides) > 1 else ""
+        lines.append(f"Of the learners of experiments alone, {len(besides)} did not come to an end: {besides[0]}{more}.")
     return lines
 
 

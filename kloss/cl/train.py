@@ -38,7 +38,8 @@ class Cohort:
         experience; 0: never.
     rank: the bank's, if it is to be larger than the learners'.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
-    Attributes: scores, and curves by step, one per learner; failed, {learner: why its training ended early}.
+    Attributes: scores, and curves by step, one per learner; failed, {learner: why its training ended early}; losses, {learner:
+    that of its last step}.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Cohort:
         self.scores: list[Scores] = [{} for _ in learners]
         self.curves: list[Scores] = [{} for _ in learners]
         self.failed: dict[int, str] = {}
+        self.losses: dict[int, float] = {}
         self.tokens = 0
         self._team: _Team | None = None
 
@@ -357,6 +359,7 @@ class _Team:
             ended = [other for other in ended if other != row]
             due.pop(row, None)
         loss = loss[self.live]
+        cohort.losses = dict(zip((self.learners[row] for row in self.live), loss.tolist(), strict=True))
         finite = loss[torch.isfinite(loss)]
         return float(finite.mean()) if finite.numel() else math.nan, ended, due
 

@@ -16,7 +16,7 @@ from ..errors import UserError
 from .convert import LINEARS, QKV
 from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
 from .rows import Rows
-from .slots import HEAD, Slot, SlotRows, laid_out, row_width
+from .slots import HEAD, Slot, SlotRows, laid_out, matching, row_width
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
 TARGETS = ("qkv", "out", "up", "down")
@@ -149,6 +149,11 @@ class AdapterBank(SlotRows):
             else:
                 place.copy_(given)
         return placed
+
+    @staticmethod
+    def check_patterns(config: XLMRConfig, patterns: Sequence[str], targets: Sequence[str] = TARGETS) -> None:
+        """Raise UserError, as `matching` of a bank with these sizes."""
+        matching(list(_slots(config, targets, 1, True)), patterns)
 
     def trainable(self, g: int, patterns: Sequence[str] = ("*",)) -> int:
         """Number of weights that adapter g trains in slots that match: its ranks' share of the row, and its head."""

@@ -68,13 +68,7 @@ class SlotRows(Rows):
 
         Raises UserError for a pattern that none matches.
         """
-        matched = {pattern: [name for name in self.slots if fnmatchcase(name, pattern)] for pattern in patterns}
-        for pattern, names in matched.items():
-            if not names:
-                first, *_, last = (name for name in self.slots if name not in HEAD)
-                allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
-                raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
-        return [name for name in self.slots if any(name in names for names in matched.values())]
+        return matching(list(self.slots), patterns)
 
     def columns(self, patterns: Sequence[str]) -> Tensor:
         """Whether a column is of a slot that matches, bool [P], on param's device. Raises UserError as `matching`."""
@@ -133,6 +127,17 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
         leaf.grad = None
 
     return add
+
+
+def matching(slots: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Those of the slots, by name, that match one of the patterns. Raises UserError for a pattern that none matches."""
+    matched = {pattern: [name for name in slots if fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, names in matched.items():
+        if not names:
+            first, *_, last = (name for name in slots if name not in HEAD)
+            allowed = f"they are {first} to {last}, and {', '.join(HEAD)}"
+            raise UserError(f"{pattern!r} matches no part of an adapter; {allowed}")
+    return [name for name in slots if any(name in names for names in matched.values())]
 
 
 def laid_out(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:

@@ -1,7 +1,7 @@
 """report.html of a run folder: one file that opens offline."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..cl.shapes import ENVIRONMENT, check_scores, check_shape
 from ..cl.summary import by_label, chosen_on_dev, comparisons, nothing_learned, summary_rows, warnings
 from ..errors import UserError
 from ..files import logs, opened, read_json, write_text
-from . import sections
+from . import curves, figures, paper, sections
+from .downloads import Download, files_of
 from .languages import languages
 from .sections import Log
 
@@ -33,30 +34,52 @@ def write_report(run_folder: Path | str) -> Path:
         read_json(config) if config.exists() else {},
         _read(env, lambda value: check_shape(value, ENVIRONMENT)) if env.exists() else {},
         _read_logs(folder),
+        *files_of(folder),
     )
     write_text(folder / "report.html", page.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
     return folder / "report.html"
 
 
-def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[str, Any], log: Log) -> str:
+def render(
+    scores: Mapping[str, Any],
+    config: Mapping[str, Any],
+    env: Mapping[str, Any],
+    log: Log,
+    within: Sequence[Download] = (),
+    beside: Sequence[str] = (),
+) -> str:
     """The page.
 
     scores, config, env: contents of scores.json, config.json and env.json.
     log: phase -> its entries in log.jsonl.
+    within: files that the page holds. beside: names of those that are too large for it.
     """
     strategies, rows = by_label(scores["runs"]), summary_rows(scores)
     sequential = {label: runs for label, runs in strategies.items() if is_sequential(runs[0]["R"])}
     compared, focus = comparisons(scores), next((row["label"] for row in sections.losing(rows)), None)
     section = languages(scores["corpus"], sequential, focus) if sequential else {}
-    answers = list(experiments(scores))
+    answers, learning, settings = list(experiments(scores)), curves.learning(strategies), curves.over_settings(strategies, rows)
+    contents = [
+        "Results",
+        *(("Along the sequence", "Score matrices") if sequential else ()),
+        *(("Within experiences",) if learning else ()),
+        *(("Ranks and rates",) if settings else ()),
+        *(answer.title for answer in answers),
+        *(("Languages",) if section else ()),
+        *(("Training",) if log else ()),
+        "Choices and setting",
+    ]
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("page.html.j2").render(
         scores=scores,
+        contents=contents,
+        downloads=within,
+        beside=beside,
         env=env,
         count=sections.count,
         counted=sections.counted,
-        warnings=warnings(rows),
+        warnings=warnings(rows, scores.get("diverged_besides", ())),
         nothing_learned=nothing_learned(rows),
         could_forget=any(row["can_forget"] for row in rows),
         fewest_orders=FEWEST_ORDERS,
@@ -70,9 +93,13 @@ def render(scores: Mapping[str, Any], config: Mapping[str, Any], env: Mapping[st
         limits=sections.limits(scores, rows, strategies[focus] if focus else []),
         compared=sections.paired_differences(compared),
         results=sections.results(rows, strategies),
-        paper=sections.beside_the_paper(scores, rows),
+        paper=paper.beside_the_paper(scores, rows),
+        replicated=paper.findings(scores, strategies, rows),
         sequence=sections.along_the_sequence(strategies, sequential) if sequential else None,
         heat_maps=sections.heat_maps(sequential) if sequential else [],
+        learning=learning,
+        writing=figures.writing(scores["corpus"]["locales"]),
+        settings=settings,
         languages=section or None,
         experiments=[(answer, sections.panels(answer)) for answer in answers],
         training=sections.training(log) if log else None,

@@ -45,7 +45,7 @@ def extent(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def between(low: float | None, high: float | None, df: int | None, digits: int = 3) -> str:
-    """An interval with, where it is Student's, its degrees of freedom; empty where there is none."""
+    """An interval, with its degrees of freedom where it is Student's; empty where there is none. Lines may break before these."""
     if low is None or high is None or isnan(low):
         return ""
-    return f"{number(low, digits)} to {number(high, digits)}" + ("" if df is None else f", t {df}")
+    return f"{number(low, digits)}\xa0to\xa0{number(high, digits)}" + ("" if df is None else f", t\xa0{df}")

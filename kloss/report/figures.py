@@ -47,6 +47,12 @@ def colour_of(locale: str) -> str:
     return next((colour for _, colour, scripts in WRITING if script(locale) in scripts.split()), WRITING[-1][1])
 
 
+def writing(locales: Iterable[str]) -> list[tuple[str, str]]:
+    """(kind of writing, colour) of those that the locales have."""
+    colours = {colour_of(locale) for locale in locales}
+    return [(kind, colour) for kind, colour, _ in WRITING if colour in colours]
+
+
 class Line(NamedTuple):
     """One series: y [n] at x [n], with a band low..high [n] if given."""
 
@@ -93,6 +99,7 @@ def _panel(caption: str, figure: "Figure", warning: str = "") -> Panel:
     used = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", body))
     body = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", body)
     body = re.sub(r'font: (?:\w+ )?([\d.]+)px [^;"]*', r"font-size: \1px", body)
+    body = re.sub(r' font-family: [^;"]*;?', "", body)  # which form is there depends on matplotlib's version
     for placeholder, name in ((INK, "ink"), (MUTED, "muted"), (RULE, "rule")):
         body = body.replace(placeholder, f"var(--{name})")
     view = start.partition('viewBox="')[2].partition('"')[0]
@@ -105,6 +112,8 @@ def heat_map(
 ) -> Panel:
     """Score matrix of one strategy. NaN stays blank; a white line parts learned languages from others.
 
+    Where there are values below 0, as of changes, red is below and blue above 0.
+
     R: [T+1, T], rows are steps, columns languages; or [T, T], rows are languages too, and there is no line.
     largest: top of the colour scale, common to all strategies.
     rows: what a row is.
@@ -113,8 +122,10 @@ def heat_map(
     small = T <= 14
     size = 8 if small else 7.5 if T <= 30 else 6.6
     height = 0.66 + (T + 1) * (0.27 if small else 0.135)
-    figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.55, top=0.6, bottom=0.06)
-    image = axes.imshow(R, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="none")
+    change = bool((R < 0).any())  # NaN compares false
+    figure, axes = _figure(HALF if small else FULL, height, left=0.78, right=0.65 if change else 0.55, top=0.6, bottom=0.06)
+    low, colours = (-largest, "RdBu") if change else (0.0, "viridis")
+    image = axes.imshow(R, cmap=colours, vmin=low, vmax=largest, aspect="auto", interpolation="none")
     axes.spines[:].set_visible(False)
     steps = len(R) > T
     if steps:
@@ -123,7 +134,7 @@ def heat_map(
     axes.xaxis.tick_top()
     axes.set_xticks(range(T), order, fontsize=size, rotation=0 if T <= 6 else 90)
     axes.set_yticks(range(len(R)), ["before", *order] if steps else order, fontsize=size)
-    axes.set_ylabel(rows, color=MUTED, fontsize=8)
+    axes.set_ylabel(rows, color=MUTED, fontsize=8, labelpad=7)
     box, inch = axes.get_position(), 1 / figure.get_figwidth()
     bar = figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.12 * inch, box.y0, 0.13 * inch, box.height)))
     bar.outline.set_visible(False)
@@ -131,8 +142,9 @@ def heat_map(
     if T <= 12:
         for (i, j), f1 in np.ndenumerate(R):
             if not np.isnan(f1):
-                colour = "white" if f1 < 0.6 * largest else "black"
-                axes.text(j, i, f"{f1:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=colour)
+                dark = abs(f1) > 0.6 * largest if change else f1 < 0.6 * largest
+                text = f"{f1 + 0.0:.2f}".replace("-0.00", "0.00").replace("0.", ".", 1).replace("-", "−")
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     return _panel(caption, figure, warning)
 
 
@@ -161,7 +173,33 @@ def lines(caption: str, series: Iterable[Line], xlabel: str, ylabel: str, names:
         axes.locator_params(axis="x", integer=True)
     axes.margins(x=0.015)
     axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
+    return _panel(caption, figure)
+
+
+def sequence(caption: str, series: Iterable[Line], borders: Sequence[float], names: Sequence[str], end: float) -> Panel:
+    """F1 of one learner through its experiences, by step. NaN parts a line.
+
+    borders, names: of each experience, the step where it begins and its language. end: the last step.
+    """
+    figure, axes = _figure(FULL, 2.6 if len(names) <= 14 else 2.9, top=0.3 if len(names) <= 14 else 0.6, bottom=0.42)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.spines["left"].set_visible(False)
+    for (colour, dash), x, y, _, _ in series:
+        style = (0, [float(length) for length in dash.split()]) if dash else "-"
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=1.6)
+    for border in borders:
+        axes.axvline(border, color=RULE, linewidth=0.8)
+    above = axes.secondary_xaxis("top")
+    above.spines["top"].set_visible(False)
+    size, rotation = (8, 0) if len(names) <= 14 else (7, 90)
+    middles = [(first + last) / 2 for first, last in zip(borders, [*borders[1:], end], strict=True)]
+    above.set_xticks(middles, names, fontsize=size, rotation=rotation, color=MUTED)
+    above.tick_params(length=0, pad=1)
+    axes.set_xlim(0, end)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step", color=MUTED, fontsize=8)
+    axes.set_ylabel("F1", color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure)
 
 
@@ -191,14 +229,14 @@ def bars(
     ticks = [m if spaced(m) else f"{m} *" for m in locales]
     axes.set_xticks(range(n), ticks, fontsize=7 if n > 30 else 8, rotation=0 if n <= 6 else 90)
     axes.margins(x=0.01)
-    axes.set_ylabel(ylabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure, warning)
 
 
 def named_bars(caption: str, values: Mapping[str, Sequence[float]], xlabel: str) -> Panel:
     """A bar for each name, the mean of its values, each of which is a dot; from top to bottom."""
-    n = len(values)
-    figure, axes = _figure(HALF, 0.62 + 0.27 * n, left=1.5, bottom=0.46)
+    n, longest = len(values), max(map(len, values))
+    figure, axes = _figure(HALF, 0.62 + 0.27 * n, left=min(3, max(0.9, 0.15 + 0.075 * longest)), bottom=0.46)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.barh(range(n), [mean(runs) for runs in values.values()], color=look(0)[0], height=0.7, alpha=0.55)
@@ -208,4 +246,23 @@ def named_bars(caption: str, values: Mapping[str, Sequence[float]], xlabel: str)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    return _panel(caption, figure)
+
+
+def scatter(
+    caption: str, x: Floats, y: Floats, locales: Sequence[str], xlabel: str, ylabel: str, slope: float, alone: float
+) -> Panel:
+    """A dot for each observation, in the colour of its language's writing, and lines through the means of these slopes.
+
+    slope: drawn solid. alone: dashed.
+    """
+    figure, axes = _figure(HALF, 2.9, bottom=0.46)
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.scatter(x, y, s=13, color=[colour_of(locale) for locale in locales], alpha=0.75, linewidths=0)
+    ends = np.array([x.min(), x.max()])
+    for steep, style in ((slope, "-"), (alone, (0, (4, 3)))):
+        axes.plot(ends, y.mean() + steep * (ends - x.mean()), color=INK, linestyle=style, linewidth=1.2)
+    axes.set_xlabel(xlabel, color=MUTED, fontsize=8)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=8, labelpad=7)
     return _panel(caption, figure)

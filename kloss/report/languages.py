@@ -11,7 +11,7 @@ from ..cl.summary import by_language, change, final, impact, lost, matrices, mea
 from ..cl.units import Run
 from . import figures
 from .cells import Cell, between, counted, number
-from .figures import WRITING, colour_of
+from .figures import colour_of
 
 COLUMNS = 4  # most strategies in the tables
 
@@ -36,14 +36,12 @@ def languages(corpus: Mapping[str, Any], sequential: Mapping[str, Sequence[Run]]
         for name, members in sorted(scripts.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     names = {m: LANGUAGES[m].name if m in LANGUAGES else "" for m in locales}
-    colours = {colour_of(m) for m in locales}
     by_locale = [
         (f"{m} {name}", script(m), "character" if by_character(m) else "word", "yes" if spaced(m) else "no", *cells([m]))
         for m, name in names.items()
     ]
     return {
         "focus": focus,
-        "writing": [(kind, colour) for kind, colour, _ in WRITING if colour in colours],
         "columns": columns,
         "by_script": by_script,
         "by_locale": by_locale,

@@ -19,14 +19,8 @@ from . import figures
 from .cells import NONE, Cell, between, count, counted, extent, number
 from .figures import DOTTED, Line, Panel, look
 from .languages import COLUMNS
+from .paper import scored_on
 
-PAPER_TABLE = (  # strategy, its name in the paper, F1 x 100, parameters
-    ("multi", "MULTI", "75.03", "278 M"),
-    ("non-shared", "NON-SHARED LoRA", "72–73", "278–2228 M"),
-    ("vanilla", "VANILLA", "66", "278 M"),
-    ("shared", "SHARED LoRA", "60–61", "5–43 M"),
-)
-MASSIVE = (52, 11514, 2974)  # languages, training and test utterances of each
 PHASES, POINTS = 12, 120  # limits: curves, points per curve
 
 JSON = Mapping[str, Any]
@@ -134,11 +128,6 @@ def limits(scores: JSON, rows: Sequence[Row], losers: Sequence[Run]) -> list[str
     return lines
 
 
-def scored_on(corpus: JSON) -> tuple[str, list[int]]:
-    """The partition that was scored, and its utterances per language."""
-    return corpus.get("scored", "test"), list((corpus.get("scored_utterances") or corpus["test_utterances"]).values())
-
-
 def paired_differences(compared: Sequence[Row]) -> list[Sequence[str | Cell]]:
     """Rows of the table of final F1, best against each other strategy."""
     rows: list[Sequence[str | Cell]] = []
@@ -166,20 +155,6 @@ def results(rows: Sequence[Row], strategies: Runs) -> dict[str, Any]:
             by_order.append((label, order, *averages(row, "f1", "cbt"), number(row["worst"])))
     diverged = [(label, run) for label, runs in strategies.items() for run in runs if run.get("diverged")]
     return {"rows": cells, "by_order": by_order, "diverged": diverged}
-
-
-def beside_the_paper(scores: JSON, rows: Sequence[Row]) -> dict[str, Any]:
-    """The paper's table with this run's figures beside, and whether the two compare."""
-    backbone, corpus = scores["backbone"], scores["corpus"]
-    train, (split, test) = list(corpus["train_utterances"].values()), scored_on(corpus)
-    encoder = (backbone["layers"], backbone["hidden"], backbone["vocabulary"] >= 250002) == (12, 768, True)
-    cells = []
-    for strategy, name, f1, size in PAPER_TABLE:
-        ours = [row for row in rows if row["strategy"] == strategy and row["f1"] is not None]
-        sizes = [row["trainable_parameters"] for row in ours if row["trainable_parameters"]]
-        cells.append((name, f1, size, extent([100 * row["f1"] for row in ours], "{:.1f}".format), extent(sizes, count)))
-    comparable = encoder and "massive" in corpus["name"].lower() and (len(train), min(train), min(test)) == MASSIVE
-    return {"comparable": comparable, "rows": cells, "train": extent(train, str), "test": extent(test, str), "split": split}
 
 
 def along_the_sequence(strategies: Runs, sequential: Runs) -> dict[str, Any]:
@@ -287,8 +262,8 @@ def setting(choices: Sequence[str], config: JSON, env: JSON) -> dict[str, Any]:
 
 def panels(section: Section) -> list[Panel]:
     """The figures of an experiment's section."""
-    drawn = [figures.named_bars(*bars) for bars in section.bars]
+    drawn = [figures.named_bars(*bars) for bars in section.bars] + [figures.scatter(*scatter) for scatter in section.scatters]
     for caption, names, values, rows in section.matrices:
-        largest = float(np.nanmax(values, initial=0.0)) or 1.0
+        largest = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         drawn.append(figures.heat_map(caption, values, names, largest, rows=rows))
     return drawn

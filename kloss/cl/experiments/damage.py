@@ -17,7 +17,7 @@ from ..statistics import Floats, interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import script
 from .pairs import additive, explained
-from .section import Matrix, Needs, Section, Table
+from .section import Matrix, Needs, Section, Table, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -94,8 +94,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         off = change[~np.eye(len(change), dtype=bool)]
         findings.append(
             f"{label}, at {np.nanmean(levels):.2f} F1 on all languages: one of them learned again changes its own F1 by "
-            f"{np.nanmean(np.diag(change)):+.2f}, and that of each other one by {np.nanmean(off):+.2f} on average "
-            f"({np.nanmin(off):+.2f} to {np.nanmax(off):+.2f}).".replace("-0.", "−0.")
+            f"{signed(np.nanmean(np.diag(change)))}, and that of each other one by {signed(np.nanmean(off))} on average "
+            f"({signed(np.nanmin(off))} to {signed(np.nanmax(off))})."
         )
         shares = explained(change)
         findings.append(
@@ -106,18 +106,16 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         low, high, _ = interval(gaps)
         if low == low:
             known = "no evidence of a difference" if low <= 0 <= high else "less harm" if low > 0 else "more harm"
-            mean = float(np.nanmean(gaps))
-            findings.append(f"{label}: languages of the learned one's script change by {mean:+.3f} against others "
-                            f"({low:+.3f} to {high:+.3f}): {known}.".replace("-0.", "−0."))  # fmt: skip
+            findings.append(
+                f"{label}: languages of the learned one's script change by {signed(float(np.nanmean(gaps)), 3)} against others "
+                f"({signed(low, 3)} to {signed(high, 3)}): {known}."
+            )
         matrices.append(
             Matrix(f"{label}: change of F1 of each language (column) by learning one (row)", locales, change, "learned")
         )
         _, learned, harmed = additive(change)
         worst = [sorted(zip(effect, locales, strict=True))[:SHOWN] for effect in (learned, harmed)]
-        lines = [
-            (g, f"{a:+.3f}".replace("-", "−"), r, f"{b:+.3f}".replace("-", "−"))
-            for (a, g), (b, r) in zip(*worst, strict=True)
-        ]  # fmt: skip
+        lines = [(g, signed(a, 3), r, signed(b, 3)) for (a, g), (b, r) in zip(*worst, strict=True)]
         head = ("learning it harms", "effect on F1", "it is harmed", "effect on F1")
         tables.append(Table(f"{label}: who harms and who is harmed most", head, lines))
     limits = (

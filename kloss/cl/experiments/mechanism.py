@@ -15,12 +15,13 @@ from ..regression import Ints, Regression, regress
 from ..study import Study
 from ..summary import by_label, script
 from ..units import Run
-from .section import Needs, Section, Table, between, signed
+from .section import Needs, Scatter, Section, Table, between, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
 SHAPE = {"locales": [str], "overlap": [[float]]}
+SHOWN = 8  # most figures
 SCRIPT = "script of the last"  # whether it has the script of the language that is learned last
 PROPERTIES = (
     "languages learned later", "F1 when learned", "subwords a word", "overlap with later ones", SCRIPT, "labels by character",
@@ -89,7 +90,7 @@ def fit(rows: Sequence[tuple]) -> Regression:
 def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
     """The effects of properties on the share kept, one fit for each kind of SHARED."""
     findings: list[str] = []
-    tables = []
+    tables, scatters = [], []
     orders = 0
     for label, runs in by_label(scores["runs"]).items():
         if runs[0]["strategy"] != "shared" or not data:
@@ -105,6 +106,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             (name, f"{e.deviation:.3g}", signed(e.effect, 3), between(e.interval, 3), signed(e.alone, 3))
             for name, e in result.effects.items()
         ]
+        scatters += _scatters(label, rows, result)
         head = ("property", "one deviation", "effect on the share kept", "95 % interval", "alone")
         if lines:
             tables.append(Table(f"{label}: one standard deviation more of a property, the others being equal", head, lines))
@@ -120,7 +122,19 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         "Do languages keep less that are learned early, cut into more subwords, or unlike those that come later? The share kept "
         "beside their properties, each with the others taken out."
     )
-    return Section("What goes with forgetting?", question, findings, limits, (), (), tables) if findings else None
+    title = "What goes with forgetting?"
+    return Section(title, question, findings, limits, (), (), tables, scatters[:SHOWN]) if findings else None
+
+
+def _scatters(label: str, rows: Sequence[tuple], result: Regression) -> list[Scatter]:
+    """The share kept over each property whose effect can be told."""
+    kept, facts = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], np.float64)
+    drawn = []
+    for name, effect in result.effects.items():
+        slopes = effect.effect / effect.deviation, effect.alone / effect.deviation
+        x = facts[:, PROPERTIES.index(name)]
+        drawn.append(Scatter(f"{label}: {name}", x, kept, [row[4] for row in rows], name, "share kept", *slopes))
+    return drawn
 
 
 def _findings(label: str, rows: Sequence[tuple], result: Regression) -> list[str]:

@@ -16,7 +16,7 @@ from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import crossed_interval
 from ..study import Study, Trial, rated_label
-from .section import Bars, Needs, Section, Table
+from .section import Bars, Needs, Section, Table, between, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -94,8 +94,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         for kind, places in values.items():
             for one, other in (("end", "start"), ("middle", "start"), ("end", "middle")):
                 pairs = {key: places[one][key] - places[other][key] for key in places[one].keys() & places[other].keys()}
-                mean, (low, high, _) = float(np.mean(list(pairs.values()))), crossed_interval(pairs)
-                rows.append((kind, f"{one} − {other}", f"{mean:+.3f}", "" if low != low else f"{low:+.3f} to {high:+.3f}"))
+                mean = float(np.mean(list(pairs.values())))
+                rows.append((kind, f"{one} − {other}", signed(mean, 3), between(crossed_interval(pairs), 3)))
         tables.append(Table(f"{label}: differences between places", ("F1 of", "places", "difference", "95 % interval"), rows))
         others, own = (values[kind] for kind in ("others, at the end", "pinned, at the end"))
         last = {place: float(np.mean(list(others[place].values()))) for place in POSITIONS}

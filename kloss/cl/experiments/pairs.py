@@ -10,7 +10,7 @@ from ..probes import Counts
 from ..spans import f1_from_counts
 from ..statistics import Floats
 from ..study import Study, Trial, rated_label
-from .section import Matrix, Needs, Section, Table
+from .section import Matrix, Needs, Section, Table, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -124,10 +124,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             findings.append(text.replace("-0.", "−0."))
         matrices.append(Matrix(f"{label}: F1 of each adapter (row) on each language (column)", locales, F, "adapter of"))
         best = [sorted(zip(effect, locales, strict=True), reverse=True) for effect in (donors, receivers)]
-        lines = [
-            (g, f"{a:+.3f}".replace("-", "−"), r, f"{b:+.3f}".replace("-", "−"))
-            for (a, g), (b, r) in zip(*(order[:SHOWN] for order in best), strict=True)
-        ]
+        lines = [(g, signed(a, 3), r, signed(b, 3)) for (a, g), (b, r) in zip(*(order[:SHOWN] for order in best), strict=True)]
         tables.append(Table(f"{label}: best donors and receivers", ("donor", "effect on F1", "receiver", "effect on F1"), lines))
     limits = (
         "Effects are differences from the average pair, one measurement a pair and seed: small ones are noise.",

@@ -33,6 +33,22 @@ class Matrix(NamedTuple):
     rows: str  # what a row is
 
 
+class Scatter(NamedTuple):
+    """y [n] at x [n], a dot for each observation of a language.
+
+    slope, alone: of lines through the means: other properties being equal, and not.
+    """
+
+    caption: str
+    x: Floats
+    y: Floats
+    locales: Sequence[str]
+    xlabel: str
+    ylabel: str
+    slope: float
+    alone: float
+
+
 class Table(NamedTuple):
     caption: str
     head: Sequence[str]
@@ -49,6 +65,7 @@ class Section(NamedTuple):
     bars: Sequence[Bars] = ()
     matrices: Sequence[Matrix] = ()
     tables: Sequence[Table] = ()
+    scatters: Sequence[Scatter] = ()
 
 
 def signed(value: float, digits: int = 2) -> str:

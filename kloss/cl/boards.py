@@ -1,0 +1,71 @@
+"""TensorBoard's files of a run: each learner's loss and F1, by its own steps."""
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .spans import f1_from_counts
+from .train import Cohort
+
+AfterStep = Callable[[Cohort, float], None]
+SECONDS = 1.0  # between two losses of a learner
+
+
+def writer() -> Callable[..., Any]:
+    """Return torch's SummaryWriter. Raises UserError without the package tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter
+
+
+@contextmanager
+def boards(folder: Path, members: Sequence[int], cohort: Cohort, after_step: AfterStep) -> Iterator[AfterStep]:
+    """Give a function for `Cohort.train` that writes into `folder`, a TensorBoard run for each learner, then calls `after_step`.
+
+    members: the learners' numbers in the study. What a stopped run wrote behind its last checkpoint is dropped: it comes again.
+    """
+    names = [re.sub(r"[^\w.=]+", "-", f"{g} {learner.name}") for g, learner in zip(members, cohort.learners, strict=True)]
+    made = [writer()(str(folder / name), purge_step=int(step) + 1) for name, step in zip(names, cohort.steps, strict=True)]
+    written = [_scored(cohort, g).keys() for g in range(len(made))]
+    last = -SECONDS
+
+    def write(cohort: Cohort, loss: float) -> None:
+        nonlocal last
+        steps, now = cohort.steps.tolist(), time.monotonic()
+        for g, board in enumerate(made):
+            if now - last >= SECONDS and g in cohort.losses:
+                board.add_scalar("loss", cohort.losses[g], steps[g])
+            scored = _scored(cohort, g)
+            for experience, row in (scored[key] for key in scored.keys() - written[g]):
+                for tag, locales in zip(("F1/being learned", "F1/learned before"), _parted(cohort, g, experience), strict=True):
+                    counts = [row[locale] for locale in locales if locale in row]
+                    if counts:
+                        board.add_scalar(tag, float(f1_from_counts(counts).mean()), steps[g])
+            written[g] = scored.keys()
+        last = now if now - last >= SECONDS else last
+        after_step(cohort, loss)
+
+    try:
+        yield write
+    finally:
+        for board in made:
+            board.close()
+
+
+def _scored(cohort: Cohort, g: int) -> dict[tuple[str, int], tuple[int, Mapping[str, list[int]]]]:
+    """What was scored of a learner so far: experience, counted from 0, and counts by locale."""
+    scored: dict[tuple[str, int], tuple[int, Mapping[str, list[int]]]] = {}
+    scored |= {("end", i): (i - 1, row) for i, row in cohort.scores[g].items() if i > 0}
+    return scored | {("step", step): (cohort.streams[g].experience, row) for step, row in cohort.curves[g].items()}
+
+
+def _parted(cohort: Cohort, g: int, experience: int) -> tuple[Collection[str], Collection[str]]:
+    """The locales of an experience of a learner, and those of the experiences before."""
+    locales = [experience.locales for experience in cohort.learners[g].experiences]
+    return locales[experience], {locale for before in locales[:experience] for locale in before} - {*locales[experience]}
