@@ -44,9 +44,10 @@ def traced_arguments(x: Tensor, layer: Any) -> Arguments | None:
     layer: a MultiAdapterLinear, which knows this module.
     """
     blocks, adapters, training = layer.shared.blocks, layer.lora_a.shape[0], layer.training
-    if not blocks.used or torch.compiler.is_exporting() and not blocks.open:
+    exports = torch.compiler._is_exporting_flag  # torch 2.11 takes `is_exporting()` for True wherever it compiles
+    if not blocks.used or exports and not blocks.open:
         return None
-    if torch.compiler.is_exporting():
+    if exports:
         raise UserError(FIXED.format("torch.export"))
     drops, mixed_ranks = training and blocks.drops, blocks.mixed_ranks
     tensors = iter(torch.ops.kloss.layer_batch(x.detach(), layer.key, adapters, training, drops, mixed_ranks))
