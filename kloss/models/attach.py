@@ -275,9 +275,26 @@ def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
     return layers
 
 
+def whole_layers(model: nn.Module, *parts: str) -> list[MultiAdapterLinear]:
+    """`adapted_layers`, whose adapters are about to be read or written. Raises UserError where they are sharded over processes.
+
+    parts: names of tensors besides the adapters that are needed whole, too.
+    """
+    layers = adapted_layers(model)
+    for layer in layers:
+        for part in ("lora_a", "lora_b", *parts):
+            tensor = getattr(layer, part)
+            if hasattr(tensor, "device_mesh") or tensor.dim() < 2:  # FSDP of before has flat ones
+                raise UserError(
+                    f"{layer.name}.{part} is sharded over processes, and is needed whole; fully_shard leaves those out that it "
+                    "gets as ignored_params, and torch.optim.AdamW trains sharded ones"
+                )
+    return layers
+
+
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
     """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
-    layers, tensors = adapted_layers(model), {}
+    layers, tensors = whole_layers(model), {}
     rank = layers[0].shared.ranks[g] if rank is None else rank
     for layer in layers:
         tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]
