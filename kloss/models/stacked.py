@@ -35,6 +35,11 @@ class StackedRows(Rows):
         self._births = [*self._layers[0].shared.births]
         self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy's parts are of its own matrices, which pickle does not see."""
+        vars(self).update(state)
+        self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
+
     @property
     def names(self) -> list[str]:
         """The adapters' names."""
