@@ -19,7 +19,7 @@ from torch import nn
 
 from .errors import UserError
 from .files import NAME_BYTES, user_path
-from .models.attach import adapted_layers, read_peft, save_peft
+from .models.attach import adapted_layers, read_peft, save_peft, whole_layers
 from .models.blocks import RepeatedRows, Shared
 from .models.peft_files import CONFIG
 from .models.settings import ALPHA, DROPOUT, one_each
@@ -139,7 +139,7 @@ def detach(model: nn.Module, adapter: Adapter | None = None) -> nn.Module:
     """
     shared = _changing(model)
     g = None if adapter is None else shared.index(adapter)
-    linears = {layer: layer.as_before(g) for layer in adapted_layers(model)}
+    linears = {layer: layer.as_before(g) for layer in whole_layers(model, "weight")}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in linears:
             parent, _, leaf = name.rpartition(".")
@@ -154,8 +154,8 @@ def detach(model: nn.Module, adapter: Adapter | None = None) -> nn.Module:
 
 
 def _changing(model: nn.Module) -> Shared:
-    """The settings of a model's adapters, which are about to change. Raises UserError inside `use_adapters`."""
-    shared = adapted_layers(model)[0].shared
+    """The settings of a model's adapters, which are about to change. Raises UserError inside `use_adapters`, and if sharded."""
+    shared = whole_layers(model)[0].shared
     shared.outside()
     return shared
 

@@ -23,6 +23,7 @@ from .models.stacked import StackedRows
 Rate = float | Callable[[int], float]
 MOMENTS = ("exp_avg", "exp_avg_sq", "steps")
 NOT_SAVED = ("params", "schedule")
+COPIED = ("rows", "betas", "eps", "norms", "skipped")
 
 
 class AdapterAdamW(torch.optim.Optimizer):
@@ -119,6 +120,11 @@ class AdapterAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.rows.zero_grad()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: the adapters too, so copy a model and its optimiser in one call."""
+        own = vars(self)
+        return super().__getstate__() | {name: own[name] for name in COPIED}
 
     def state_dict(self) -> dict[str, Any]:
         """The adapters' moments and steps, in rows, with their names; and their parameter groups, without schedules."""

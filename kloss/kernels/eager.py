@@ -20,6 +20,7 @@ from .dropout import apply_dropout as plain_dropout
 from .segments import Segments
 
 IGNORED = -100  # the label of a row without one
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # a constant, since torch.compile cannot ask
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def widened(tensor: Tensor) -> Tensor:
     """
     if tensor.dtype == torch.float32 or tensor.device.type != "cpu":
         return tensor
-    if tensor.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if tensor.dtype == torch.bfloat16 and HAS_AVX512:
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -4,11 +4,10 @@ One call serves all adapters on every thread, without masks or intermediate matr
 alone. S and dS are rounded to x's dtype, sums are fp32.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .cpu_library import built
 from .eager import widened
 from .lora_torch import Backward, Forward, base_product
@@ -17,17 +16,26 @@ LANES = 32  # K and the outputs of a slice must be multiples of it
 VARIANT = 0  # 0: the widest instructions that this processor has, 1: the next; for tests
 
 
-@cache
-def _variants(dtype: torch.dtype) -> int:
-    """How many instruction sets of this processor have kernels for a dtype, after widening."""
-    return torch.ops.kloss.cpu_lora_variants(widened(torch.empty(0, dtype=dtype)))
+# How many instruction sets of this processor have kernels for a dtype, after widening; `torch.compile` can read it, not look.
+_variants: dict[torch.dtype, int] = {}
+
+
+def look() -> None:
+    """Find out which dtypes have kernels, before `torch.compile` asks."""
+    for dtype in FLOATS:
+        if dtype not in _variants:
+            _variants[dtype] = torch.ops.kloss.cpu_lora_variants(widened(torch.empty(0, dtype=dtype))) if built() else 0
 
 
 def fits(x: Tensor, weight: Tensor, slices: int) -> bool:
     """Whether the kernels can compute this layer: widths in LANES, and a dtype that this processor has them for."""
-    if x.shape[1] % LANES or weight.shape[0] // slices % LANES or not built():
+    if x.shape[1] % LANES or weight.shape[0] // slices % LANES:
         return False
-    return _variants(x.dtype) > VARIANT
+    if not (torch.compiler.is_compiling() and _variants):
+        if not built():
+            return False
+        look()
+    return _variants[x.dtype] > VARIANT
 
 
 def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:

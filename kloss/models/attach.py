@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
-from .blocks import Batch, RepeatedRows, Shared
+from .blocks import Arguments, Batch, RepeatedRows, Shared
 from .peft_files import fitted, read_adapter, write_adapter
 from .settings import check_names
 from .targets import find_targets, is_transposed, named, plain_modules, routed, time_first
+from .traced import FIXED, key_of, rows_of, traced_arguments
 
 
 class MultiAdapterLinear(nn.Module):
@@ -59,7 +60,13 @@ class MultiAdapterLinear(nn.Module):
             self.register_parameter(parameter, linear._parameters[parameter])
         self.lora_a = nn.Parameter(self.drawn(range(len(shared.ranks))))
         self.lora_b = nn.Parameter(self.lora_a.new_zeros(len(shared.ranks), self.out_features, shared.rank))
+        self.key = key_of(self)
         self.train(linear.training)
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy is a layer of its own."""
+        super().__setstate__(state)
+        self.key = key_of(self)
 
     def drawn(self, adapters: Sequence[int]) -> Tensor:
         """A of some adapters as they begin: [n, R, K]."""
@@ -89,20 +96,28 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        weight, bias, blocks = self.weight.t() if self.transposed else self.weight, self.bias, self.shared.blocks
-        batch = None if torch.compiler.is_compiling() and not blocks.open else blocks.batch(self.name)
-        if batch is None:
+        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
+        given = traced_arguments(x, self) if torch.compiler.is_compiling() else self.arguments(x, self.training)
+        if given is None:
             return F.linear(x, weight, bias)
-        self._check_layout(x, batch)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-        size, length = (1, 1) if x.dim() < 2 else (x.shape[0], x.shape[1:-1].numel())
-        segments, scaling, ranks, dropout = batch.arguments(size, length, x.device, self.training)
+        segments, scaling, ranks, dropout = given
         packed = x.reshape(-1, x.shape[-1])  # [T, K], a batch row's rows are neighbours
-        dropout = dropout and dropout._replace(site=self.site)
         adapters = self.lora_a, self.lora_b, scaling, segments
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def arguments(self, x: Tensor, training: bool) -> Arguments | None:
+        """What the block's batch says of the rows of x, None for the base model. Errors as in `forward`."""
+        batch = self.shared.blocks.batch(self.name)
+        if batch is None:
+            return None
+        if torch.jit.is_tracing():
+            raise UserError(FIXED.format("torch.jit.trace"))
+        self._check_layout(x, batch)
+        given = batch.arguments(*rows_of(x), x.device, training)
+        return given if given.dropout is None else given._replace(dropout=given.dropout._replace(site=self.site))
 
     def as_before(self, g: int | None) -> nn.Module:
         """The layer that this was made of, adapter g merged into its weight, or none."""
@@ -124,12 +139,12 @@ class MultiAdapterLinear(nn.Module):
             )
         size, shape = len(batch.ids), x.shape
         first, second = len(shape) > 1 and shape[0] == size, len(shape) > 2 and shape[1] == size
-        if first is not second and size > 1 and len(shape) > 2 and not torch.compiler.is_compiling():
+        if first is not second and size > 1 and len(shape) > 2:
             if first:
                 self.batch_first = True
             elif self.batch_first is None and shape[0] % size:  # a multiple may be a batch of beams
                 self.batch_first = False
-        if size > 1 and len(shape) == 2 and shape[0] % size and not torch.compiler.is_compiling():
+        if size > 1 and len(shape) == 2 and shape[0] % size:
             self.routed = True
         if batch.alike:
             return
@@ -260,9 +275,26 @@ def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
     return layers
 
 
+def whole_layers(model: nn.Module, *parts: str) -> list[MultiAdapterLinear]:
+    """`adapted_layers`, whose adapters are about to be read or written. Raises UserError where they are sharded over processes.
+
+    parts: names of tensors besides the adapters that are needed whole, too.
+    """
+    layers = adapted_layers(model)
+    for layer in layers:
+        for part in ("lora_a", "lora_b", *parts):
+            tensor = getattr(layer, part)
+            if hasattr(tensor, "device_mesh") or tensor.dim() < 2:  # FSDP of before has flat ones
+                raise UserError(
+                    f"{layer.name}.{part} is sharded over processes, and is needed whole; fully_shard leaves those out that it "
+                    "gets as ignored_params, and torch.optim.AdamW trains sharded ones"
+                )
+    return layers
+
+
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
     """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
-    layers, tensors = adapted_layers(model), {}
+    layers, tensors = whole_layers(model), {}
     rank = layers[0].shared.ranks[g] if rank is None else rank
     for layer in layers:
         tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]

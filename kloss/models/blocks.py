@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..errors import UserError
-from ..kernels import Dropout, Segments, make_segments, row_keys
+from ..kernels import Dropout, Segments, make_segments, multi_lora_cpu, row_keys
 from .settings import Settings
 
 PASSES = 1 << 14  # through layers, that a thread remembers for backward
+LENGTHS = 64  # of batches, for which a compiled base model keeps its lists
 INPUTS = "decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"
 
 
@@ -56,6 +57,7 @@ class Batch:
     def __init__(self, shared: Shared, ids: list[int], step: int):
         self.shared, self.ids, self.step = shared, ids, step
         self.alike = all(g == ids[0] for g in ids)
+        self.drops, self.mixed_ranks = any(shared.chances), min(shared.ranks) < shared.rank
         self.cache: dict[tuple[int, int, torch.device, bool], Arguments] = {}
 
     def repeated(self, times: int) -> "Batch":
@@ -70,7 +72,7 @@ class Batch:
         size: of the input's first dimension, that of the batch unless all ids are alike.
         length: rows of the input to each of the first dimension.
         """
-        key = size, length, device, training and any(self.shared.chances)
+        key = size, length, device, training and self.drops
         arguments = self.cache.get(key)
         if arguments is None:
             with torch.inference_mode(False):  # a training step may use what an evaluation computed
@@ -83,7 +85,7 @@ class Batch:
         offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * length
         segments = make_segments(offsets, ids.to(device), len(shared.ranks), rows=size * length)
         scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
-        ranks = torch.tensor(shared.ranks, device=device) if min(shared.ranks) < shared.rank else None
+        ranks = torch.tensor(shared.ranks, device=device) if self.mixed_ranks else None
         if not drops:
             return Arguments(segments, scaling, ranks, None)
         # Earlier batch rows of the same adapter.
@@ -131,8 +133,13 @@ class _Passes:
         if number < self.since:
             return None
         # A reentrant checkpoint is the node itself, any other one is around the node.
-        if isinstance(node, BackwardCFunction) and number + 1 in self.hidden:
-            return (self.hidden[number + 1],)
+        if isinstance(node, BackwardCFunction):
+            inside = number + 1
+            if inside not in self.hidden and type(node).__name__ == "CheckpointFunctionBackward":
+                # Other nodes came first, as where it was the first to call what torch compiles.
+                inside = next((hidden for hidden in self.hidden if hidden > number), inside)
+            if inside in self.hidden:
+                return (self.hidden[inside],)
         i = bisect_right(self.starts, number)
         return (self.batches[i - 1],) if i else None
 
@@ -141,11 +148,13 @@ class Blocks:
     """The open blocks of one model, and the passes that its layers remember. A copy starts without."""
 
     def __init__(self) -> None:
-        self.open = False  # whether any is, in any thread or task; readable in a graph that torch compiles
-        self.used = False
-        self._count, self._lock = 0, threading.Lock()
+        # What graphs of torch.compile can read: whether any block is open, in any thread or task, or ever was; whether any is of
+        # repeated rows; two of the last one's batch.
+        self.open = self.used = self.repeating = self.drops = self.mixed_ranks = False
+        self._count, self._repeating, self._lock = 0, 0, threading.Lock()
         self._own, self._of_threads = threading.local(), deque[_Passes](maxlen=64)
         self._again: Batch | None = None
+        self._base: Batch | None = None
 
     def __reduce__(self) -> tuple:
         return Blocks, ()
@@ -170,8 +179,15 @@ class Blocks:
 
     def forget(self) -> None:
         """Forget all passes: their batches' rows are not these adapters' any more."""
-        self._own, self._again = threading.local(), None
+        self._own, self._again, self._base = threading.local(), None, None
         self._of_threads.clear()
+
+    def base(self, shared: Shared) -> Batch:
+        """A batch of no adapter, for a graph that was compiled for blocks."""
+        if self._base is None or len(self._base.cache) >= LENGTHS:
+            self._base = Batch(shared, [-1], 0)
+            self._base.drops, self._base.mixed_ranks = self.drops, self.mixed_ranks
+        return self._base
 
     def innermost(self) -> Batch | None:
         """The batch of this model's innermost block in this task or thread."""
@@ -215,18 +231,18 @@ class Blocks:
 
     def enter(self, batch: Batch) -> None:
         """Begin a block."""
-        self.used = True
+        if not self.used:
+            multi_lora_cpu.look()
+        self.used, self.drops, self.mixed_ranks, self._base = True, batch.drops, batch.mixed_ranks, None
         _open.set((*_open.get(()), batch))
         with self._lock:
-            self._count += 1
-            self.open = True
+            self._count_block(batch, 1)
         _count_in_thread(1)
 
     def leave(self, batch: Batch) -> None:
         """End a block, and those within it that were left open. Raises UserError where it is not the innermost."""
         with self._lock:
-            self._count -= 1
-            self.open = self._count > 0
+            self._count_block(batch, -1)
         _count_in_thread(-1)
         batch.cache.clear()
         stack = _open.get(())
@@ -236,6 +252,10 @@ class Blocks:
                 "a block of use_adapters ended out of order: blocks end innermost first, in the task or thread they began in. "
                 "A generator must not yield inside one"
             )
+
+    def _count_block(self, batch: Batch, change: int) -> None:
+        self._count, self._repeating = self._count + change, self._repeating + change * batch.is_repeated
+        self.open, self.repeating = self._count > 0, self._repeating > 0
 
 
 def _count_in_thread(change: int) -> None:
@@ -259,7 +279,7 @@ class RepeatedRows:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Open a block of repeated ids around the call."""
-        if not self.blocks.open or torch.is_grad_enabled() or kwargs.get("use_cache") is None:
+        if torch.is_grad_enabled() or kwargs.get("use_cache") is None or not self.blocks.open:
             return
         batch, given = self.blocks.innermost(), next((x for name in INPUTS if isinstance(x := kwargs.get(name), Tensor)), None)
         if batch is not None and given is not None:
@@ -269,5 +289,5 @@ class RepeatedRows:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """End it, after an exception too."""
-        if self.blocks.open and (batch := self.blocks.innermost()) is not None and batch.is_repeated:
+        if self.blocks.repeating and (batch := self.blocks.innermost()) is not None and batch.is_repeated:
             self.blocks.leave(batch)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import adapted_layers
+from .attach import whole_layers
 from .rows import Rows, nonzero
 from .slots import aligned
 
@@ -14,11 +14,12 @@ from .slots import aligned
 class StackedRows(Rows):
     """Adapter g is row g. The model's own weights and gradients are stacked by layer, [G, ...]; a step copies the rows it needs.
 
-    Only factors that require gradients are there. Raises UserError where one is not fp32, or where there is none.
+    Only factors that require gradients are there. Raises UserError where one is not fp32 or is sharded over processes, or where
+    there is none.
     """
 
     def __init__(self, model: nn.Module):
-        self._layers, width = adapted_layers(model), 0
+        self._layers, width = whole_layers(model), 0
         self.slots: dict[tuple[int, str], slice] = {}  # (layer's number, factor's name): its columns
         for i, layer in enumerate(self._layers):
             for kind in ("lora_a", "lora_b"):
@@ -32,6 +33,11 @@ class StackedRows(Rows):
             raise UserError("no adapter of this model requires gradients")
         super().__init__(self._layers[0].lora_a.new_zeros(len(self.names), width, requires_grad=False))
         self._births = [*self._layers[0].shared.births]
+        self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's parts are of its own matrices, which pickle does not see."""
+        vars(self).update(state)
         self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
 
     @property
