@@ -22,6 +22,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "epochs batch_size pretrain_batch limit eval_limit": (1, 1_000_000_000),
     "pass_tokens": (0, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
+    "vocabulary": (7, 1_000_000),  # five special tokens and two characters
     "score_every warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
     "seed": (0, 2**62),
@@ -108,6 +109,7 @@ class TinyConfig:
     tiny_hidden: int = 128  # width
     pretrain_steps: int = 400  # warm-up steps
     pretrain_batch: int = 128  # utterances per warm-up step
+    vocabulary: int = field(default=6000, metadata=_LATER)  # most entries of a tokenizer that is trained on the data
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ def describe(config: Config, corpus: Corpus, study: Study, on_gpu: int | None = 
     """Return the plan of a run as (heading, text) lines. on_gpu: bytes of memory that a GPU has; None: on a CPU."""
     utterances = sum(corpus.sentences(locale, "train").number for locale in corpus.locales)
     tokens = [Stream.of(corpus, learner).tokens() for learner in study.learners]
-    locales = [locale for table in study.to_score for row in table.values() for locale in row]
+    scored = 0
     for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
-        marks = Stream.of(corpus, learner).marks(every)
+        own, marks = corpus.under(learner.tokenizer), Stream.of(corpus, learner).marks(every)
+        locales = [locale for row in table.values() for locale in row]
         locales += [locale for i in marks.values() for locale in table.get(i + 1, ())]
-    scored = sum(len(corpus.sentences(locale, config.eval_split).input_ids) for locale in locales)
+        scored += sum(len(own.sentences(locale, config.eval_split).input_ids) for locale in locales)
     languages, labels = len(corpus.locales), len(corpus.labels)
     lines = [
         ("corpus", f"{corpus.name}: {languages} languages, {utterances} training utterances, {labels} labels"),

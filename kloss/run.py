@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .cl.backbone import load_backbone, tiny_config, warm_up_threads
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
+from .cl.learner import BALANCED
 from .cl.results import results, score_table
 from .cl.rundir import open_run
 from .cl.runner import Progress, cohorts_of, on_signals, train_study
@@ -77,7 +79,8 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         if config.eval_split == "dev":  # more than the few of the default; training stays the same
             limits["dev"] = config.eval_limit
         synthetic |= {name: limit for name, limit in limits.items() if limit is not None}
-    corpus = load_corpus(
+    load = partial(
+        load_corpus,
         config.data,
         tokenizer=config.tokenizer or (None if config.backbone == "tiny" else config.backbone),
         locales=locales,
@@ -88,14 +91,19 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         seed=config.seed,
         progress=progress,
         synthetic=synthetic,
+        vocabulary=config.vocabulary,
     )
+    corpus = load()
     empty = [locale for locale in corpus.locales if not corpus.sentences(locale, config.eval_split).number]
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     study = plan(config, corpus.locales)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
-    return corpus, with_experiments(config, study)
+    study = with_experiments(config, study)
+    if any(learner.tokenizer == BALANCED for learner in study.learners):
+        corpus = replace(corpus, others={BALANCED: load(balanced=True)})
+    return corpus, study
 
 
 def with_selection(config: Config) -> Config:
@@ -122,6 +130,7 @@ def without_effect(config: Config) -> list[str]:
         ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
+        ("no tokenizer is trained", bool(config.tokenizer or config.backbone != "tiny"), "vocabulary"),
     )
     names = [(name, reason) for reason, applies, group in reasons if applies for name in group.split()]
     given = [(name, reason) for name, reason in names if getattr(config, name) != getattr(preset, name)]
@@ -172,6 +181,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
     if config.select:
         progress.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint}
+    identity |= {f"corpus, {name}": own.fingerprint for name, own in corpus.others.items()}
     with open_run(config.out or f"runs/{config.preset}", identity) as folder:
         if folder.done:
             progress.say(f"{folder.path} is complete already; its report is made anew")
@@ -196,7 +206,7 @@ def run(config: Config, progress: Progress) -> tuple[Path, dict]:
             folder.write_environment(device, warm_up)
             config = with_pass_tokens(config, study, backbone, gpu_memory(device))
             outcome = train_study(
-                config, corpus, study, lambda: load_backbone(config, corpus, device, progress), folder, progress
+                config, corpus, study, lambda own: load_backbone(config, own, device, progress), folder, progress
             )
             folder.save_table(score_table(study, outcome))
             folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))

@@ -35,6 +35,9 @@ class ToyCorpus:
     def sentences(self, locale, partition):
         return self._parts[locale, partition]
 
+    def under(self, tokenizer):
+        return self
+
 
 def toy_model(seed=0, **sizes):
     """One or two layers, 32 wide, with the toy corpus's labels."""

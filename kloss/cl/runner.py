@@ -50,14 +50,16 @@ def depth(learner: Learner) -> int:
 def cohorts_of(study: Study, max_learners: int) -> list[list[int]]:
     """The learners of each cohort: at most `max_learners` LoRA learners (0: no limit), then whole models one by one.
 
-    A fork is in a later cohort than the learner that it begins with.
+    A fork is in a later cohort than the learner that it begins with. A cohort has one tokenizer, for it has one backbone.
+    Experiments' learners with a rank above the study's are apart, for a bank is as wide as its largest rank.
     """
-    depths: dict[int, list[int]] = {}
+    widest = max((trial.rank or 0 for trial in study.trials), default=0)
+    kinds: dict[tuple[int, str, bool], list[int]] = {}
     for g, learner in enumerate(study.learners):
         if learner.rank is not None:
-            depths.setdefault(depth(learner), []).append(g)
+            kinds.setdefault((depth(learner), learner.tokenizer, learner.rank > widest), []).append(g)
     cohorts = []
-    for _, lora in sorted(depths.items()):
+    for _, lora in sorted(kinds.items()):
         size = max_learners or len(lora)
         cohorts += [lora[i : i + size] for i in range(0, len(lora), size)]
     return cohorts + [[g] for g, learner in enumerate(study.learners) if learner.rank is None]
@@ -73,13 +75,13 @@ def train_study(
     config: Config,
     corpus: Corpus,
     study: Study,
-    load: Callable[[], XLMRForTokenClassification],
+    load: Callable[[Corpus], XLMRForTokenClassification],
     folder: RunFolder,
     progress: Progress,
 ) -> Outcome:
     """Train and score every learner, continuing from the folder's checkpoint if it has one.
 
-    load: returns a fresh backbone.
+    load: returns a fresh backbone for the corpus under one of its tokenizers.
     """
     saved, cohorts = folder.load_checkpoint(), cohorts_of(study, config.max_learners)
     if saved is not None:
@@ -95,9 +97,10 @@ def train_study(
     for number, members in enumerate(cohorts):
         if str(number) not in finished:
             learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
+            own = corpus.under(learners[0].tokenizer)
             cohort = Cohort(
-                load(),
-                corpus,
+                load(own),
+                own,
                 learners,
                 to_score,
                 pass_tokens=config.pass_tokens,
@@ -158,7 +161,7 @@ def _probe(
     config: Config,
     corpus: Corpus,
     study: Study,
-    load: Callable[[], XLMRForTokenClassification],
+    load: Callable[[Corpus], XLMRForTokenClassification],
     folder: RunFolder,
     progress: Progress,
     outcome: Outcome,
@@ -173,7 +176,7 @@ def _probe(
         folder.save_checkpoint({}, {"finished": finished, "cohort": None, "probed": done})
 
     rest = folder.states, outcome.failed, config, done, after_some
-    return score_probes(probes, study.learners, load(), corpus, *rest)
+    return score_probes(probes, study.learners, load(corpus), corpus, *rest)
 
 
 STATE = {"finished": {str: {"weights": [int]}}, "cohort": (int, None), "state?": dict, "probed?": [([int], None)]}
