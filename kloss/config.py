@@ -12,7 +12,8 @@ from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 ExperimentName = Literal[
-    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "savings", "scripts", "mechanism"
+    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "weights", "remedies", "savings", "scripts", "tokenizer",
+    "mechanism",
 ]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
@@ -61,8 +62,8 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
-    # `rates` and `ranks` keep, which `remedies` help, what relearning saves (`savings`), whether common `scripts` help, what goes
-    # with forgetting (`mechanism`).
+    # `rates` and `ranks` keep, whether SHARED lacks `weights`, which `remedies` help, what relearning saves (`savings`), whether
+    # common `scripts` help, what a `tokenizer` balanced by script changes, what goes with forgetting (`mechanism`).
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
     # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Hashable
+from itertools import chain
 
 from ..config import Config
 from ..models import XLMRConfig
@@ -49,6 +50,11 @@ REMEDIES = (
     "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
     "rate of the one before.",
 )
+TOKENIZER = (
+    "The balanced tokenizer is trained on as much text as the study's, in which each script has as many words: drawn without "
+    "replacement where there are more, repeated where there are fewer. A word of a language labelled by character is one.",
+)
+OF_EXPERIMENTS = {"remedies": REMEDIES, "tokenizer": TOKENIZER}
 
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
@@ -104,7 +110,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         **({"experiments": recorded(config, corpus, study, outcome.scores, outcome.probed)} if config.experiments else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
-            for choice in (*CHOICES, *(REMEDIES if "remedies" in config.experiments else ()))
+            for choice in (*CHOICES, *chain(*(OF_EXPERIMENTS[name] for name in OF_EXPERIMENTS if name in config.experiments)))
         ],
     }
 
