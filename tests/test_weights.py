@@ -86,7 +86,15 @@ def test_weights_that_shared_lacks_are_found():
     assert [row[0] for row in gaps.rows] == ["SHARED r=48 − SHARED r=8", "SHARED r=48 − NON-SHARED r=8"]
     assert gaps.rows[0][1] == "0.000 (no interval)" and gaps.rows[1][-1] == "" and len(section.limits) == 2
     assert "weights are what it lacks" in weights.analyse(*planted(0.2, 0.6, noise=0.01)).findings[1]
-    assert "more weights make it worse" in weights.analyse(*planted(0.4, 0.2, noise=0.01)).findings[1]
+    assert "at this rate more weights make it worse" in weights.analyse(*planted(0.4, 0.2, noise=0.01)).findings[1]
+
+
+def test_a_rate_too_high_for_the_rank_is_said():
+    scores, data = planted(0.2, 0.2, noise=0.01)
+    for number, entry in enumerate(data):
+        entry["wide"]["learned"] = counts_of([0.3 + 0.01 * number] * N)
+    text = weights.analyse(scores, data).findings[2]
+    assert text.startswith("SHARED r=48 learned less (−0.22 F1 when learned, −0.2") and text.endswith("several --lr.")
 
 
 def test_where_weights_do_nothing_nothing_is_found_as_often_as_stated():

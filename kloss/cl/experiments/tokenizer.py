@@ -110,7 +110,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         rows = []
         for name, group in groups.items():
             cells = [
-                (f"{one:.3f}", _gap(gap, ends)) for _, one, gap, ends in (difference(over(pairs, group), m) for m in MEASURES)
+                (_share(one), _gap(gap, ends)) for _, one, gap, ends in (difference(over(pairs, group), m) for m in MEASURES)
             ]
             rows.append((name, str(len(group)), cut[name], *[cell for pair in cells for cell in pair]))
         head = ("languages", "number", "subwords a word", *[text for m in MEASURES for text in (m, "difference")])
@@ -190,4 +190,4 @@ def _gap(gap: float, ends: Any) -> str:
 
 
 def _share(kept: float) -> str:
-    return f"{kept:.3f}" if kept == kept else "not learned"
+    return f"{kept:.3f}" if kept == kept else "not measured"

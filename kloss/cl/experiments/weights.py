@@ -149,20 +149,26 @@ def _findings(names: Sequence[str], weights: int, head: int, languages: int, mea
             all_of_it = lefts.low <= 0 <= lefts.high or left > 0
             known = f"{between(gains)}: weights are {'what' if all_of_it else 'part of what'} it lacks"
         elif gains.high < 0:
-            known = f"{between(gains)}: more weights make it worse"
+            known = f"{between(gains)}: at this rate more weights make it worse"
     lines = [
         f"{wide} and {isolated} have {weights:,} adapter weights each, {narrow} {weights // languages:,}. Heads do not count: "
         f"{head:,} weights each, {languages} of them in NON-SHARED.",
         f"At the end {narrow} has {mean[0, 1]:.2f} F1, {wide} {mean[1, 1]:.2f}, {isolated} {mean[2, 1]:.2f}. As many weights "
         f"bring SHARED {signed(gained)} ({known}); against NON-SHARED it has {signed(left)} ({between(lefts) or 'no interval'}).",
     ]
+    less, ends = _gap(means, 0, 0)
+    if ends.high < 0:
+        lines.append(
+            f"{wide} learned less ({signed(less)} F1 when learned, {between(ends)}): the rate may be too high for so many "
+            "weights. Compare at others, several --lr."
+        )
     kept, keeps = _gap(means, 2, 0)
     if kept == kept:
         chance = between(keeps) or "no interval"
         chance += ": no evidence of a difference" if keeps.low <= 0 <= keeps.high else ""
         lines.append(
-            f"Of what was learned {narrow} keeps {mean[0, 2]:.2f}, {wide} {mean[1, 2]:.2f}: {signed(kept)} ({chance}). "
-            f"When learned, F1 is {mean[0, 0]:.2f} and {mean[1, 0]:.2f}."
+            f"Of languages that both learned {narrow} keeps {mean[0, 2]:.2f}, {wide} {mean[1, 2]:.2f}: {signed(kept)} "
+            f"({chance}). When learned, F1 is {mean[0, 0]:.2f} and {mean[1, 0]:.2f}."
         )
     return lines
 
