@@ -77,7 +77,7 @@ def test_weights_that_shared_lacks_are_found():
     assert totals.startswith("SHARED r=48 and NON-SHARED r=8 have 60,000 adapter weights each, SHARED r=8 10,000.")
     assert totals.endswith(f"{HEAD} weights each, 6 of them in NON-SHARED.")
     assert end.startswith(
-        "At the end SHARED r=8 has 0.27 F1, SHARED r=48 0.44, NON-SHARED r=8 0.60. As many weights bring SHARED"
+        "At rate 0.003 SHARED r=8 ends at 0.27 F1, SHARED r=48 0.44, NON-SHARED r=8 0.60. As many weights bring SHARED"
     )
     assert " SHARED +0.17 (+0.1" in end and "weights are part of what it lacks); against NON-SHARED it has −0.16 (−0.1" in end
     assert "keeps 0.33, SHARED r=48 0.67: +0.34 (+0.3" in kept and "no evidence" not in kept
@@ -94,7 +94,21 @@ def test_a_rate_too_high_for_the_rank_is_said():
     for number, entry in enumerate(data):
         entry["wide"]["learned"] = counts_of([0.3 + 0.01 * number] * N)
     text = weights.analyse(scores, data).findings[2]
-    assert text.startswith("SHARED r=48 learned less (−0.22 F1 when learned, −0.2") and text.endswith("several --lr.")
+    assert text.startswith("SHARED r=48 learned less than SHARED r=8 (−0.22 F1 when learned, −0.2")
+    assert text.endswith("several --lr.")
+
+
+def test_each_is_compared_at_its_best_rate():
+    scores, data = planted(0.1, 0.3, 0.3, noise=0.01)
+    faster, more = planted(0.2, 0.01, 0.5, noise=0.01)
+    scores["runs"] += [run | {"lr": 0.01} for run in faster["runs"]]
+    *_, best = weights.analyse(scores, data + [entry | {"lr": 0.01} for entry in more]).findings
+    assert best.startswith(
+        "Each at its best of 2 rates: SHARED r=8 0.27 F1 (rate 0.01), as many weights 0.35 F1 (rate 0.003), NON-SHARED r=8 "
+        "0.50 F1 (rate 0.01). The weights bring +0.09 (+0.0"
+    )
+    assert "against NON-SHARED it has −0.15 (−0.1" in best
+    assert not any("at its best of" in text for text in weights.analyse(scores, data).findings)
 
 
 def test_where_weights_do_nothing_nothing_is_found_as_often_as_stated():
@@ -102,7 +116,7 @@ def test_where_weights_do_nothing_nothing_is_found_as_often_as_stated():
     for seed in range(100):
         scores, data = planted(0.3, 0.3, noise=0.1, seed=seed)
         means = weights.compared(scores["runs"], data)
-        _, end, kept = weights._findings(("a", "b", "c"), 6, 1, N, means)
+        _, end, kept = weights._findings(("a", "b", "c"), 0.003, 6, 1, N, means)
         wrong += ["no evidence that weights" not in end, "no evidence of a difference" not in kept]
     assert (wrong <= 10).all(), "of 100 without a difference five are expected to be taken for one"
 
@@ -132,7 +146,7 @@ def test_what_was_not_learned_or_diverged_is_said_and_not_averaged():
     (finding,) = weights.analyse(scores, data).findings
     assert finding == "At rank 8, rate 0.003 one of SHARED r=8, SHARED r=48 and NON-SHARED r=8 diverged in every run."
     (finding,) = weights.analyse(*planted(0.01, 0.01, learned=0.02)).findings
-    assert finding == "SHARED r=8 learned nothing (0.02 F1 when learned), so nothing can be compared."
+    assert finding == "At rank 8, rate 0.003 SHARED r=8 learned nothing (0.02 F1 when learned), so nothing can be compared."
     assert weights.analyse(scores, []) is None
 
 

@@ -80,6 +80,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
     """F1 and shares kept of SHARED, SHARED with as many weights as NON-SHARED, and NON-SHARED, paired by order and seed."""
     findings: list[str] = []
     bars, tables, limits = [], [], []
+    by_rate: dict[int, dict[float, Means]] = {}
     for rank, lr in dict.fromkeys((entry["rank"], entry["lr"]) for entry in data):
         entries = [entry for entry in data if (entry["rank"], entry["lr"]) == (rank, lr)]
         runs = [run for run in scores["runs"] if (run["rank"], run["lr"]) == (rank, lr)]
@@ -89,15 +90,17 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         if not means:
             findings.append(f"At {at} one of {names[0]}, {names[1]} and {names[2]} diverged in every run.")
             continue
-        mean = measured_mean(list(means.values()), axis=0)
+        mean, by_rate.setdefault(rank, {})[lr] = measured_mean(list(means.values()), axis=0), means
         if mean[:, 0].min() < FLOOR:
             least = names[int(mean[:, 0].argmin())]
-            findings.append(f"{least} learned nothing ({mean[:, 0].min():.2f} F1 when learned), so nothing can be compared.")
+            findings.append(
+                f"At {at} {least} learned nothing ({mean[:, 0].min():.2f} F1 when learned), so nothing can be compared."
+            )
             continue
         one = next(run for run in runs if run["strategy"] == "shared")["trainable_parameters"]
         head = head_weights(scores, entries[0]["trains"])
         weights = [one - head, languages * (one - head), languages * (one - head)]
-        findings += _findings(names, weights[1], head, languages, means)
+        findings += _findings(names, lr, weights[1], head, languages, means)
         rows = [(name, f"{n:,}", *map(_number, of)) for name, n, of in zip(names, weights, mean, strict=True)]
         rows[2] = (*rows[2][:-1], "all, by construction")
         tables.append(Table(f"Means, {at}", ("", "adapter weights", *MEASURES), rows))
@@ -115,8 +118,10 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
                 f"Rank {languages * rank} is above the backbone's width of {scores['backbone']['hidden']}: the adapter has as "
                 "many weights, but they can do no more than fewer could."
             )
+    findings += [_at_their_best(rank, rates) for rank, rates in by_rate.items() if len(rates) > 1]
     limits += [
-        "The rates are the same. A larger rank may want another one: give several --lr.",
+        "At one rate a larger rank moves further. Where there are several --lr, each is compared at its best too, chosen by the "
+        "same scores: to choose apart from them take --eval-split dev.",
         "NON-SHARED keeps all that it learned by construction. Differences are paired by order and seed, and intervals are over "
         "these.",
     ]
@@ -138,7 +143,7 @@ def _gap(means: Means, m: int, other: int) -> tuple[float, Any]:
     return (float(np.mean(list(pairs.values()))) if pairs else np.nan), crossed_interval(pairs)
 
 
-def _findings(names: Sequence[str], weights: int, head: int, languages: int, means: Means) -> list[str]:
+def _findings(names: Sequence[str], lr: float, weights: int, head: int, languages: int, means: Means) -> list[str]:
     narrow, wide, isolated = names
     mean = measured_mean(list(means.values()), axis=0)
     (gained, gains), (left, lefts) = _gap(means, 1, 0), _gap(means, 1, 2)
@@ -153,14 +158,15 @@ def _findings(names: Sequence[str], weights: int, head: int, languages: int, mea
     lines = [
         f"{wide} and {isolated} have {weights:,} adapter weights each, {narrow} {weights // languages:,}. Heads do not count: "
         f"{head:,} weights each, {languages} of them in NON-SHARED.",
-        f"At the end {narrow} has {mean[0, 1]:.2f} F1, {wide} {mean[1, 1]:.2f}, {isolated} {mean[2, 1]:.2f}. As many weights "
-        f"bring SHARED {signed(gained)} ({known}); against NON-SHARED it has {signed(left)} ({between(lefts) or 'no interval'}).",
+        f"At rate {lr:g} {narrow} ends at {mean[0, 1]:.2f} F1, {wide} {mean[1, 1]:.2f}, {isolated} {mean[2, 1]:.2f}. As many "
+        f"weights bring SHARED {signed(gained)} ({known}); against NON-SHARED it has {signed(left)} "
+        f"({between(lefts) or 'no interval'}).",
     ]
-    less, ends = _gap(means, 0, 0)
-    if ends.high < 0:
+    more, ends = _gap(means, 0, 0)
+    if not ends.low <= 0 <= ends.high and ends.low == ends.low:
         lines.append(
-            f"{wide} learned less ({signed(less)} F1 when learned, {between(ends)}): the rate may be too high for so many "
-            "weights. Compare at others, several --lr."
+            f"{wide} learned {'more' if more > 0 else 'less'} than {narrow} ({signed(more)} F1 when learned, {between(ends)}): "
+            "one rate does not suit both ranks alike. Compare each at its best, of several --lr."
         )
     kept, keeps = _gap(means, 2, 0)
     if kept == kept:
@@ -171,6 +177,25 @@ def _findings(names: Sequence[str], weights: int, head: int, languages: int, mea
             f"({chance}). When learned, F1 is {mean[0, 0]:.2f} and {mean[1, 0]:.2f}."
         )
     return lines
+
+
+def _at_their_best(rank: int, rates: Mapping[float, Means]) -> str:
+    """The three, each at the rate with the best F1 at the end, paired by order and seed."""
+    ends = {lr: {unit: of[:, 1] for unit, of in means.items()} for lr, means in rates.items()}
+    best = [max(ends, key=lambda lr: float(np.mean([of[i] for of in ends[lr].values()]))) for i in range(3)]
+    units = set.intersection(*[set(ends[lr]) for lr in best])
+    three = {unit: [float(ends[lr][unit][i]) for i, lr in enumerate(best)] for unit in units}
+    if not three:
+        return f"At rank {rank} the best rates have no order and seed in common."
+    narrow, wide, isolated = (f"{np.mean([of[i] for of in three.values()]):.2f} F1 (rate {lr:g})" for i, lr in enumerate(best))
+    texts = []
+    for other in (0, 2):
+        pairs = {unit: of[1] - of[other] for unit, of in sorted(three.items())}
+        texts.append(f"{signed(float(np.mean(list(pairs.values()))))} ({between(crossed_interval(pairs)) or 'no interval'})")
+    return (
+        f"Each at its best of {len(rates)} rates: SHARED r={rank} {narrow}, as many weights {wide}, NON-SHARED r={rank} "
+        f"{isolated}. The weights bring {texts[0]}; against NON-SHARED it has {texts[1]}."
+    )
 
 
 def _number(value: float) -> str:
