@@ -13,7 +13,7 @@ from .files import shown, user_path
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 ExperimentName = Literal[
     "where", "damage", "merge", "order", "pairs", "rates", "ranks", "weights", "remedies", "savings", "scripts", "tokenizer",
-    "mechanism",
+    "mechanism", "parts",
 ]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
@@ -63,7 +63,8 @@ class StudyConfig:
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
     # `rates` and `ranks` keep, whether SHARED lacks `weights`, which `remedies` help, what relearning saves (`savings`), whether
-    # common `scripts` help, what a `tokenizer` balanced by script changes, what goes with forgetting (`mechanism`).
+    # common `scripts` help, what a `tokenizer` balanced by script changes, what goes with forgetting (`mechanism`),
+    # whether `parts` of an adapter are enough to share.
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
     # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
@@ -71,6 +72,8 @@ class StudyConfig:
     remedies: tuple[str, ...] = field(
         default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
     )
+    # Of experiment `parts`: what all languages share of an adapter, each pattern by itself; names of parts as in --trains.
+    shared_parts: tuple[str, ...] = field(default=("*.a", "*.b", "[0-1].*", "[2-3].*"), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once

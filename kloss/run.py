@@ -128,6 +128,7 @@ def without_effect(config: Config) -> list[str]:
         ("every strategy trains whole models", all(s.full for s in strategies), "rank alpha lr lora_dropout trains max_learners"),
         ("no strategy trains whole models", not any(s.full for s in strategies), "full_lr"),
         ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
+        ("no experiment is parts", "parts" not in config.experiments, "shared_parts"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
         ("no tokenizer is trained", bool(config.tokenizer or config.backbone != "tiny"), "vocabulary"),

@@ -68,6 +68,7 @@ class Learner:
     head_lr: float | None = None  # of the head; None: lr
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
+    takes: tuple[str, ...] = ALL  # patterns of the slots that a fork takes from there; the others are of its own draw
     rule: Rule | None = None  # between gradient and update; of an adapter
     trains: tuple[str, ...] = ALL  # patterns of the slots of an adapter that train; the others stay as they are, to the bit
     tokenizer: str = ""  # of its utterances and backbone, a name in `Corpus.others`; "": the study's

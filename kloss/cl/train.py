@@ -15,7 +15,7 @@ from ..models.rows import overwrite
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
-from .learner import Learner, Scores
+from .learner import ALL, Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .probes import State
 from .progress import check_progress
@@ -85,9 +85,13 @@ class Cohort:
         self._team: _Team | None = None
 
     def begin(self, g: int, row: KeptRow) -> None:
-        """Have a learner that has not trained begin with a row of another one."""
+        """Have a learner that has not trained begin with what it takes of a row of another one."""
         assert isinstance(self.bank, AdapterBank)
+        drawn, takes = self.bank.param[g].clone(), self.learners[g].takes
         self.bank.load_row_(g, row.param, row.rank)
+        if takes != ALL:
+            self.bank.param[g] = self.bank.param[g].where(self.bank.columns(takes), drawn)
+            self.bank.refresh()
 
     @property
     def steps(self) -> Tensor:

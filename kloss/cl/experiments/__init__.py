@@ -12,7 +12,7 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, matched, mechanism, merge, order, pairs, remedies, savings, scripts, tokenizer, weights, where
+from . import damage, matched, mechanism, merge, order, pairs, parts, remedies, savings, scripts, tokenizer, weights, where
 from .section import Needs, Section
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -55,6 +55,7 @@ EXPERIMENTS = {
     "weights": Experiment(
         ("shared",), weights.plan, weights.record, weights.SHAPE, weights.analyse, "with --strategies non-shared beside it"
     ),
+    "parts": Experiment(("shared",), parts.plan, parts.record, parts.SHAPE, parts.analyse),
     "savings": Experiment(("shared",), savings.plan, savings.record, savings.SHAPE, savings.analyse),
     "tokenizer": Experiment(
         ("shared",),
