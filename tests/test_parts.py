@@ -27,10 +27,11 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def test_a_fork_takes_what_it_takes_and_draws_the_rest():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fork_takes_what_it_takes_and_draws_the_rest(dtype):
     parent = Learner([["aa"]], **SHARED)
     forks = [Learner([["bb"]], **SHARED, start=(parent, 1), takes=takes) for takes in (("*.a",), ("0.*", "head.*"), ("*",))]
-    cohort = Cohort(toy_model(), ToyCorpus(), forks, [{}] * 3)
+    cohort = Cohort(toy_model().to(dtype), ToyCorpus(), forks, [{}] * 3)
     drawn, given = cohort.bank.param.clone(), torch.randn(cohort.bank.param.shape[1])
     for g in range(3):
         cohort.begin(g, KeptRow(given, 4))
@@ -38,7 +39,7 @@ def test_a_fork_takes_what_it_takes_and_draws_the_rest():
         now, own, other = (cohort.bank.view(row, name) for row in (cohort.bank.param, drawn, given[None]))
         for g, taken in enumerate((name.endswith(".a"), name.startswith(("0.", "head.")), True)):
             assert torch.equal(now[g], other[0] if taken else own[g]), (g, name)
-    assert torch.equal(cohort.bank.work, cohort.bank.param), "what the model reads"
+    assert torch.equal(cohort.bank.work, cohort.bank.param.to(dtype)), "what the model reads"
 
 
 def test_the_chains():
