@@ -12,7 +12,8 @@ from .files import shown, user_path
 
 StrategyName = Literal["non-shared", "shared", "partial", "lora-multi", "vanilla", "multi", "mono"]
 ExperimentName = Literal[
-    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "remedies", "methods", "savings", "scripts", "mechanism"
+    "where", "damage", "merge", "order", "pairs", "rates", "ranks", "weights", "remedies", "methods", "savings", "scripts",
+    "tokenizer", "mechanism", "parts",
 ]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
 _LATER = {"later": True}  # marks one that older run folders do not name: they have its default
@@ -22,6 +23,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "epochs batch_size pretrain_batch limit eval_limit": (1, 1_000_000_000),
     "pass_tokens": (0, 1_000_000_000),
     "max_length": (3, 1_000_000),  # room for <s>, a subword and </s>
+    "vocabulary": (7, 1_000_000),  # five special tokens and two characters
     "score_every warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
     "seed": (0, 2**62),
@@ -60,8 +62,9 @@ class StudyConfig:
     strategies: tuple[StrategyName, ...] = ("non-shared", "shared")  # how languages share learners
     # Questions beyond the score matrices: `where` in a learner its knowledge is lost, what `damage` each language does to each
     # other one, `pairs` of languages that give and receive, what is left when adapters `merge`, languages or their `order`, what
-    # `rates` and `ranks` keep, which `remedies` help, whether other `methods` than LoRA forget as it does, what relearning saves
-    # (`savings`), whether common `scripts` help, what goes with forgetting (`mechanism`).
+    # `rates` and `ranks` keep, whether SHARED lacks `weights`, which `remedies` help, whether other `methods` than LoRA forget as
+    # it does, what relearning saves (`savings`), whether common `scripts` help, what a `tokenizer` balanced by script changes,
+    # what goes with forgetting (`mechanism`), whether `parts` of an adapter are enough to share.
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
     # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
@@ -72,6 +75,8 @@ class StudyConfig:
     # Of experiment `methods`: prefix (tuning), ia3, fusion (of adapters that have learned a language each), each with a learning
     # rate; the head keeps LoRA's. Several rates of one may be given; the defaults are the demo's, chosen on dev.
     methods: tuple[str, ...] = field(default=("prefix=0.03", "ia3=0.1", "fusion=0.03"), metadata=_LATER)
+    # Of experiment `parts`: what all languages share of an adapter, each pattern by itself; names of parts as in --trains.
+    shared_parts: tuple[str, ...] = field(default=("*.a", "*.b", "[0-1].*", "[2-3].*"), metadata=_LATER)
     groups: str = "script"  # language groups of `partial`: script, family, or a JSON file that maps locale to group
     orders: int = 1  # number of random language orders, Order 1 first
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
@@ -111,6 +116,7 @@ class TinyConfig:
     tiny_hidden: int = 128  # width
     pretrain_steps: int = 400  # warm-up steps
     pretrain_batch: int = 128  # utterances per warm-up step
+    vocabulary: int = field(default=6000, metadata=_LATER)  # most entries of a tokenizer that is trained on the data
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,11 @@ class _Work(NamedTuple):
 
 
 def _work(config: Config, corpus: Corpus, study: Study) -> _Work:
-    sizes = {locale: len(corpus.sentences(locale, config.eval_split).input_ids) for locale in corpus.locales}
+    tokenizers, every_one = {learner.tokenizer for learner in study.learners}, corpus.locales
+    sizes = {
+        name: {locale: len(corpus.under(name).sentences(locale, config.eval_split).input_ids) for locale in every_one}
+        for name in tokenizers
+    }
     work = _Work([], [], [], [])
     for learner, table, every in zip(study.learners, study.to_score, score_every(config, study), strict=True):
         stream = Stream.of(corpus, learner)
@@ -129,7 +133,7 @@ def _work(config: Config, corpus: Corpus, study: Study) -> _Work:
         work.steps.append(stream.steps())
         work.tokens.append(stream.tokens())
         work.rules.append(rule_work(corpus, learner))
-        work.scored.append(sum(sizes[locale] for locale in (*ends, *within)))
+        work.scored.append(sum(sizes[learner.tokenizer][locale] for locale in (*ends, *within)))
     return work
 
 

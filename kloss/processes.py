@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -50,11 +50,11 @@ class Processes:
         if self.rank == 0:
             self.wait()
 
-    def check_same(self, what: dict[str, object]) -> None:
+    def check_same(self, what: Mapping[str, object]) -> None:
         """Raises UserError, in the processes that differ from process 0, where values of `what` differ; ProcessLost in others."""
         if self.number == 1:
             return
-        theirs: list[dict[str, object]] = [{}] * self.number
+        theirs: list[Mapping[str, object]] = [{}] * self.number
         dist.all_gather_object(theirs, what)
         for name, value in what.items():
             if value != theirs[0][name]:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .cl.boards import writer
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
 from .cl.languages import LOCALES, check_locales
+from .cl.learner import BALANCED
 from .cl.results import results, score_table
 from .cl.rule_costs import rule_memory
 from .cl.rundir import RunFolder, open_run
@@ -83,7 +85,8 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         if config.eval_split == "dev":  # more than the few of the default; training stays the same
             limits["dev"] = config.eval_limit
         synthetic |= {name: limit for name, limit in limits.items() if limit is not None}
-    corpus = load_corpus(
+    load = partial(
+        load_corpus,
         config.data,
         tokenizer=config.tokenizer or (None if config.backbone == "tiny" else config.backbone),
         locales=locales,
@@ -94,7 +97,9 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
         seed=config.seed,
         progress=progress,
         synthetic=synthetic,
+        vocabulary=config.vocabulary,
     )
+    corpus = load()
     absent = [locale for locale in names if locale not in corpus.locales]
     if absent:
         raise UserError(f"{corpus.name} has no utterances in {', '.join(absent)}")
@@ -105,7 +110,10 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     check_trains(config, corpus, study)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
-    return corpus, with_experiments(config, study)
+    study = with_experiments(config, study)
+    if any(learner.tokenizer == BALANCED for learner in study.learners):
+        corpus = replace(corpus, others={BALANCED: load(balanced=True)})
+    return corpus, study
 
 
 def folder_of(config: Config) -> Path:
@@ -146,8 +154,10 @@ def without_effect(config: Config) -> list[str]:
         ("no strategy trains whole models", not any(s.full for s in strategies), "full_lr"),
         ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
         ("no experiment is methods", "methods" not in config.experiments, "methods"),
+        ("no experiment is parts", "parts" not in config.experiments, "shared_parts"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
+        ("no tokenizer is trained", bool(config.tokenizer or config.backbone != "tiny"), "vocabulary"),
     )
     names = [(name, reason) for reason, applies, group in reasons if applies for name in group.split()]
     given = [(name, reason) for name, reason in names if getattr(config, name) != getattr(preset, name)]
@@ -201,6 +211,7 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
     if config.select:
         once.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint} | ({"languages": []} if names_all(config) else {})
+    identity |= {f"corpus, {name}": own.fingerprint for name, own in corpus.others.items()}
     with contextlib.ExitStack() as stack:
         with processes.first():
             folder = stack.enter_context(open_run(folder_of(config), identity, processes.rank, processes.number))
@@ -226,9 +237,14 @@ def _train(
     once = progress if processes.rank == 0 else Silent()
     with processes.first():
         model = load_backbone(config, corpus, device, once)
-    processes.check_same({"the corpus": corpus.fingerprint, "the backbone": digest_of(model) if processes.number > 1 else ""})
-    backbone, parameters = model.config, model.num_parameters
-    del model
+        backbone, parameters = model.config, model.num_parameters
+        if processes.number > 1:
+            found = {"the corpus": corpus.fingerprint, "the backbone": digest_of(model)}
+            for name, own in corpus.others.items():
+                found[f"the backbone under tokenizer {name}"] = digest_of(load_backbone(config, own, device, once))
+        del model
+    if processes.number > 1:
+        processes.check_same(found)
     warm_up = warm_up_threads(config, corpus, once)
     for line in (*remarks(device), *_changes(config, folder, warm_up)):
         once.say(line)
@@ -238,8 +254,8 @@ def _train(
     shares = plan_for(config, corpus, study, backbone, machine)
     config = with_pass_tokens(config, study, shares, backbone, machine)
 
-    def load() -> XLMRForTokenClassification:
-        return load_backbone(config, corpus, device, once)
+    def load(own: Corpus) -> XLMRForTokenClassification:
+        return load_backbone(config, own, device, once)
 
     outcome = train_study(config, corpus, study, load, folder, progress, processes, shares)
     with processes.first():

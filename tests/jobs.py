@@ -57,7 +57,7 @@ def train(folder: Path, config: Config) -> int:
             plan = stages(STUDY, Limits(config.max_learners, exact=config.exact), costs, processes.number)
             slow = processes.number > 1 and 0 in plan[0].shares[processes.rank].cohorts[0]
 
-            def load():
+            def load(_):
                 time.sleep(0.5 * slow)  # a fork that does not wait for learner 0 comes too early
                 return toy_model()
 

@@ -283,7 +283,7 @@ def train(folder, stop=None):
     config, study = Config(checkpoint_seconds=0 if stop else 1000), Study([], list(LEARNERS), TO_SCORE)
     display = Stop() if stop else said
     with open_run(folder, {"seed": 0}) as run:
-        outcome = train_study(config, ToyCorpus(), study, toy_model, run, display)
+        outcome = train_study(config, ToyCorpus(), study, lambda corpus: toy_model(), run, display)
     return outcome, said
 
 
@@ -504,7 +504,7 @@ def test_a_run_folder_removed_while_the_run_goes_on_is_not_made_anew(tmp_path):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
     with pytest.raises(UserError, match="run folder .* is gone"), open_run(tmp_path / "run", {"seed": 0}) as run:
-        train_study(Config(), ToyCorpus(), Study([], list(LEARNERS), TO_SCORE), toy_model, run, Remove())
+        train_study(Config(), ToyCorpus(), Study([], list(LEARNERS), TO_SCORE), lambda corpus: toy_model(), run, Remove())
     assert not (tmp_path / "run").exists()
 
 

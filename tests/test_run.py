@@ -699,7 +699,8 @@ def test_only_settings_that_change_figures_are_a_runs_identity():
     others |= {"threads": 3, "save_adapters": True, "select": "x", "plan_for": "8xh200"}
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
-    unnamed = {"eval_split", "experiments", "head_lr", "methods", "pinned", "remedies", "score_every", "trains"}
+    unnamed = {"eval_split", "experiments", "head_lr", "methods", "pinned", "remedies", "score_every", "shared_parts", "trains"}
+    unnamed |= {"vocabulary"}
     assert vars(Config()).keys() - Config().identity().keys() == others.keys() | unnamed
     later = Config(eval_split="dev", experiments=("where",)).identity()
     assert later["eval_split"] == "dev" and later["experiments"] == ("where",)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from kloss.cl.corpus import Sentences
+from kloss.cl.shares import alone, cohorts_of
+from kloss.config import Config
 from kloss.models import TINY, XLMRForTokenClassification
 
 LABELS = ("O", "B-date", "B-time", "I-date", "I-time")
@@ -38,6 +40,14 @@ class ToyCorpus:
 
     def sentences(self, locale, partition):
         return self._parts[locale, partition]
+
+    def under(self, tokenizer):
+        return self
+
+
+def cohorts(study):
+    """The learners of each cohort of one process."""
+    return [members for members, _ in cohorts_of(alone(Config(), study))]
 
 
 def toy_model(seed=0, **sizes):

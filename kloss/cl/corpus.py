@@ -5,6 +5,7 @@ wherever it stands. The arrays of all locales are memory-mapped from a cache fol
 """
 
 import json
+import random
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from ..config import Config
 from ..errors import UserError
 from . import massive, synthetic
 from .cache import cache_folder, key, open_entry
-from .languages import LOCALES, check_locales
+from .languages import LANGUAGES, LOCALES, check_locales
+from .learner import BALANCED
 from .tokenizer import hash_tokenizer, load_tokenizer, special_ids, tokenizer_folder
 
 IGNORED = -100
@@ -92,6 +94,12 @@ class Corpus:
     _index: dict = field(repr=False)
     _arrays: dict[str, np.ndarray] = field(repr=False)
     _limited: dict[tuple[str, str], Sentences] = field(repr=False, default_factory=dict)
+    tokenizer: str = ""  # the name that learners have for it
+    others: Mapping[str, "Corpus"] = field(repr=False, default_factory=dict)  # the same utterances, by tokenizer
+
+    def under(self, tokenizer: str) -> "Corpus":
+        """Return the same utterances under the tokenizer of that name, which may be this one's."""
+        return self if tokenizer == self.tokenizer else self.others[tokenizer]
 
     def sentences(self, locale: str, partition: str) -> Sentences:
         """Return the sentences of a locale and a partition (train, dev, test), sorted by id.
@@ -135,6 +143,8 @@ def load_corpus(
     seed: int = Config.seed,
     progress: OnProgress | None = None,
     synthetic: Mapping[str, Any] | None = None,
+    vocabulary: int = Config.vocabulary,
+    balanced: bool = False,
 ) -> Corpus:
     """Read, tokenise and cache a corpus, or open it from the cache.
 
@@ -144,7 +154,9 @@ def load_corpus(
     limit, eval_limit: training utterances, and dev and test utterances, per locale, at even distances.
     max_length: tokens of a sentence, with <s> and </s>.
     cache: a folder, see `cache_folder`.
-    seed: of the synthetic corpus, unless `synthetic`, the options of its `generate`, has one.
+    seed: of the synthetic corpus, unless `synthetic`, the options of its `generate`, has one; and of what is `balanced`.
+    vocabulary: most entries of a tokenizer that is trained.
+    balanced: train it on text balanced by script, see `_balanced`; `tokenizer` must be None.
     Raises UserError in one line for anything wrong with the input.
     """
     for name, value, minimum in (("limit", limit, 1), ("eval_limit", eval_limit, 1), ("max_length", max_length, 3)):
@@ -158,7 +170,14 @@ def load_corpus(
     source = _open(data, order, seed, synthetic)
     canonical = None if order is None else tuple(locale for locale in LOCALES if locale in order)
     digest = key(source.digest, canonical)
-    folder = tokenizer_folder(tokenizer, cache, digest, lambda: _texts(source, canonical, progress), progress)
+    assert tokenizer is None or not balanced
+
+    def texts() -> list[str]:
+        progress(0, 1, "training a tokenizer")
+        return _balanced(source, canonical, seed) if balanced else _texts(source, canonical)
+
+    text_digest = key(digest, BALANCED, seed) if balanced else digest
+    folder = tokenizer_folder(tokenizer, cache, text_digest, texts, progress, vocabulary)
     name = key("corpus", FORMAT, source.digest, hash_tokenizer(folder), max_length, canonical)
     built = cache / f"corpus-{name}"
     open_entry(built, lambda temporary: _build(temporary, source, folder, canonical, max_length, progress), progress)
@@ -178,6 +197,7 @@ def load_corpus(
         truncated={locale: meta["index"][locale]["truncated"] for locale in order},
         _index=meta["index"],
         _arrays=arrays,
+        tokenizer=BALANCED if balanced else "",
     )
 
 
@@ -198,11 +218,25 @@ def _open(data: str | Path, locales: Locales, seed: int, options: Mapping[str, A
     return massive.Source(name, digest, read)
 
 
-def _texts(source: massive.Source, locales: Locales, progress: OnProgress) -> list[str]:
+def _texts(source: massive.Source, locales: Locales) -> list[str]:
     """Return the training utterances, words separated by spaces, to train a tokenizer on."""
-    progress(0, 1, "training a tokenizer")
     utterances = massive.utterances(source, locales)
     return [" ".join(words) for _, partition, _, words, _ in utterances if partition == "train"]
+
+
+def _balanced(source: massive.Source, locales: Locales, seed: int) -> list[str]:
+    """Return a text for each script, all with the same number of words, and together with as many as the training utterances.
+
+    A script with too many words gives as many of them, drawn without replacement. One with too few is repeated whole, and what
+    then lacks is drawn so. Where labels are by character, a word is one character.
+    """
+    words: dict[str, list[str]] = defaultdict(list)
+    for locale, partition, _, texts, _ in massive.utterances(source, locales):
+        if partition == "train":
+            words[LANGUAGES[locale].script].extend(texts)
+    each = sum(map(len, words.values())) // len(words)
+    drawn = {name: random.Random(f"{seed} {name}").sample(own, each % len(own)) for name, own in sorted(words.items())}
+    return [" ".join(words[name] * (each // len(words[name])) + rest) for name, rest in drawn.items()]
 
 
 class _Utterances:

@@ -10,6 +10,7 @@ from .rules import Rule
 Scores = dict[int, dict[str, list[int]]]
 
 ALL = ("*",)  # every slot of an adapter
+BALANCED = "balanced"  # the name of a tokenizer that is trained on text balanced by script
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Learner:
     head_lr: float | None = None  # of the head; None: lr
     # Of a fork: the learner whose row it begins with, and how many experiences that one had completed. None: a new row.
     start: "tuple[Learner, int] | None" = None
+    takes: tuple[str, ...] = ALL  # patterns of the slots that a fork takes from there; the others are of its own draw
     rule: Rule | None = None  # between gradient and update; of an adapter
     trains: tuple[str, ...] = ALL  # patterns of the slots of an adapter that train; the others stay as they are, to the bit
     method: str = "lora"  # or one of `models.methods`
     # Of a fusion: the learners whose adapters it is made of, and how many experiences these had completed.
     donors: "tuple[tuple[Learner, int], ...]" = ()
+    tokenizer: str = ""  # of its utterances and backbone, a name in `Corpus.others`; "": the study's
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experiences", tuple(map(Experience.of, self.experiences)))
@@ -100,4 +103,5 @@ class Learner:
         weights = "all weights" if self.rank is None else f"r={self.rank}" if self.method == "lora" else self.method
         languages += "" if self.start is None else f" behind {self.start[0].name.split(', ')[0]}"
         rule = "" if self.rule is None else f", {type(self.rule).__name__} {self.rule.number:g}"
-        return f"{languages}, {weights}, lr={self.lr:g}{rule}, seed {self.seed}"
+        tokenizer = self.tokenizer and f", {self.tokenizer} tokenizer"
+        return f"{languages}, {weights}, lr={self.lr:g}{rule}{tokenizer}, seed {self.seed}"

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Hashable
+from itertools import chain
 
 from ..config import Config
 from ..models import XLMRConfig
@@ -50,6 +51,10 @@ REMEDIES = (
     "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
     "rate of the one before.",
 )
+TOKENIZER = (
+    "The balanced tokenizer is trained on as much text as the study's, in which each script has as many words: drawn without "
+    "replacement where there are more, repeated where there are fewer. A word of a language labelled by character is one.",
+)
 
 METHODS = (
     f"Prefix tuning learns {PREFIX} keys and values of each layer, drawn normal with deviation 1 as peft's, without Li and "
@@ -60,7 +65,7 @@ METHODS = (
     "it; AdapterFusion's own weights depend on the token.",
     "Learners of these methods have no dropout of inputs as adapters have, and a head with LoRA's rate.",
 )
-OF_EXPERIMENTS = {"remedies": REMEDIES, "methods": METHODS}
+OF_EXPERIMENTS = {"remedies": REMEDIES, "methods": METHODS, "tokenizer": TOKENIZER}
 
 
 def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, parameters: int, outcome: Outcome) -> dict:
@@ -125,10 +130,7 @@ def results(config: Config, corpus: Corpus, study: Study, backbone: XLMRConfig, 
         **({"diverged_besides": besides} if besides else {}),
         "choices": [
             choice.replace(CLIPPED, "gradients not clipped") if math.isinf(config.max_norm) else choice
-            for choice in (
-                *CHOICES,
-                *(line for name, lines in OF_EXPERIMENTS.items() if name in config.experiments for line in lines),
-            )
+            for choice in (*CHOICES, *chain(*(OF_EXPERIMENTS[name] for name in OF_EXPERIMENTS if name in config.experiments)))
         ],
     }
 

@@ -49,7 +49,7 @@ def train_study(
     config: Config,
     corpus: Corpus,
     study: Study,
-    load: Callable[[], XLMRForTokenClassification],
+    load: Callable[[Corpus], XLMRForTokenClassification],
     folder: RunFolder,
     progress: Progress,
     processes: Processes = ALONE,
@@ -57,7 +57,7 @@ def train_study(
 ) -> Outcome:
     """Train and score every learner, or this process's share of them, continuing from the folder's checkpoints.
 
-    load: returns a fresh backbone.
+    load: returns a fresh backbone for the corpus under one of its tokenizers.
     plan: which process trains what; None: that of one process, whose cohorts only the configuration limits.
     Returns the outcome of all learners, and raises ProcessLost if another process cannot do its share.
     """
@@ -85,7 +85,7 @@ class _Job:
         config: Config,
         corpus: Corpus,
         study: Study,
-        load: Callable[[], XLMRForTokenClassification],
+        load: Callable[[Corpus], XLMRForTokenClassification],
         folder: RunFolder,
         progress: Progress,
         processes: Processes,
@@ -151,9 +151,10 @@ class _Job:
 
     def _cohort(self, number: int, members: list[int]) -> Cohort:
         study, config = self.study, self.config
+        own = self.corpus.under(study.learners[members[0]].tokenizer)
         cohort = Cohort(
-            self.load(),
-            self.corpus,
+            self.load(own),
+            own,
             [study.learners[g] for g in members],
             [study.to_score[g] for g in members],
             pass_tokens=config.pass_tokens,
@@ -224,7 +225,7 @@ class _Job:
             self.folder.save_checkpoint({}, self._state() | {"probed": done})
 
         rest = self.folder.states, self.outcome.failed, self.config, probed, after_some
-        done = score_probes(own, self.study.learners, self.load(), self.corpus, *rest)
+        done = score_probes(own, self.study.learners, self.load(self.corpus), self.corpus, *rest)
         self.processes.wait()
         for process in range(number):
             saved = None if process == rank else self._read(process, number)

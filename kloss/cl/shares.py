@@ -1,6 +1,7 @@
 """Which process trains which learners, in which cohorts. All processes find the same plan, so each knows it of all."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from .stream import Stream
 from .study import Study
 
 MOST = 1 << 30
+Kind = Callable[[int], tuple]  # of a learner, by its number
 STEP_TOKENS = {"cuda": 2400, "cpu": 0}  # what a whole model's step costs beside its tokens, in tokens of packed adapters
 
 
@@ -66,6 +68,14 @@ def stages(study: Study, limits: Limits, costs: Sequence[float] = (), processes:
     for g, learner in enumerate(study.learners):
         if learner.rank is not None:
             adapters.setdefault(depth(learner), []).append(g)
+    widest = max((trial.rank or 0 for trial in study.trials), default=0)
+
+    def kind(g: int) -> tuple:
+        """Learners of the same may be a cohort. With ranks above the study's they are apart: all its rows would be as wide."""
+        learner = study.learners[g]
+        lora = learner.method == "lora"
+        return not lora, learner.kind, learner.tokenizer, lora and (learner.rank or 0) > widest > 0
+
     whole = [g for g, learner in enumerate(study.learners) if learner.rank is None]
     loads = [0.0] * processes
     models = [Share([[g] for g in share], [None] * len(share)) for share in _dealt(whole, costs, loads)]
@@ -73,9 +83,10 @@ def stages(study: Study, limits: Limits, costs: Sequence[float] = (), processes:
     for level, members in sorted(adapters.items()):
         last = level == max(adapters)  # whole models follow without waiting, and are dealt with it
         shares = _dealt(members, costs, loads if last else [0.0] * processes)
-        lora = [learner.rank or 0 for learner in (study.learners[g] for g in members) if learner.method == "lora"]
-        largest = max(lora, default=0) if limits.exact else 0
-        found.append(Stage(level > 0, [_cut(study, share, limits, largest) for share in shares]))
+        largest: dict[tuple, int] = defaultdict(int)  # by kind
+        for g in members if limits.exact else ():
+            largest[kind(g)] = max(largest[kind(g)], study.learners[g].rank or 0)
+        found.append(Stage(level > 0, [_cut(study, share, limits, kind, largest) for share in shares]))
     return found + ([Stage(False, models)] if whole else [])
 
 
@@ -108,15 +119,14 @@ def _dealt(members: Sequence[int], costs: Sequence[float], loads: list[float]) -
     return [sorted(share) for share in shares]
 
 
-def _cut(study: Study, members: Sequence[int], limits: Limits, largest: int) -> Share:
-    """Cut adapters into cohorts of one kind. largest: rank of all banks of LoRA, or 0."""
+def _cut(study: Study, members: Sequence[int], limits: Limits, kind: Kind, largest: Mapping[tuple, int]) -> Share:
+    """Cut adapters into cohorts of one kind. largest: by kind, the rank of all banks, or 0."""
     kinds: dict[tuple, list[int]] = {}
     for g in members:
-        learner = study.learners[g]
-        kinds.setdefault((learner.method != "lora", learner.kind), []).append(g)
+        kinds.setdefault(kind(g), []).append(g)
     share = Share([], [])
-    for (other, _), alike in sorted(kinds.items()):
-        _fill(share, study, alike, limits, 0 if other else largest)
+    for own, alike in sorted(kinds.items()):
+        _fill(share, study, alike, limits, largest.get(own, 0))
     return share
 
 

@@ -34,9 +34,10 @@ class Stream:
 
     @classmethod
     def of(cls, corpus: Corpus, learner: Learner) -> "Stream":
-        """Return a learner's stream at its start."""
+        """Return a learner's stream at its start, under the learner's tokenizer."""
         epochs, batch_size, seed = learner.epochs, learner.batch_size, learner.seed
-        return cls(corpus, learner.experiences, epochs=epochs, batch_size=batch_size, seed=seed)
+        own = corpus.under(learner.tokenizer)
+        return cls(own, learner.experiences, epochs=epochs, batch_size=batch_size, seed=seed)
 
     def _whole(self, experience: int) -> list[Sentences]:
         """All training sentences of each locale of an experience."""

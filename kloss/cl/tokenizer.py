@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
 from ..errors import UserError
 from ..models.hub import model_folder
 from .cache import SEAL, hash_files, key, open_entry
 
 FORMAT = 1  # part of a trained tokenizer's cache key; increment when the same texts give another one
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0, 1, 2, 3; <mask> is the last
-VOCABULARY = 6000
 LONGEST = 8  # characters of a piece
 MOST_WORDS = 20000  # distinct words to train on, the most frequent
 LONGEST_WORD = 1000  # characters of a word that are trained on
@@ -74,15 +74,21 @@ def hash_tokenizer(folder: Path) -> str:
 
 
 def tokenizer_folder(
-    name: str | Path | None, cache: Path, digest: str, texts: Callable[[], Iterable[str]], progress: Callable | None = None
+    name: str | Path | None,
+    cache: Path,
+    digest: str,
+    texts: Callable[[], Iterable[str]],
+    progress: Callable | None = None,
+    vocabulary: int = Config.vocabulary,
 ) -> Path:
     """Return a tokenizer's folder: `name` itself, a cached copy from the hub, or for None one trained on `texts`.
 
     digest: hash of what the texts come from; part of the trained tokenizer's cache key.
+    vocabulary: most entries of a trained one.
     """
     if name is None:
-        folder = cache / f"tokenizer-{key('trained', FORMAT, digest, VOCABULARY, LONGEST, MOST_WORDS)}"
-        open_entry(folder, lambda temporary: train_tokenizer(texts(), temporary), progress)
+        folder = cache / f"tokenizer-{key('trained', FORMAT, digest, vocabulary, LONGEST, MOST_WORDS)}"
+        open_entry(folder, lambda temporary: train_tokenizer(texts(), temporary, vocabulary), progress)
         return folder
     source = model_folder(str(name), "tokenizer", PATTERNS)
     if os.path.isdir(os.path.expanduser(name)):
@@ -109,7 +115,7 @@ def special_ids(tokenizer: Any, folder: Path) -> dict[str, Any]:
     return ids | {"mask_id": tokenizer.mask_token_id}
 
 
-def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = VOCABULARY) -> None:
+def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = Config.vocabulary) -> None:
     """Train a Unigram tokenizer (NFKC, Metaspace) and save it to a folder that AutoTokenizer loads.
 
     Entries: <s> 0, <pad> 1, </s> 2, <unk> 3, pieces by falling score, <mask> last. Characters take at most half of them.

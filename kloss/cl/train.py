@@ -17,7 +17,7 @@ from .banks import bank_of, lora_bank
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
-from .learner import Learner, Scores
+from .learner import ALL, Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .probes import State
 from .progress import Record, check_progress
@@ -75,8 +75,8 @@ class Cohort:
         self._team: _Team | None = None
 
     def begin(self, g: int, rows: Sequence[KeptRow]) -> None:
-        """Have a learner that has not trained begin with a row of another one, or with its donors' rows."""
-        bank, donors = self.bank, self.learners[g].donors
+        """Have a learner that has not trained begin with what it takes of a row of another one, or with its donors' rows."""
+        bank, donors, takes = self.bank, self.learners[g].donors, self.learners[g].takes
         if isinstance(bank, FusionBank):
             if donors not in self._donors:
                 self._donors[donors] = lora_bank(self.model, [donor for donor, _ in donors], exact=self.exact)
@@ -85,7 +85,11 @@ class Cohort:
             bank.give_(g, self._donors[donors])
         else:
             assert isinstance(bank, AdapterBank)
+            drawn = bank.param[g].clone()
             bank.load_row_(g, rows[0].param, rows[0].rank)
+            if takes != ALL:
+                bank.param[g] = bank.param[g].where(bank.columns(takes), drawn)
+                bank.refresh(g)
 
     @property
     def steps(self) -> Tensor:

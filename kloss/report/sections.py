@@ -262,7 +262,8 @@ def setting(choices: Sequence[str], config: JSON, env: JSON) -> dict[str, Any]:
 
 def panels(section: Section) -> list[Panel]:
     """The figures of an experiment's section."""
-    drawn = [figures.named_bars(*bars) for bars in section.bars] + [figures.scatter(*scatter) for scatter in section.scatters]
+    drawn = [figures.named_bars(*bars) for bars in section.bars if bars.values]
+    drawn += [figures.scatter(*scatter) for scatter in section.scatters]
     for caption, names, values, rows in section.matrices:
         largest = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         drawn.append(figures.heat_map(caption, values, names, largest, rows=rows))

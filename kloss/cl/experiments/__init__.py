@@ -12,7 +12,22 @@ from ...errors import UserError
 from ..probes import Counts
 from ..shapes import Shape, check_shape
 from ..study import Study
-from . import damage, matched, mechanism, merge, methods, order, pairs, remedies, savings, scripts, where
+from . import (
+    damage,
+    matched,
+    mechanism,
+    merge,
+    methods,
+    order,
+    pairs,
+    parts,
+    remedies,
+    savings,
+    scripts,
+    tokenizer,
+    weights,
+    where,
+)
 from .section import Needs, Section
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -53,7 +68,19 @@ EXPERIMENTS = {
     },
     "remedies": Experiment(("shared",), remedies.plan, remedies.record, remedies.SHAPE, remedies.analyse),
     "methods": Experiment(("shared",), methods.plan, methods.record, methods.SHAPE, methods.analyse),
+    "weights": Experiment(
+        ("shared",), weights.plan, weights.record, weights.SHAPE, weights.analyse, "with --strategies non-shared beside it"
+    ),
+    "parts": Experiment(("shared",), parts.plan, parts.record, parts.SHAPE, parts.analyse),
     "savings": Experiment(("shared",), savings.plan, savings.record, savings.SHAPE, savings.analyse),
+    "tokenizer": Experiment(
+        ("shared",),
+        tokenizer.plan,
+        tokenizer.record,
+        tokenizer.SHAPE,
+        tokenizer.analyse,
+        "of several scripts, --backbone tiny and no --tokenizer: a pretrained backbone's embeddings belong to its vocabulary",
+    ),
     "scripts": Experiment(
         ("shared",), scripts.plan, scripts.record, scripts.SHAPE, scripts.analyse, "of one script and one of another"
     ),
