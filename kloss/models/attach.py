@@ -241,6 +241,7 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
     Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. On a GPU
     reentrant checkpoints within checkpoints want it inside a block, where it stays in this thread.
     `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
+    What torch.compile makes of the model serves all blocks. torch.export and torch.jit.trace inside one are refused.
     The dropout mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that adapter, position, layer,
     feature), never on neighbours.
     A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model, an earlier
