@@ -73,10 +73,15 @@ def _not(takes: str) -> tuple[str, str]:
     return "–", f"not tested: takes {takes}"
 
 
-def _points(value: float, low: float | None, high: float | None) -> Cell:
-    """F1 or a difference of it in points, with its interval."""
-    ends = "" if low is None or high is None or low != low else f"{number(100 * low, 1)} to {number(100 * high, 1)}"
-    return Cell(f"{number(100 * value, 1, sign=True)} points", ends or "no interval")
+def _points(value: float) -> str:
+    return f"{number(100 * value, 1, sign=True)} points"
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    """An interval in points."""
+    if low is None or high is None or low != low:
+        return "no interval"
+    return f"{number(100 * low, 1)} to {number(100 * high, 1)}"
 
 
 def _difference(a: Sequence[Run], b: Sequence[Run]) -> tuple[float, Interval]:
@@ -97,7 +102,7 @@ def _isolation(best: Mapping[str, Row], strategies: Runs) -> tuple[Cell | str, s
     if not {"non-shared", "shared"} <= best.keys():
         return _not("--strategies non-shared shared, both of which learn")
     value, interval = _difference(*(strategies[best[name]["label"]] for name in ("non-shared", "shared")))
-    return _points(value, interval.low, interval.high), _verdict(interval)
+    return Cell(_points(value), _ends(interval.low, interval.high)), _verdict(interval)
 
 
 def _fall(row: Row | None) -> tuple[Cell | str, str]:
@@ -108,7 +113,7 @@ def _fall(row: Row | None) -> tuple[Cell | str, str]:
     if low is not None:
         less = "replicated" if -100 * cbt >= FALL else "in part: it falls by less"
         verdict = _verdict(Interval(-high, -low), less)
-    return _points(cbt, low, high), verdict
+    return Cell(_points(cbt), _ends(low, high)), verdict
 
 
 def _joint(best: Mapping[str, Row], strategies: Runs) -> tuple[Cell | str, str]:
@@ -118,7 +123,7 @@ def _joint(best: Mapping[str, Row], strategies: Runs) -> tuple[Cell | str, str]:
         return _not("--strategies multi and others, which learn")
     label, next_ = best[joint]["label"], max(others, key=lambda row: row["f1"])
     value, interval = _difference(strategies[label], strategies[next_["label"]])
-    against = Cell(f"{_points(value, None, None).text}", f"{label} minus {next_['label']}: {_points(0, *interval[:2]).interval}")
+    against = Cell(_points(value), f"{label} minus {next_['label']}: {_ends(interval.low, interval.high)}")
     verdict = _verdict(interval)
     return against, f"in part: {label}" if verdict == "replicated" and joint != "multi" else verdict
 
@@ -144,14 +149,10 @@ def _destroyers(shared: Sequence[Run]) -> tuple[Cell | str, str]:
     if result is None or not result.effects.keys() >= {*DESTROYERS}:
         return _not(f"--strategies shared --orders {FEWEST_ORDERS}, with both languages")
     effects = [result.effects[locale] for locale in DESTROYERS]
-    here = [f"{locale} {_points(*_flat(effect)).text}" for locale, effect in zip(DESTROYERS, effects, strict=True)]
+    here = [f"{locale} {_points(effect)}" for locale, (effect, _) in zip(DESTROYERS, effects, strict=True)]
     worse = [_verdict(Interval(-interval.high, -interval.low)) for _, interval in effects]
     verdict = worse[0] if worse[0] == worse[1] else "in part" if "replicated" in worse else "open: the intervals have 0 in them"
     return Cell("; ".join(here), "against the average language, places being equal"), verdict
-
-
-def _flat(effect: tuple[float, Interval]) -> tuple[float, float, float]:
-    return effect[0], effect[1].low, effect[1].high
 
 
 def _transfer(scores: JSON) -> tuple[Cell | str, str]:
@@ -168,5 +169,5 @@ def _ranks(strategies: Runs) -> tuple[Cell | str, str]:
                 value, (low, high, _) = _difference(runs, others)
                 within = "replicated" if low >= -0.01 and high <= 0.01 else "open: the interval is wider than a point"
                 outside = "not so" if low > 0.01 or high < -0.01 else within
-                return _points(value, low, high), "open: no interval" if low != low else outside
+                return Cell(_points(value), _ends(low, high)), "open: no interval" if low != low else outside
     return _not("--rank 32 256")
