@@ -19,6 +19,7 @@ class Bar:
 
     def __init__(self, progress: Progress):
         self.progress, self.task, self.kind = progress, TaskID(-1), ("", 0)
+        self.others: dict[int, TaskID] = {}
 
     def __call__(self, done: int, total: int, text: str) -> None:
         kind = (text.split(",")[0], total)
@@ -27,6 +28,11 @@ class Bar:
                 self.progress.update(self.task, total=1, completed=1)
             self.task, self.kind = self.progress.add_task(escape(text), total=total or None), kind
         self.progress.update(self.task, completed=done, description=escape(text))
+
+    def beside(self, process: int, done: int, total: int, text: str) -> None:
+        if process not in self.others:
+            self.others[process] = self.progress.add_task("")
+        self.progress.update(self.others[process], total=total, completed=done, description=escape(text))
 
     def say(self, text: str) -> None:
         self.progress.console.print(escape(text), style="yellow", highlight=False)
@@ -63,6 +69,9 @@ class Lines:
             self.ended = True
             self._print(self.clock(), None)
 
+    def beside(self, process: int, done: int, total: int, text: str) -> None:
+        """A line is too much for each; the first process's own ends when all do."""
+
     def say(self, text: str) -> None:
         self.console.out(text, highlight=False)
 
@@ -82,6 +91,9 @@ class Silent:
         pass
 
     def say(self, text: str) -> None:
+        pass
+
+    def beside(self, process: int, done: int, total: int, text: str) -> None:
         pass
 
 

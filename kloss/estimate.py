@@ -1,7 +1,6 @@
 """What a run will take: who trains what, and estimates of memory and time."""
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from .cl.study import Study
 from .config import Config
 from .errors import UserError
 from .files import read_json, shown, user_path
+from .machine import memory_of_host
 from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
 from .pace import GPUS, measured, seconds, timed_here
@@ -46,10 +46,8 @@ class Machine(NamedTuple):
     @classmethod
     def of(cls, device: torch.device, processes: int = 1) -> "Machine":
         """This one."""
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-        else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_of_host()
         return cls(processes, device.type, memory)
 
     @classmethod

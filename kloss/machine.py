@@ -1,5 +1,6 @@
 """What a run asks of the machine: how many threads it computes on, and that memory once used stays with it."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 
 from .kernels.cpu_library import built
 
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, or max, and the period that they are for
 MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 30), (-1, (1 << 31) - 1)  # of glibc's mallopt: parameter, bytes
 
@@ -27,6 +29,21 @@ def default_threads(quota: Path = QUOTA) -> int:
     except (OSError, ValueError):
         return threads
     return threads if allowed == "max" else max(1, min(threads, math.ceil(int(allowed) / int(period))))
+
+
+def memory_of_host(groups: Path = GROUPS, own: Path = OWN_GROUP) -> int:
+    """Bytes of memory that this process may use: the machine's, or what a container or another control group allows."""
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        name = own.read_text(encoding="ascii").rpartition("::")[2].strip().strip("/")
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    for folder in (groups / name, *(groups / name).parents):
+        with contextlib.suppress(OSError, ValueError):  # the root has none, nor has one without a limit a number
+            least = min(least, int((folder / "memory.max").read_text(encoding="ascii")))
+        if folder == groups:
+            break
+    return least
 
 
 @contextmanager

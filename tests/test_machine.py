@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kloss import machine
-from kloss.machine import default_threads, on_threads, remarks
+from kloss.machine import default_threads, memory_of_host, on_threads, remarks
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_makes_a_run_slow_is_said_once(monkeypatch):
 
 FAULTS = """
 import resource, torch
-from kloss.machine import keep_memory
+from kloss.machine import memory_of_host, keep_memory
 if {keep}:
     keep_memory()
 def step():
@@ -71,3 +71,18 @@ def test_memory_once_used_stays():
         for keep in (False, True)
     ]
     assert faults[0] > 10_000 and faults[1] < 100, faults
+
+
+def test_memory_is_what_the_control_groups_allow(tmp_path, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}  # 4 GiB
+    monkeypatch.setattr(machine.os, "sysconf", pages.__getitem__)
+    groups, own = tmp_path / "cgroup", tmp_path / "own"
+    assert memory_of_host(groups, own) == 4 << 30
+    own.write_text("0::/outer/inner\n")
+    (groups / "outer" / "inner").mkdir(parents=True)
+    assert memory_of_host(groups, own) == 4 << 30
+    for name, text, expected in (("outer/inner", "max", 4 << 30), ("outer", str(1 << 30), 1 << 30), (".", str(1 << 29), 1 << 29)):
+        (groups / name / "memory.max").write_text(text + "\n")
+        assert memory_of_host(groups, own) == expected
+    (groups / "memory.max").write_text(str(1 << 40))
+    assert memory_of_host(groups, own) == 1 << 30

@@ -1,24 +1,32 @@
 """Learners over processes: what one trains alone, two and three train to the bit, killed and resumed on other numbers."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import rich.console
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import STUDY
+from jobs import STUDY, TO_SCORE
 from test_run import SMALL
 from toy import ToyCorpus, toy_model
 
+from kloss.cl import runner
 from kloss.cl.progress import Record
 from kloss.cl.resume import keep_furthest
+from kloss.cl.rundir import open_run
 from kloss.cl.runner import Outcome
 from kloss.cl.shares import Limits, cohorts_of, costs_of, share_of, stages
 from kloss.cl.train import Cohort
+from kloss.console import Console
 from kloss.errors import UserError
 from kloss.models import AdapterBank
 from kloss.models.rows import STATE
@@ -186,3 +194,53 @@ def test_a_users_mistake_is_one_line_of_a_job(jobs):
     done, folder = jobs(2, "mistake", "--languages", "en-US", "xx-YY")
     lines = [line for line in done.stderr.splitlines() if line.startswith("kloss:")]
     assert done.returncode and len(lines) == 1 and "xx-YY" in lines[0] and not folder.exists()
+
+
+def test_a_log_of_ten_days_stays_small(monkeypatch):
+    """A line a second at first; ten days would be 864,000 of them."""
+    seconds, lines = iter(range(10 * 86_400)), []
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(seconds)))
+    cohort = SimpleNamespace(learners=[STUDY.learners[0]], failed={}, streams=[], tokens=0, steps=torch.zeros(1))
+    cohort.total_tokens, cohort.f1_when_learned = lambda: 10, lambda: 0.25
+    folder = SimpleNamespace(process=2, log=lambda **entry: lines.append(entry))
+    shown = []
+    watch = runner._Watch(cohort, 0, {}, folder, math.inf, lambda *what: shown.append(what), lambda: shown.append("looked"))
+    with contextlib.suppress(RuntimeError, StopIteration):
+        while True:
+            watch(cohort, 0.5)
+    assert 1000 < len(lines) < 9000 and shown.count("looked") == len(lines)
+    assert lines[-1] | {"tokens_per_second": 0} == {
+        "phase": f"process 2, cohort 1: {STUDY.learners[0].name}", "step": 0, "tokens": 0, "total": 10, "learners": 0,
+        "loss": 0.5, "f1": 0.25, "tokens_per_second": 0,
+    }  # fmt: skip
+    assert shown[-2][2].endswith("0 training, loss 0.500, F1 0.25 when learned, 0 tokens/s")
+
+
+def test_f1_when_learned_is_of_what_was_learned_last():
+    cohort = Cohort(toy_model(), ToyCorpus(), STUDY.learners[:3:2], TO_SCORE[:2])
+    assert cohort.f1_when_learned() is None
+    cohort.scores = [{0: {"aa": [0, 0, 9]}, 1: {"aa": [9, 9, 9]}, 2: {"aa": [0, 9, 9], "bb": [3, 6, 6]}}, {0: {"aa": [0, 0, 1]}}]
+    assert cohort.f1_when_learned() == pytest.approx(0.5)
+    cohort.scores[1][1] = {"aa": [4, 4, 4]}
+    assert cohort.f1_when_learned() == pytest.approx(0.75)
+
+
+def test_the_last_entry_of_another_process(tmp_path):
+    with open_run(tmp_path, {}, 0, 2) as run:
+        assert run.last_entry(1) is None
+        log = tmp_path / "log-1.jsonl"
+        log.write_text('{"tok')
+        assert run.last_entry(1) is None
+        log.write_text('{"tokens": 1}\n' * 1000 + '{"tokens": 2}\n{"tok')
+        assert run.last_entry(1) == {"tokens": 2}
+
+
+def test_a_terminal_has_a_bar_for_each_process():
+    console = Console()
+    console.out = rich.console.Console(force_terminal=True, width=120, file=io.StringIO(), record=True)
+    with console.progress() as progress:
+        progress(5, 10, "cohort 1: 4 learners, 4 training")
+        progress.beside(1, 3, 12, "process 1, cohort 1: 5 learners, 2 training")
+        progress.beside(1, 6, 12, "process 1, cohort 2: 5 learners, 1 training")
+        tasks = [(task.description, task.completed, task.total) for task in progress.progress.tasks]
+    assert tasks == [("cohort 1: 4 learners, 4 training", 5, 10), ("process 1, cohort 2: 5 learners, 1 training", 6, 12)]

@@ -26,6 +26,8 @@ from ..files import logs, opened, read_json, write_json, write_tensors, write_te
 from ..kernels import multi_lora_cpu
 from .states import States
 
+LINE = 4096  # bytes that a line of a log does not reach
+
 
 def checkpoint_name(process: int, processes: int) -> str:
     """The checkpoint's file of one of so many processes."""
@@ -105,12 +107,24 @@ class RunFolder:
         """Append a line to log.jsonl, or to this process's own log."""
         self.check()
         line = json.dumps({"time": round(time.time() - self.started, 3), **entry})
-        log = self.path / ("log.jsonl" if self.process == 0 else f"log-{self.process}.jsonl")
+        log = self._log(self.process)
         try:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(f"cannot write {log}: {error.strerror}") from error
+
+    def last_entry(self, process: int) -> dict | None:
+        """The last line of a process's log; None before it has one, or while it is being written."""
+        try:
+            with open(self._log(process), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LINE))
+                return json.loads(file.read().split(b"\n")[-2])
+        except (OSError, IndexError, ValueError):
+            return None
+
+    def _log(self, process: int) -> Path:
+        return self.path / (f"log-{process}.jsonl" if process else "log.jsonl")
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Replace this process's checkpoint, in one rename. state: as JSON."""

@@ -1,5 +1,6 @@
 """Train all learners of a study, cohort after cohort, with checkpoints that a stopped run continues from."""
 
+import math
 import re
 import signal
 import threading
@@ -26,6 +27,8 @@ from .states import KeptRow
 from .study import Study
 from .train import Cohort
 
+THIN = 1000  # a log grows by a line a second at first, and in the end by a thousandth of the time that it has taken
+
 
 class Progress(Protocol):
     """A progress display: work done, total (0: unknown), description; and one-off messages."""
@@ -33,6 +36,9 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, text: str) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def beside(self, process: int, done: int, total: int, text: str) -> None:
+        """Work of another process; shown only where there are several."""
 
 
 class Outcome(NamedTuple):
@@ -100,6 +106,7 @@ class _Job:
         if self.saved is not None and not self.saved.checkpoint.verified:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
         size = len(study.learners)
+        self.looked = 0.0
         self.outcome = Outcome([{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [])
         self.known = self._known()
         processes.wait()  # all have read what the first step of one may replace
@@ -137,7 +144,8 @@ class _Job:
         """Train a cohort to its end, from where it is."""
         if str(number) not in self.finished:
             cohort = self._cohort(number, members)
-            watch = _Watch(cohort, number, self._state(), self.folder, self.config.checkpoint_seconds, self.progress)
+            seconds = self.config.checkpoint_seconds
+            watch = _Watch(cohort, number, self._state(), self.folder, seconds, self.progress, self._look)
             with on_signals(watch.stop), self._boards(cohort, members, watch) as after_step:
                 cohort.train(after_step)
                 weights = [cohort.bank.trainable(i, learner.trains) for i, learner in enumerate(cohort.learners)]
@@ -205,9 +213,21 @@ class _Job:
                     name = re.sub(r"[^\w.=]+", "-", f"{g} {cohort.learners[i].name}")
                     cohort.bank.save_peft(self.folder.path / "adapters" / name, i)
 
+    def _look(self) -> None:
+        """In process 0: show how far the others are, about once a second."""
+        now = time.monotonic()
+        if self.processes.rank > 0 or now - self.looked < 1:
+            return
+        self.looked = now
+        for process in range(1, self.processes.number):
+            entry = self.folder.last_entry(process)
+            if entry is not None:
+                text = f"{entry['phase']}, {entry['learners']} training, loss {entry['loss'] or math.nan:.3f}"
+                self.progress.beside(process, entry["tokens"], entry["total"], f"{text}, {entry['tokens_per_second']:,} tokens/s")
+
     def gather(self) -> None:
         """Wait until all processes come here, and take over what the others have finished."""
-        self.processes.wait()
+        self.processes.wait(self._look)
         for process in range(self.processes.number):
             saved = None if process == self.processes.rank else self._read(process, self.processes.number)
             if saved is not None:
@@ -226,7 +246,7 @@ class _Job:
 
         rest = self.folder.states, self.outcome.failed, self.config, probed, after_some
         done = score_probes(own, self.study.learners, self.load(self.corpus), self.corpus, *rest)
-        self.processes.wait()
+        self.processes.wait(self._look)
         for process in range(number):
             saved = None if process == rank else self._read(process, number)
             self.outcome.probed.extend(done if saved is None else saved.checkpoint.state.get("probed", []))
@@ -254,17 +274,29 @@ def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
 
 
 class _Watch:
-    """Called after every step: updates the progress display, writes the log and, at intervals, a checkpoint."""
+    """Called after every step: updates the progress display, writes the log and, at intervals, a checkpoint.
 
-    def __init__(self, cohort: Cohort, number: int, state: dict, folder: RunFolder, interval: float, progress: Progress):
+    look: called when the log is written.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        number: int,
+        state: dict,
+        folder: RunFolder,
+        interval: float,
+        progress: Progress,
+        look: Callable[[], None] = lambda: None,
+    ):
         self.state, self.folder = state | {"cohort": number}, folder
-        self.interval, self.progress = interval, progress
+        self.interval, self.progress, self.look = interval, progress, look
         self.total, self.reported = cohort.total_tokens(), set(cohort.failed)
         size = len(cohort.learners)
         self.name = f"cohort {number + 1}: {cohort.learners[0].name if size == 1 else f'{size} learners'}"
         self.phase = self.name if folder.process == 0 else f"process {folder.process}, {self.name}"
-        self.saved = self.logged = time.monotonic()
-        self.tokens, self.first = cohort.tokens, True
+        self.began = self.saved = self.logged = time.monotonic()
+        self.tokens, self.first, self.pace = cohort.tokens, True, ""
         self.unsaved, self.signal = False, 0
 
     def stop(self, number: int) -> None:
@@ -276,21 +308,26 @@ class _Watch:
     def __call__(self, cohort: Cohort, loss: float) -> None:
         now = time.monotonic()
         active = sum(not stream.finished and g not in cohort.failed for g, stream in enumerate(cohort.streams))
-        self.progress(cohort.tokens, self.total, f"{self.name}, {active} training, loss {loss:.3f}")
+        self.progress(cohort.tokens, self.total, f"{self.name}, {active} training, loss {loss:.3f}{self.pace}")
         for g in sorted(cohort.failed.keys() - self.reported):
             self.reported.add(g)
             self.progress.say(f"{cohort.learners[g].name} {cohort.failed[g]}; it is stopped, the others go on")
-        if self.first or now - self.logged > 1:
-            speed = (cohort.tokens - self.tokens) / max(now - self.logged, 1e-9)
+        if self.first or now - self.logged > max(1.0, (now - self.began) / THIN):
+            speed, f1 = (cohort.tokens - self.tokens) / max(now - self.logged, 1e-9), cohort.f1_when_learned()
+            text = "" if f1 is None else f", F1 {f1:.2f} when learned"
+            self.pace = text + ("" if self.first else f", {speed:,.0f} tokens/s")
             self.folder.log(
                 phase=self.phase,
                 step=int(cohort.steps.max()),
                 tokens=cohort.tokens,
+                total=self.total,
                 learners=active,
                 loss=round(loss, 5) if loss == loss else None,
+                f1=None if f1 is None else round(f1, 4),
                 tokens_per_second=round(speed),
             )
             self.logged, self.tokens, self.first = now, cohort.tokens, False
+            self.look()
         self.unsaved = True
         if self.signal or now - self.saved > self.interval:
             tensors, state = cohort.state()

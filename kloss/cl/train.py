@@ -21,6 +21,7 @@ from .learner import ALL, Learner, Scores
 from .packing import PackedBatch, Part, pack, send
 from .probes import State
 from .progress import Record, check_progress
+from .spans import f1_from_counts
 from .states import KeptRow
 from .step import Ruled, StepSettings, squared_gradients, train_step
 from .stream import Stream
@@ -98,6 +99,15 @@ class Cohort:
         if self._team is not None:
             steps[self._team.learners] = self._team.bank.steps.cpu()
         return steps
+
+    def f1_when_learned(self) -> float | None:
+        """Mean F1 of the learners on what they have learned last, where that was scored."""
+        counts = []
+        for learner, table in zip(self.learners, self.scores, strict=True):
+            last = max(table, default=0)
+            own = learner.experiences[last - 1].locales if last else ()
+            counts += [table[last][locale] for locale in own if locale in table[last]]
+        return float(f1_from_counts(counts).mean()) if counts else None
 
     def total_tokens(self) -> int:
         """Training tokens from start to end."""
