@@ -51,7 +51,7 @@ def test_what_makes_a_run_slow_is_said_once(monkeypatch):
 
 FAULTS = """
 import resource, torch
-from kloss.machine import memory_of_host, keep_memory
+from kloss.machine import keep_memory
 if {keep}:
     keep_memory()
 def step():
