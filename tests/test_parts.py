@@ -111,6 +111,7 @@ def test_the_part_that_can_be_shared_is_found():
     assert "not known to differ: shares *.b (0.00, 0.3" in all_of_them
     (table,) = section.tables
     assert [row[0] for row in table.rows] == ["SHARED", "NON-SHARED", "shares *.a", "shares *.b", "shares 0.*"]
+    assert table.rows[1][3] == "all, by construction" and table.rows[2][3] == "0.835"
     assert table.rows[0][4] == "" == table.rows[1][5] and table.rows[2][5].startswith("−0.08")
 
 
