@@ -205,14 +205,18 @@ def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
     return replace(from_config(read_json(file), config.backbone), num_labels=len(corpus.labels)) if file.is_file() else None
 
 
-def check_trains(config: Config, corpus: Corpus, study: Study) -> None:
-    """Raise UserError for a pattern of --trains that matches no part of an adapter, unless the backbone is still on the hub."""
-    sizes = _sizes(config, corpus) if any(learner.trains != ALL for learner in study.learners) else None
-    if sizes is not None:
+def check_patterns(config: Config, corpus: Corpus, study: Study) -> None:
+    """Raise UserError for a pattern that is used and matches no part of an adapter, unless the backbone is still on the hub."""
+    used = {"--trains": config.trains} if any(learner.trains != ALL for learner in study.learners) else {}
+    used |= {"--shared-parts": config.shared_parts} if "parts" in config.experiments else {}
+    sizes = _sizes(config, corpus) if used else None
+    if sizes is None:
+        return
+    for flag, patterns in used.items():
         try:
-            AdapterBank.check_patterns(sizes, config.trains)
+            AdapterBank.check_patterns(sizes, patterns)
         except UserError as error:
-            raise UserError(f"--trains: {error}") from error
+            raise UserError(f"{flag}: {error}") from error
 
 
 def kept_per_token(sizes: XLMRConfig, rank: int, itemsize: int) -> dict[str, int]:

@@ -37,7 +37,7 @@ from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, w
 from .config import Config
 from .console import Console, Silent
 from .errors import UserError
-from .estimate import Machine, check_trains, describe, plan_for, with_pass_tokens
+from .estimate import Machine, check_patterns, describe, plan_for, with_pass_tokens
 from .files import leaving_pipes, read_json, shown
 from .machine import keep_memory, on_threads, remarks
 from .models import XLMRForTokenClassification
@@ -107,7 +107,7 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     study = plan(config, corpus.locales)
-    check_trains(config, corpus, study)
+    check_patterns(config, corpus, study)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
     study = with_experiments(config, study)

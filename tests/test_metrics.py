@@ -216,6 +216,9 @@ def test_orders_and_seeds_that_cross_are_not_independent_values():
     lacking = {("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 4.0}  # means of a, b: 1.5, 4; of 0, 1: 2.5, 2
     assert statistics.crossed_interval(lacking) == statistics.t_interval([1.5, 4.0])
     assert statistics.crossed_interval({("a", 0): 1.0}) is statistics.NO_INTERVAL
+    level = {(i, j): float(j) for i in "ab" for j in range(2)}  # equal means of a and b say nothing, those of 0 and 1 do
+    swapped = {(j, i): value for (i, j), value in level.items()}
+    assert statistics.crossed_interval(level) == statistics.crossed_interval(swapped) == statistics.t_interval([0.0, 1.0])
 
 
 def test_difference_interval_is_welchs():

@@ -110,6 +110,7 @@ def test_the_part_that_can_be_shared_is_found():
     assert "not known to differ: shares *.b (0.00, 0.3" in all_of_them
     (table,) = section.tables
     assert [row[0] for row in table.rows] == ["SHARED", "NON-SHARED", "shares *.a", "shares *.b", "shares 0.*"]
+    assert table.rows[1][3] == "all, by construction" and table.rows[2][3] == "0.835"
     assert table.rows[0][4] == "" == table.rows[1][5] and table.rows[2][5].startswith("−0.08")
 
 
@@ -180,4 +181,5 @@ def test_a_part_that_no_adapter_has_is_one_line(cache, tmp_path, capsys):
     run[run.index("head.*")] = "7.*"
     assert main(run) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "'7.*' matches no part of an adapter" in error and "Traceback" not in error
+    assert "--shared-parts: '7.*' matches no part of an adapter" in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists(), "it began the run"

@@ -134,7 +134,8 @@ def crossed_interval(table: Mapping[tuple[Any, Any], float]) -> Interval:
             levels.setdefault(key[factor], []).append(value)
         if len(levels) > 1:
             intervals.append(interval([float(measured_mean(values)) for values in levels.values()]))
-    return max(intervals, key=lambda ends: ends.high - ends.low, default=NO_INTERVAL)
+    known = [ends for ends in intervals if ends.low == ends.low]  # none of a factor whose levels have equal means
+    return max(known, key=lambda ends: ends.high - ends.low, default=NO_INTERVAL)
 
 
 def difference_interval(a: Values, b: Values, *, level: float = 0.95) -> Interval:
