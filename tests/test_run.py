@@ -696,7 +696,7 @@ def test_flags_override_a_preset():
 
 def test_only_settings_that_change_figures_are_a_runs_identity():
     others = {"out": "x", "cache": "x", "checkpoint_seconds": 1.0, "device": "cpu", "preset": "paper", "dry_run": True}
-    others |= {"threads": 3, "save_adapters": True, "select": "x", "plan_for": "8xh200"}
+    others |= {"threads": 3, "save_adapters": True, "select": "x", "plan_for": "8xh200", "tensorboard": True}
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
     unnamed = {"eval_split", "experiments", "head_lr", "methods", "pinned", "remedies", "score_every", "shared_parts", "trains"}
