@@ -27,12 +27,15 @@ from kloss.console import Silent
 from kloss.processes import ProcessLost, started
 
 FIRST = Learner(experiences=(("aa",), ("bb",)), rank=2, alpha=2.0, lr=1e-2, seed=1, epochs=2, batch_size=4, dropout=0.1)
+ALONE = tuple(replace(FIRST, experiences=((m,),), seed=seed, rank=seed) for seed, m in ((3, "aa"), (4, "bb"), (5, "cc")))
 LEARNERS = (
     FIRST,
     Learner(experiences=(("cc",),), rank=3, alpha=3.0, lr=1e38, seed=2, epochs=2, batch_size=4),  # diverges at step 2
-    *(replace(FIRST, experiences=((locale,),), seed=seed, rank=seed) for seed, locale in ((3, "aa"), (4, "bb"), (5, "cc"))),
+    *ALONE,
     replace(FIRST, experiences=(("cc",), ("aa", "bb")), seed=6, epochs=3),
     replace(FIRST, experiences=(("cc",),), start=(FIRST, 1)),
+    replace(FIRST, method="ia3", seed=9),
+    replace(FIRST, method="fusion", donors=((ALONE[0], 1), (ALONE[2], 1))),
     *(Learner(experiences=(("aa",), ("cc",)), rank=None, alpha=1.0, lr=1e-2, seed=n, epochs=1, batch_size=6) for n in (7, 8)),
 )
 LOCALES = ["aa", "bb", "cc"]
