@@ -1,6 +1,10 @@
 """What --dry-run says of memory is what a pass keeps."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +125,33 @@ def test_the_plan_of_a_job_says_how_long_it_idles():
     with pytest.raises(UserError, match="--plan-for must be a number of GPUs"):
         Machine.named("8xtpu")
     assert Machine.named("8xh200") == Machine(8, "cuda", 139 << 30, "h200")
+
+
+PEAK = """
+import re, resource, sys
+from kloss import run
+from kloss.cl import runner
+from kloss.console import Silent
+from kloss.estimate import Machine, describe
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+config, before, make = run.parse(sys.argv[1:]).checked(), [], runner._Job._cohort
+runner._Job._cohort = lambda *arguments: before.append(peak()) or make(*arguments)
+account = dict(describe(config, *run.prepare(config, Silent()), Machine(1, "cpu", 20 << 30)))["memory"]
+run.run(config, Silent())
+print(re.search(r"about (\\d+) MiB", account)[1], peak() - before[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is in other units")
+def test_the_account_of_memory_is_what_a_run_takes(tmp_path):
+    flags = ["--languages", "en-US", "de-DE", "ja-JP", "--limit", "16", "--eval-limit", "4", "--epochs", "1", "--seeds", "4"]
+    flags += ["--strategies", "non-shared", "--rank", "256", "--pretrain-steps", "1", "--experiments", "--out", f"{tmp_path}/run"]
+    command = [sys.executable, "-c", PEAK, *flags, "--cache", f"{tmp_path}/cache"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    account, taken = map(float, done.stdout.split())
+    assert account > 400 and 0.8 < taken / account < 1.25, (account, taken)

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("script", "adapters"), [("six_adapters", 6), ("three_losses", 3)])
+@pytest.mark.parametrize(("script", "adapters"), [("six_adapters", 6), ("three_losses", 3), ("own_llama", 5)])
 def test_an_example_trains_every_adapter(script, adapters, capsys):
     first, last = runpy.run_path(str(ROOT / "examples" / f"{script}.py"))["main"]()
     assert first.shape == last.shape == (adapters,) and (last < 0.7 * first).all(), (first, last)
