@@ -208,7 +208,7 @@ def _sizes(config: Config, corpus: Corpus) -> XLMRConfig | None:
 def check_patterns(config: Config, corpus: Corpus, study: Study) -> None:
     """Raise UserError for a pattern that is used and matches no part of an adapter, unless the backbone is still on the hub."""
     used = {"--trains": config.trains} if any(learner.trains != ALL for learner in study.learners) else {}
-    used |= {"--shared-parts": config.shared_parts} if "parts" in config.experiments else {}
+    used |= {"--shared-parts": config.shared_parts} if any(learner.takes != ALL for learner in study.learners) else {}
     sizes = _sizes(config, corpus) if used else None
     if sizes is None:
         return

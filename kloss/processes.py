@@ -55,7 +55,10 @@ class Processes:
         if self.number == 1:
             return
         theirs: list[Mapping[str, object]] = [{}] * self.number
-        dist.all_gather_object(theirs, what)
+        try:
+            dist.all_gather_object(theirs, what)
+        except RuntimeError as error:
+            raise ProcessLost(str(error)) from error
         for name, value in what.items():
             if value != theirs[0][name]:
                 raise UserError(f"{name} is {value} in process {self.rank} and {theirs[0][name]} in process 0")
@@ -82,7 +85,9 @@ def started() -> Iterator[Processes]:
 
 def own_gpu() -> int:
     """The index of the GPU that is this process's own. Raises UserError where torchrun started more than there are."""
-    index = int(os.environ.get("LOCAL_RANK", "0")) if dist.is_torchelastic_launched() else torch.cuda.current_device()
+    if not dist.is_torchelastic_launched():
+        return torch.cuda.current_device()
+    index = int(os.environ["LOCAL_RANK"])
     if index >= torch.cuda.device_count():
         raise UserError(f"process {index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
     return index

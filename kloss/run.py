@@ -107,10 +107,10 @@ def prepare(config: Config, progress: Progress) -> tuple[Corpus, Study]:
     if empty:
         raise UserError(f"--eval-split {config.eval_split}: {config.data} has no such utterances of {', '.join(empty[:5])}")
     study = plan(config, corpus.locales)
-    check_patterns(config, corpus, study)
     for line in idle(config, study) if config.experiments != PRESETS[config.preset]().experiments else ():
         progress.say(line)
     study = with_experiments(config, study)
+    check_patterns(config, corpus, study)
     if any(learner.tokenizer == BALANCED for learner in study.learners):
         corpus = replace(corpus, others={BALANCED: load(balanced=True)})
     return corpus, study

@@ -30,6 +30,7 @@ from kloss.console import Console
 from kloss.errors import UserError
 from kloss.models import AdapterBank
 from kloss.models.rows import STATE
+from kloss.processes import own_gpu
 
 HERE = Path(__file__).parent
 SIZE = len(STUDY.learners)
@@ -133,9 +134,9 @@ def differs():
         try:
             processes.check_same({"the corpus": 1, "the backbone": "ab" if processes.rank == 1 else "cd"})
         except UserError as error:
-            print(processes.rank, error, flush=True)
+            print(f"{processes.rank} {error}\\n", end="", flush=True)  # in one write
         except ProcessLost:
-            print(processes.rank, "lost", flush=True)
+            print(f"{processes.rank} lost\\n", end="", flush=True)
     return 0
 
 def dies():
@@ -159,6 +160,16 @@ def test_processes_that_differ_or_end_are_noticed():
     assert done.returncode == 0, done.stderr
     differing = "1 the backbone is ab in process 1 and cd in process 0"
     assert sorted(done.stdout.splitlines()) == ["0 lost", differing, "2 lost", "5", "[0, 0, 0]"]
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_gpu() == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU of its own: there are 2"):
+        own_gpu()
 
 
 @pytest.fixture(scope="module")
