@@ -55,7 +55,8 @@ def test_the_outcome_of_the_tests(code, seconds, outcome, tmp_path):
 def test_tests_that_take_too_long_end_with_all_their_processes(tmp_path):
     pid = tmp_path / "pid"
     code = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 open({str(pid)!r}, "w").write(str(child.pid))
 print("one PASSED", flush=True)
