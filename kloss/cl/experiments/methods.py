@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config import Config
-from ...errors import UserError
 from ..learner import ALL, Learner
 from ..metrics import FLOOR
 from ..probes import Counts
@@ -16,15 +15,12 @@ from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import MEASURES
-from .section import Bars, Needs, Section, Table, between, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, numbered, sequence, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
-COUNTS = [([int], None)]
-SHAPE = {
-    "label": str, "order_name": str, "seed": int, "order": [str], "method": str, "weights": int, "learned": COUNTS, "end": COUNTS,
-}  # fmt: skip
+SHAPE = SEQUENCE | {"label": str, "order_name": str, "seed": int, "method": str, "weights": int}
 LORA = "LoRA"
 PREFIX = 16  # keys and values of a layer
 METHODS = ("prefix", "ia3", "fusion")
@@ -42,20 +38,9 @@ def changed(learner: Learner, method: str, rate: float) -> Learner:
 
 def asked(config: Config) -> dict[str, Callable[[Learner], Learner]]:
     """What `--methods` asks for, by method and rate. Raises UserError for what is unknown, out of range or named twice."""
-    methods: dict[str, Callable[[Learner], Learner]] = {}
-    for text in config.methods:
-        name, _, given = text.partition("=")
-        try:
-            rate = float(given)
-        except ValueError:
-            rate = 0.0
-        if name not in METHODS or not 0 < rate <= 1e30:
-            allowed = ", ".join(f"{name}=RATE" for name in METHODS)
-            raise UserError(f"--methods: {text!r} is none of {allowed}, with a learning rate above 0")
-        if text in methods:
-            raise UserError(f"--methods names {text} twice")
-        methods[text] = partial(changed, method=name, rate=rate)
-    return methods
+    forms = [f"{name}=RATE" for name in METHODS]
+    found = numbered("--methods", config.methods, dict.fromkeys(METHODS, 1e30), forms, "a learning rate above 0")
+    return {text: partial(changed, method=name, rate=rate) for text, (name, rate) in found.items()}
 
 
 def _learners(config: Config, study: Study) -> list[tuple[Trial, str, Learner]]:
@@ -71,9 +56,8 @@ def plan(config: Config, study: Study) -> Needs:
     """A learner of each method, scored on each language when it was learned and on all at the end; donors, scored by nobody."""
     learners: list[tuple[Learner, dict[int, list[str]]]] = []
     for trial, _, learner in _learners(config, study):
-        to_score = {step: [locale] for step, locale in enumerate(trial.order, 1)}
         learners += [(donor, {}) for donor, _ in learner.donors]
-        learners.append((learner, to_score | {len(trial.order): list(trial.order)}))
+        learners.append((learner, along(trial.order)))
     return Needs(learners=learners)
 
 
@@ -81,11 +65,10 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
     """Of each learner: how many weights it trains, and the counts of each language when learned and at the end."""
     entries = []
     for trial, method, learner in _learners(config, study):
-        g, last = study.learners.index(learner), len(trial.order)
+        g = study.learners.index(learner)
         about = {"label": rated_label(config, trial), "order_name": trial.order_name, "seed": trial.seed}
         about |= {"order": list(trial.order), "method": method, "weights": study.weights[g]}
-        learned = [scores[g].get(step, {}).get(locale) for step, locale in enumerate(trial.order, 1)]
-        entries.append(about | {"learned": learned, "end": [scores[g].get(last, {}).get(locale) for locale in trial.order]})
+        entries.append(about | sequence(trial.order, scores[g]))
     return entries
 
 

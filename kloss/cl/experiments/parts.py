@@ -17,8 +17,8 @@ from ..probes import Counts, Probe, State
 from ..statistics import Floats, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, measures
-from .scripts import SEQUENCE, measured
-from .section import Bars, Needs, Section, Table, between, signed
+from .scripts import measured
+from .section import SEQUENCE, Bars, Needs, Section, Table, between, signed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...config import Config
-from ...errors import UserError
 from ..learner import Experience, Learner
 from ..metrics import FLOOR
 from ..probes import Counts
@@ -19,7 +18,7 @@ from ..rules import RULES
 from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval
 from ..study import Study, Trial, rated_label
-from .section import Bars, Needs, Section, Table, between, signed
+from .section import Bars, Needs, Section, Table, along, between, numbered, sequence, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -62,21 +61,10 @@ REMEDIES: dict[str, tuple[float, Callable[..., Learner]]] = {
 
 def asked(config: Config) -> dict[str, Callable[[Learner], Learner]]:
     """The remedies of `--remedies`, by name and number. Raises UserError for one unknown, out of range or named twice."""
-    remedies: dict[str, Callable[[Learner], Learner]] = {}
-    for text in config.remedies:
-        name, _, given = text.partition("=")
-        largest, change = REMEDIES.get(name, (0.0, None))
-        try:
-            number = float(given)
-        except ValueError:
-            number = 0.0
-        if change is None or not 0 < number <= largest:
-            allowed = ", ".join(f"{name}={'NUMBER' if most > 1 else 'SHARE'}" for name, (most, _) in REMEDIES.items())
-            raise UserError(f"--remedies: {text!r} is none of {allowed}, with a number above 0, a share up to 1")
-        if text in remedies:
-            raise UserError(f"--remedies names {text} twice")
-        remedies[text] = partial(change, number=number)
-    return remedies
+    most = {name: largest for name, (largest, _) in REMEDIES.items()}
+    forms = [f"{name}={'NUMBER' if largest > 1 else 'SHARE'}" for name, largest in most.items()]
+    found = numbered("--remedies", config.remedies, most, forms, "a number above 0, a share up to 1")
+    return {text: partial(REMEDIES[name][1], number=number) for text, (name, number) in found.items()}
 
 
 def _learners(config: Config, study: Study) -> list[tuple[Trial, str, Learner]]:
@@ -92,8 +80,7 @@ def plan(config: Config, study: Study) -> Needs:
     """A learner for each remedy, scored on each language when it was learned, and on all at the end."""
     learners = []
     for trial, _, learner in _learners(config, study):
-        to_score = {step: [locale] for step, locale in enumerate(trial.order, 1)}
-        learners.append((learner, to_score | {len(trial.order): list(trial.order)}))
+        learners.append((learner, along(trial.order)))
     return Needs(learners=learners)
 
 
@@ -115,8 +102,7 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
         plain = cost(corpus, learner) if remedy == PLAIN else plain
         about = {"label": rated_label(config, trial), "order_name": trial.order_name, "seed": trial.seed}
         about |= {"order": list(trial.order), "remedy": remedy, "cost": round(cost(corpus, learner) / plain, 3)}
-        learned = [own.get(step, {}).get(locale) for step, locale in enumerate(trial.order, 1)]
-        entries.append(about | {"learned": learned, "end": [own.get(len(trial.order), {}).get(locale) for locale in trial.order]})
+        entries.append(about | sequence(trial.order, own))
     return entries
 
 

@@ -23,12 +23,11 @@ from ..statistics import Floats, Interval, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, by_label, by_language, lost, mean, measures, script
 from ..units import Run
-from .section import Bars, Needs, Section, Table, between, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, sequence, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
-SEQUENCE = {"order": [str], "learned": [([int], None)], "end": [([int], None)]}
 SHAPE = {"label": str, "lr": float, "seed": int, "script": str, "alike": SEQUENCE, "mixed": SEQUENCE}
 Sequences = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -65,8 +64,7 @@ def plan(config: Config, study: Study) -> Needs:
     learners = []
     for trial, design in _designs(study):
         for order in design:
-            to_score = {i: [locale] for i, locale in enumerate(order, 1)} | {len(order): list(order)}
-            learners.append((_learner(study, trial, order), to_score))
+            learners.append((_learner(study, trial, order), along(order)))
     return Needs(learners=learners)
 
 
@@ -76,10 +74,7 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
     for trial, design in _designs(study):
         entry: dict[str, Any] = {"label": trial.label, "lr": trial.lr, "seed": trial.seed, "script": script(design[0][0])}
         for name, order in zip(("alike", "mixed"), design, strict=True):
-            own = scores[study.learners.index(_learner(study, trial, order))]
-            learned = [own.get(i, {}).get(locale) for i, locale in enumerate(order, 1)]
-            end = [own.get(len(order), {}).get(locale) for locale in order]
-            entry[name] = {"order": list(order), "learned": learned, "end": end}
+            entry[name] = sequence(order, scores[study.learners.index(_learner(study, trial, order))])
         entries.append(entry)
     return entries
 

@@ -1,11 +1,14 @@
 """What experiments need and what they conclude, in forms that every experiment shares."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..learner import Learner
+from ...errors import UserError
+from ..learner import Learner, Scores
 from ..probes import Probe
 from ..statistics import Floats, Interval
+
+SEQUENCE = {"order": [str], "learned": [([int], None)], "end": [([int], None)]}
 
 
 class Needs(NamedTuple):
@@ -14,6 +17,37 @@ class Needs(NamedTuple):
     learners: Sequence[tuple[Learner, Mapping[int, list[str]]]] = ()  # to be trained besides, and what is scored of them
     cells: Sequence[tuple[int, int, str]] = ()  # (learner, experiences completed, locale) to score
     probes: Sequence[Probe] = ()
+
+
+def numbered(flag: str, texts: Sequence[str], most: Mapping[str, float], forms: Sequence[str], limits: str) -> dict[str, tuple]:
+    """Name and number of each NAME=NUMBER of a flag. Raises UserError for what is unknown, out of range or named twice.
+
+    most: the largest number of each name. forms, limits: how these are written, and what numbers are allowed, in words.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    for text in texts:
+        name, _, given = text.partition("=")
+        try:
+            number = float(given)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= most.get(name, 0.0):
+            raise UserError(f"{flag}: {text!r} is none of {', '.join(forms)}, with {limits}")
+        if text in found:
+            raise UserError(f"{flag} names {text} twice")
+        found[text] = name, number
+    return found
+
+
+def along(order: Sequence[str]) -> dict[int, list[str]]:
+    """What is scored of a learner of languages one after another: each when it is learned, all at the end."""
+    return {step: [locale] for step, locale in enumerate(order, 1)} | {len(order): list(order)}
+
+
+def sequence(order: Sequence[str], scores: Scores) -> dict[str, Any]:
+    """Of such a learner the counts of each language when learned and at the end, in the shape SEQUENCE; None if it diverged."""
+    learned = [scores.get(step, {}).get(locale) for step, locale in enumerate(order, 1)]
+    return {"order": list(order), "learned": learned, "end": [scores.get(len(order), {}).get(locale) for locale in order]}
 
 
 class Bars(NamedTuple):

@@ -18,8 +18,8 @@ from ..probes import Counts
 from ..statistics import Floats, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, by_label, mean, script
-from .scripts import SEQUENCE, Means, difference, measured
-from .section import Bars, Needs, Section, Table, between, signed
+from .scripts import Means, difference, measured
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, sequence, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -44,8 +44,7 @@ def plan(config: Config, study: Study) -> Needs:
     """A second learner for each one of SHARED, both scored on each language when learned and at the end."""
     learners = []
     for trial, *both in _learners(config, study):
-        to_score = {i: [locale] for i, locale in enumerate(trial.order, 1)} | {len(trial.order): list(trial.order)}
-        learners += [(learner, to_score) for learner in both]
+        learners += [(learner, along(trial.order)) for learner in both]
     return Needs(learners=learners)
 
 
@@ -57,10 +56,7 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
         entry: dict[str, Any] = {"label": trial.label, "lr": trial.lr, "seed": trial.seed}
         entry["subwords"] = {locale: round(own.tokens_per_word(locale), 3) for locale in corpus.locales}
         for name, learner in zip(("study", BALANCED), both, strict=True):
-            table, end = scores[study.learners.index(learner)], len(trial.order)
-            learned = [table.get(i, {}).get(locale) for i, locale in enumerate(trial.order, 1)]
-            at_the_end = [table.get(end, {}).get(locale) for locale in trial.order]
-            entry[name] = {"order": list(trial.order), "learned": learned, "end": at_the_end}
+            entry[name] = sequence(trial.order, scores[study.learners.index(learner)])
         entries.append(entry)
     return entries
 

@@ -18,8 +18,8 @@ from ..probes import Counts
 from ..statistics import Floats, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, measures
-from .scripts import SEQUENCE, measured
-from .section import Bars, Needs, Section, Table, between, signed
+from .scripts import measured
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, sequence, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -42,21 +42,15 @@ def _learners(config: Config, study: Study) -> list[tuple[Trial, Learner]]:
 
 def plan(config: Config, study: Study) -> Needs:
     """SHARED at G times the rank, scored on each language when learned and at the end."""
-    learners = []
-    for trial, wide in _learners(config, study):
-        to_score = {i: [locale] for i, locale in enumerate(trial.order, 1)} | {len(trial.order): list(trial.order)}
-        learners.append((wide, to_score))
-    return Needs(learners=learners)
+    return Needs(learners=[(wide, along(trial.order)) for trial, wide in _learners(config, study)])
 
 
 def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: list[Counts]) -> list[dict[str, Any]]:
     """For each trial of SHARED the counts of its wide learner; None where it diverged."""
     entries = []
     for trial, wide in _learners(config, study):
-        table, end = scores[study.learners.index(wide)], len(trial.order)
-        learned = [table.get(i, {}).get(locale) for i, locale in enumerate(trial.order, 1)]
-        sequence = {"order": list(trial.order), "learned": learned, "end": [table.get(end, {}).get(m) for m in trial.order]}
-        entries.append({"rank": trial.rank, "lr": trial.lr, "seed": trial.seed, "trains": list(config.trains), "wide": sequence})
+        own = sequence(trial.order, scores[study.learners.index(wide)])
+        entries.append({"rank": trial.rank, "lr": trial.lr, "seed": trial.seed, "trains": list(config.trains), "wide": own})
     return entries
 
 
