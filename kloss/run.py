@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from .cl.languages import LOCALES, check_locales
 from .cl.learner import BALANCED
 from .cl.results import results, score_table
 from .cl.rule_costs import rule_memory
-from .cl.rundir import RunFolder, open_run
+from .cl.rundir import RunFolder, digest_of, open_run
 from .cl.runner import Progress, on_signals, train_study
 from .cl.shapes import check_scores
 from .cl.shares import cohorts_of
@@ -239,9 +238,9 @@ def _train(
         model = load_backbone(config, corpus, device, once)
         backbone, parameters = model.config, model.num_parameters
         if processes.number > 1:
-            found = {"the corpus": corpus.fingerprint, "the backbone": digest_of(model)}
+            found = {"the corpus": corpus.fingerprint, "the backbone": _digest(model)}
             for name, own in corpus.others.items():
-                found[f"the backbone under tokenizer {name}"] = digest_of(load_backbone(config, own, device, once))
+                found[f"the backbone under tokenizer {name}"] = _digest(load_backbone(config, own, device, once))
         del model
     if processes.number > 1:
         processes.check_same(found)
@@ -265,13 +264,9 @@ def _train(
             folder.remove_other_checkpoints()
 
 
-def digest_of(model: torch.nn.Module) -> str:
-    """32 hex digits that depend on a model's weights."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _digest(model: torch.nn.Module) -> str:
+    """Hex digits that depend on a model's weights."""
+    return digest_of({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, "")
 
 
 def _changes(config: Config, folder: RunFolder, warm_up: int | None) -> list[str]:

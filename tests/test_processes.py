@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,14 +24,16 @@ from kloss.cl import runner
 from kloss.cl.progress import Record
 from kloss.cl.resume import keep_furthest
 from kloss.cl.rundir import open_run
-from kloss.cl.runner import Outcome
-from kloss.cl.shares import Limits, cohorts_of, costs_of, share_of, stages
+from kloss.cl.runner import Outcome, train_study
+from kloss.cl.shares import Limits, Share, Stage, cohorts_of, costs_of, share_of, stages
+from kloss.cl.study import Study
 from kloss.cl.train import Cohort
-from kloss.console import Console
+from kloss.config import Config
+from kloss.console import Console, Silent
 from kloss.errors import UserError
 from kloss.models import AdapterBank
 from kloss.models.rows import STATE
-from kloss.processes import own_gpu
+from kloss.processes import Processes, own_gpu
 
 HERE = Path(__file__).parent
 SIZE = len(STUDY.learners)
@@ -120,6 +123,39 @@ def test_a_row_goes_on_in_a_wider_bank():
             assert torch.equal(given, placed), name
     with pytest.raises(UserError, match="tensors are param"):
         wide.resume({1: record._replace(row={"param": tensors["param"][0]})})
+
+
+class Lone(Processes):
+    """One process of several, the others of which never come to anything."""
+
+    def wait(self, meanwhile=None):
+        pass
+
+
+def test_a_checkpoint_of_other_learners_is_not_taken_for_that_of_ones_own(tmp_path):
+    """A job dealt out otherwise, which had come no further than the first process's first step."""
+    learners, said = [STUDY.learners[2], replace(STUDY.learners[2], seed=8)], []
+    study = Study([], learners, TO_SCORE[2:3] * 2)
+
+    class Stop(Silent):
+        def __call__(self, done, total, text):
+            said.append(text)
+            if said.count(text) and len(said) == 2:
+                raise KeyboardInterrupt
+
+    def trained(folder, process, mine, progress):
+        shares = [Share([[mine]], [3]), Share([[1 - mine]], [3])]
+        with open_run(tmp_path / folder, {}, 0, 2) as run:
+            config = Config(checkpoint_seconds=0)
+            return train_study(
+                config, ToyCorpus(), study, lambda _: toy_model(), run, progress, Lone(process, 2), [Stage(False, shares)]
+            )
+
+    alone = trained("alone", 0, 1, Silent())
+    with pytest.raises(KeyboardInterrupt):
+        trained("run", 0, 0, Stop())
+    assert (tmp_path / "run" / "checkpoint-0-of-2.safetensors").exists()
+    assert trained("run", 0, 1, Silent()).scores[1] == alone.scores[1] != {}
 
 
 TOGETHER = """

@@ -1,6 +1,5 @@
 """TensorBoard's files of a run: each learner's loss and F1, by its own steps."""
 
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .learner import folder_name
 from .spans import f1_from_counts
 from .train import Cohort
 
@@ -30,16 +30,19 @@ def boards(folder: Path, members: Sequence[int], cohort: Cohort, after_step: Aft
 
     members: the learners' numbers in the study. What a stopped run wrote behind its last checkpoint is dropped: it comes again.
     """
-    names = [re.sub(r"[^\w.=]+", "-", f"{g} {learner.name}") for g, learner in zip(members, cohort.learners, strict=True)]
+    names = [folder_name(g, learner) for g, learner in zip(members, cohort.learners, strict=True)]
     made = [writer()(str(folder / name), purge_step=int(step) + 1) for name, step in zip(names, cohort.steps, strict=True)]
     written = [_scored(cohort, g).keys() for g in range(len(made))]
-    last = -SECONDS
+    tables, last = _tables(cohort), -SECONDS
 
     def write(cohort: Cohort, loss: float) -> None:
-        nonlocal last
-        steps, now = cohort.steps.tolist(), time.monotonic()
-        for g, board in enumerate(made):
-            if now - last >= SECONDS and g in cohort.losses:
+        nonlocal last, tables
+        now, before = time.monotonic(), tables
+        tables = _tables(cohort)
+        due = now - last >= SECONDS
+        steps = cohort.steps.tolist() if due or tables != before else []  # which waits for a GPU
+        for g, board in enumerate(made if steps else ()):
+            if due and g in cohort.losses:
                 board.add_scalar("loss", cohort.losses[g], steps[g])
             scored = _scored(cohort, g)
             for experience, row in (scored[key] for key in scored.keys() - written[g]):
@@ -48,7 +51,7 @@ def boards(folder: Path, members: Sequence[int], cohort: Cohort, after_step: Aft
                     if counts:
                         board.add_scalar(tag, float(f1_from_counts(counts).mean()), steps[g])
             written[g] = scored.keys()
-        last = now if now - last >= SECONDS else last
+        last = now if due else last
         after_step(cohort, loss)
 
     try:
@@ -56,6 +59,11 @@ def boards(folder: Path, members: Sequence[int], cohort: Cohort, after_step: Aft
     finally:
         for board in made:
             board.close()
+
+
+def _tables(cohort: Cohort) -> int:
+    """How many tables of scores there are."""
+    return sum(map(len, cohort.scores)) + sum(map(len, cohort.curves))
 
 
 def _scored(cohort: Cohort, g: int) -> dict[tuple[str, int], tuple[int, Mapping[str, list[int]]]]:

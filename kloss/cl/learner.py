@@ -1,6 +1,7 @@
 """A learner: one adapter (or a whole model), its hyper-parameters, and its experiences."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,3 +106,8 @@ class Learner:
         rule = "" if self.rule is None else f", {type(self.rule).__name__} {self.rule.number:g}"
         tokenizer = self.tokenizer and f", {self.tokenizer} tokenizer"
         return f"{languages}, {weights}, lr={self.lr:g}{rule}{tokenizer}, seed {self.seed}"
+
+
+def folder_name(g: int, learner: Learner) -> str:
+    """What the folder of a study's learner g is called."""
+    return re.sub(r"[^\w.=]+", "-", f"{g} {learner.name}")

@@ -130,7 +130,7 @@ class RunFolder:
         """Replace this process's checkpoint, in one rename. state: as JSON."""
         self.check()
         on_host, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(state)
-        write_tensors(self.checkpoint, on_host, {"state": text, "digest": _digest(on_host, text)})
+        write_tensors(self.checkpoint, on_host, {"state": text, "digest": digest_of(on_host, text)})
 
     def load_checkpoint(self, of: tuple[int, int] | None = None, *, whole: bool = True) -> Checkpoint | None:
         """Return the last checkpoint of a process of so many, by default of this one; None without it.
@@ -150,7 +150,7 @@ class RunFolder:
                 metadata = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()} if whole else {}  # noqa: SIM118
                 text = metadata.get("state", "")
-                if whole and "digest" in metadata and metadata["digest"] != _digest(tensors, text):
+                if whole and "digest" in metadata and metadata["digest"] != digest_of(tensors, text):
                     raise UserError("its contents have not the digest written with them")
                 return Checkpoint(tensors, json.loads(text), whole and "digest" in metadata)
         except OSError as error:
@@ -289,7 +289,7 @@ def _in_use(name: str) -> bool:
     return True
 
 
-def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+def digest_of(tensors: Mapping[str, Tensor], state: str) -> str:
     """Return 32 hex digits that depend on a checkpoint's tensors, on the host, and on its state."""
     digest = hashlib.blake2b(state.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):

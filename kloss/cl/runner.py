@@ -1,7 +1,6 @@
 """Train all learners of a study, cohort after cohort, with checkpoints that a stopped run continues from."""
 
 import math
-import re
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ from ..processes import ALONE, Processes
 from .boards import AfterStep, boards
 from .corpus import Corpus
 from .evaluate import score_probes
-from .learner import Scores
+from .learner import Scores, folder_name
 from .probes import Counts, State
 from .progress import Record
 from .resume import Saved, checked_share, keep_furthest, probes_of, records, score_every
@@ -110,8 +109,9 @@ class _Job:
         self.outcome = Outcome([{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [])
         self.known = self._known()
         processes.wait()  # all have read what the first step of one may replace
-        usable = self.saved is not None and self.saved.share == self.share
-        self.finished = self.saved.checkpoint.state["finished"] if self.saved is not None and usable else {}
+        if self.saved is not None and self.saved.share != self.share:
+            self.saved = None  # what it says of this process's learners is known
+        self.finished = {} if self.saved is None else self.saved.checkpoint.state["finished"]
 
     def _read(self, process: int, processes: int, *, whole: bool = True) -> Saved | None:
         """A process's checkpoint. whole: with its tensors. Raises UserError if it cannot be of the study."""
@@ -210,8 +210,7 @@ class _Job:
             for i, g in enumerate(members):
                 if i not in cohort.failed and (g not in self.known or self.known[g].row):
                     self.folder.check()
-                    name = re.sub(r"[^\w.=]+", "-", f"{g} {cohort.learners[i].name}")
-                    cohort.bank.save_peft(self.folder.path / "adapters" / name, i)
+                    cohort.bank.save_peft(self.folder.path / "adapters" / folder_name(g, cohort.learners[i]), i)
 
     def _look(self) -> None:
         """In process 0: show how far the others are, about once a second."""
@@ -238,7 +237,7 @@ class _Job:
         """Score the probes, each process some."""
         rank, number = self.processes.rank, self.processes.number
         own = [self.study.probes[i][1] for i in probes_of(self.study, rank, number)]
-        probed = self.saved.checkpoint.state.get("probed", []) if self.finished and self.saved is not None else []
+        probed = [] if self.saved is None else self.saved.checkpoint.state.get("probed", [])
 
         def after_some(done: list[Counts]) -> None:
             self.progress(len(done), len(own), f"probes: {len(done)} of {len(own)}")
