@@ -51,7 +51,41 @@ def kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, first_key, BL: tl.constexpr):
 def attend_kernel(
     qkv_ptr,  # [T, 3H]
     out_ptr,  # [T, H]
-    lse_ptr,  # [heads, T] fp32, log Σ exp S, or None
+    tiles_ptr,  # [tiles, 3]
+    keys_ptr,  # [T] or None
+    threshold_ptr,  # [T]
+    scale_ptr,  # [T]
+    H, D, heads, factor, stride_qkv, stride_out,
+    BL: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out of one head of a sequence of at most BL rows."""
+    i_h, i_n = tl.program_id(0) % heads, tl.program_id(0) // heads
+    start, end = tl.load(tiles_ptr + i_n * 3), tl.load(tiles_ptr + i_n * 3 + 1)
+    if start >= end:
+        return
+    o_d = tl.arange(0, BD)
+    m_d, o_h = o_d < D, i_h * D + o_d
+    o_t = start + tl.arange(0, BL)
+    m_t = o_t < end
+    b_q = load_rows(qkv_ptr, o_t, m_t, o_h, m_d, stride_qkv)  # [BL, BD]
+    b_k = load_rows(qkv_ptr + H, o_t, m_t, o_h, m_d, stride_qkv)
+    b_v = load_rows(qkv_ptr + 2 * H, o_t, m_t, o_h, m_d, stride_qkv)
+    b_s = scores(b_q, b_k, m_t, factor)
+    b_p = tl.exp(b_s - tl.max(b_s, 1)[:, None])
+    total = tl.sum(b_p, 1)
+    if keys_ptr is not None:
+        b_p = tl.where(kept(keys_ptr, threshold_ptr, o_t, m_t, i_h, 0, BL), b_p, 0.0)
+    acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee") / total[:, None]
+    if keys_ptr is not None:
+        acc *= tl.load(scale_ptr + o_t, mask=m_t, other=0.0)[:, None]
+    store_rows(out_ptr, o_t, m_t, o_h, m_d, stride_out, acc)
+
+
+@triton.jit
+def attend_long_kernel(
+    qkv_ptr,  # [T, 3H]
+    out_ptr,  # [T, H]
+    lse_ptr,  # [heads, T] fp32, log Σ exp S
     tiles_ptr,  # [tiles, 3]
     keys_ptr,  # [T] or None
     threshold_ptr,  # [T]
@@ -59,7 +93,7 @@ def attend_kernel(
     T, H, D, heads, factor, stride_qkv, stride_out,
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out for the tile's queries and one head. A short class has all keys in one block."""
+    """out and lse of one head of a block of a long sequence's queries, over its keys in order."""
     i_h, i_n = tl.program_id(0) % heads, tl.program_id(0) // heads
     start, end, first = tl.load(tiles_ptr + i_n * 3), tl.load(tiles_ptr + i_n * 3 + 1), tl.load(tiles_ptr + i_n * 3 + 2)
     if start >= end:
@@ -90,8 +124,7 @@ def attend_kernel(
     if keys_ptr is not None:
         acc *= tl.load(scale_ptr + o_q, mask=m_q, other=0.0)[:, None]
     store_rows(out_ptr, o_q, m_q, o_h, m_d, stride_out, acc)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + i_h.to(tl.int64) * T + o_q, top + tl.log(total), mask=m_q)
+    tl.store(lse_ptr + i_h.to(tl.int64) * T + o_q, top + tl.log(total), mask=m_q)
 
 
 @triton.jit
@@ -248,13 +281,18 @@ def forward(qkv: Tensor, heads: int, tiles: AttentionTiles, dropout: RowDropout 
     lse = qkv.new_zeros(heads, T if tiles.longer.shape[0] else 0, dtype=torch.float32)
     keys, threshold, scale = (None, None, None) if dropout is None else dropout
     classes = CLASSES[bucket(qkv.dtype)]
-    for rows, entries in zip((*classes, classes[-1]), (*tiles.short, tiles.longer), strict=True):
+    draws = dict(keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale)
+    sizes = dict(H=H, D=D, heads=heads, factor=D**-0.5, stride_qkv=qkv.stride(0), stride_out=out.stride(0), BD=power_of_two(D))
+    for rows, entries in zip(classes, tiles.short, strict=True):
         if entries.shape[0]:
             attend_kernel[(entries.shape[0] * heads,)](
-                qkv_ptr=qkv, out_ptr=out, lse_ptr=lse if entries is tiles.longer else None, tiles_ptr=entries, keys_ptr=keys,
-                threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, D=D, heads=heads, factor=D**-0.5,
-                stride_qkv=qkv.stride(0), stride_out=out.stride(0), BL=rows, BD=power_of_two(D), **launch_of(qkv, rows),
-            )  # fmt: skip
+                qkv_ptr=qkv, out_ptr=out, tiles_ptr=entries, **draws, **sizes, BL=rows, **launch_of(qkv, rows)
+            )
+    if tiles.longer.shape[0]:
+        attend_long_kernel[(tiles.longer.shape[0] * heads,)](
+            qkv_ptr=qkv, out_ptr=out, lse_ptr=lse, tiles_ptr=tiles.longer, **draws, T=T, **sizes, BL=classes[-1],
+            **launch_of(qkv, classes[-1]),
+        )  # fmt: skip
     zero_behind(out, tiles.cu_seqlens)
     return out, lse
 
