@@ -7,7 +7,8 @@ import torch
 from helpers import assert_as_good, on_cpu, outputs, problem, sub_problem
 
 import kloss.kernels as kernels
-from kloss.kernels import lora_hopper
+from kloss.kernels import lora_hopper, lora_tiles
+from kloss.kernels.segments import with_work
 
 hopper = partial(kernels.multi_lora_linear, backend="hopper")
 
@@ -59,6 +60,41 @@ def test_an_adapter_has_the_same_bits_alone(p, gpu):
         assert torch.equal(got[name][rows], alone[name]), name
     for name in ("lora_a", "lora_b"):
         assert torch.equal(got[name][2], alone[name][2]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_many_tiles_and_few_have_the_same_bits(p, gpu):
+    """Alone an adapter's tiles have a multiprocessor each; here there are more tiles than multiprocessors."""
+    lengths = [330] * 40
+    case = ordered(problem(lengths, list(range(40)), adapters=40, k=768, n=2304, rank=32, slices=3, p=p or 1e-9,
+                           dtype=torch.bfloat16, device="cuda"))  # fmt: skip
+    got = outputs(hopper, case, grads=("x", "lora_a", "lora_b"))
+    part, rows = sub_problem(case, [17], "cuda")
+    alone = outputs(hopper, ordered(part), grads=("x", "lora_a", "lora_b"))
+    for name in ("y", "x"):
+        assert torch.equal(got[name][rows], alone[name]), name
+    for name in ("lora_a", "lora_b"):
+        assert torch.equal(got[name][17], alone[name][17]), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_rows_in_order_need_no_order(p):
+    """Triton's interpreter: the kernels beside the products give the same bits, whether they load the order or not."""
+    case = problem([70, 30, 5], [0, 1, 1], adapters=2, k=40, n=24, rank=8, p=p)
+    segments, dropout = with_work(case.segments), case.keywords.get("dropout")
+    work, order, draws = segments.work, segments.order, () if dropout is None else dropout[:3]
+    made = []
+    for rows in (order, None):
+        s, d_a = torch.full((105, 8), torch.nan), torch.full_like(case.lora_a, torch.nan)
+        keys = (torch.zeros(105, dtype=torch.int64),) * bool(p)
+        factor = lora_tiles.Factor(case.lora_a, *(case.lora_a.stride(i) for i in (0, 0, 1, 2)))
+        site = dict(site=3) if p else {}
+        lora_tiles.shrink(case.x, factor, s, rows, work.tiles_64, None, None, *draws, *keys, **site, K=40, C=8, R=8, blocks=1)
+        lora_tiles.reduce(case.x, s, d_a, rows, work, None, None, *draws[:1], *keys, C=40, SR=8, R=8, blocks=1, strides=(1, 40))
+        made.append((s, d_a, *keys))
+    for given, without in zip(*made, strict=True):
+        assert given.isfinite().all() and torch.equal(given, without)
 
 
 @pytest.mark.gpu

@@ -47,13 +47,13 @@ def serves(
 def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the keys; arguments as in `lora_triton.forward`."""
     x, weight, bias, lora_a, lora_b, scaling, _, lists, site, slices, _ = call
-    order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
+    work, dropout = Work(*lists[WORK]), lists[WORK.stop :]
     (_, SR, K), R = lora_a.shape, lora_b.shape[2]
     s, keys = saved(x, SR, lists)
     a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
     draws = (*dropout, keys) if dropout else ()
     with torch.cuda.device_of(x):
-        shrink(x, a, s, order, work.tiles_64, None, scaling, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+        shrink(x, a, s, None, work.tiles_64, None, scaling, *draws, site=site, K=K, C=SR, R=R, blocks=1)
     y = x.new_empty(x.shape[0], weight.shape[0])
     cuda_library.linear(x, weight, s, lora_b, bias, y, work.tiles_64, slices=slices)
     return y, s, keys
@@ -61,10 +61,10 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    return gradients(call._replace(dy=call.dy.contiguous()), None, _product)
+    return gradients(call._replace(dy=call.dy.contiguous()), None, _product, None)
 
 
-def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, _order: Tensor, p_and_keys: tuple) -> None:
+def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, p_and_keys: tuple) -> None:
     cuda_library.linear(call.dy, call.weight, ds, call.lora_a, None, dx, work.tiles_64, *p_and_keys, turned=True)
 
 

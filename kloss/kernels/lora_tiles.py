@@ -29,6 +29,12 @@ def own_rank(ranks_ptr, g, R):
 
 
 @triton.jit
+def rows_of(order_ptr, o_i, m_t):
+    """order[o_i], int64; None is 0, 1, 2, ..., which is not loaded: a loop over rows then waits for one load, not for two."""
+    return o_i.to(tl.int64) if order_ptr is None else tl.load(order_ptr + o_i, mask=m_t, other=0)
+
+
+@triton.jit
 def add_product(acc, a, b):
     """acc + a b. In fp32 a block's products are summed apart: one running sum over a long contraction loses two bits more.
 
@@ -46,7 +52,7 @@ def shrink_kernel(
     x_ptr,  # [T, blocks*K]
     f_ptr,  # [G, ...], element (column c, k) of block i_s at i_s*stride_fs + c*stride_fc + k*stride_fk
     s_ptr,  # [T, blocks*C], rows in order
-    order_ptr,  # [T]
+    order_ptr,  # [T] or None
     tiles_ptr,  # [tiles, 3]
     ranks_ptr,  # [G] or None
     scaling_ptr,  # [G] or None
@@ -74,7 +80,7 @@ def shrink_kernel(
         m_c &= o_c % R < padded
     o_i = first + tl.arange(0, BT)
     m_t = o_i < last
-    o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
+    o_t = rows_of(order_ptr, o_i, m_t)
     scaling = 1.0 if scaling_ptr is None else tl.load(scaling_ptr + g)
     if DROPOUT:
         threshold, scale = threshold_of(tl.load(p_ptr + g))
@@ -138,7 +144,7 @@ def expand_kernel(
     o_n = (i_s * C + o_c).to(tl.int64)
     o_i = first + tl.arange(0, BT)
     m_t = o_i < last
-    o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
+    o_t = rows_of(order_ptr, o_i, m_t)
     if ranks_ptr is None:
         rank, padded = R, R
     else:
@@ -185,7 +191,7 @@ def reduce_kernel(
     s_ptr,  # [T, blocks*SR], rows in order
     out_ptr,  # [G, ...], element (column n of blocks*C, r) at n*stride_oc + r*stride_or
     part_ptr,  # [slots, ...] fp32, laid out like out
-    order_ptr,  # [T]
+    order_ptr,  # [T] or None
     chunks_ptr,  # [chunks, 4]
     slots_ptr,  # [G+1]
     ranks_ptr,  # [G] or None
@@ -228,7 +234,7 @@ def reduce_kernel(
     for i in range(first, last, BT):
         o_i = i + tl.arange(0, BT)
         m_t = o_i < last
-        o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
+        o_t = rows_of(order_ptr, o_i, m_t)
         p_x = x_ptr + o_t[:, None] * stride_xt + (i_s * C + o_c).to(tl.int64)[None, :] * stride_xk
         b_x = tl.load(p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)  # [BT, BC]
         if DROPOUT:
@@ -286,11 +292,11 @@ class Factor(NamedTuple):
 
 
 def shrink(
-    x: Tensor, factor: Factor, s: Tensor, order: Tensor, tiles: Tensor, ranks: Tensor | None, scaling: Tensor | None,
+    x: Tensor, factor: Factor, s: Tensor, order: Tensor | None, tiles: Tensor, ranks: Tensor | None, scaling: Tensor | None,
     p: Tensor | None = None, seed: Tensor | None = None, row_key: Tensor | None = None, keys: Tensor | None = None,
     *, site: int = 0, K: int, C: int, R: int, blocks: int,
 ) -> None:  # fmt: skip
-    """Launch `shrink_kernel`, which writes s, and keys where p is given."""
+    """Launch `shrink_kernel`, which writes s, and keys where p is given. order: None where rows are in order."""
     config = tuned.launch("shrink", tuned.arch_of(x.device), x.dtype, C, C, (K,))
     grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * blocks,)
     if not grid[0]:
@@ -328,20 +334,21 @@ def expand(
 
 
 def reduce(
-    x: Tensor, s: Tensor, out: Tensor, order: Tensor, work: Work, ranks: Tensor | None, scaling: Tensor | None,
+    x: Tensor, s: Tensor, out: Tensor, order: Tensor | None, work: Work, ranks: Tensor | None, scaling: Tensor | None,
     p: Tensor | None = None, keys: Tensor | None = None, *, C: int, SR: int, R: int, blocks: int, strides: tuple[int, int],
 ) -> None:  # fmt: skip
     """Launch `reduce_kernel`, which writes out, and `sum_kernel` where an adapter may have several chunks.
 
     out: the gradient of a factor [G, ...], each adapter's matrix contiguous.
+    order: None where rows are in order.
     strides: elements of the gradient from one column and one rank to the next.
     """
-    config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C, SR, (C,))
+    config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C, SR, (C,), gathered=order is not None)
     per_adapter, span = out[:1].numel(), tuned.span(R)
     grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
     if not grid[0]:
         return
-    slots = slot_capacity(order.numel(), span) if work.chunks.shape[0] > out.shape[0] else 0  # none if all have one chunk
+    slots = slot_capacity(s.shape[0], span) if work.chunks.shape[0] > out.shape[0] else 0  # none if all have one chunk
     part = torch.empty(slots, per_adapter, dtype=torch.float32, device=x.device)
     reduce_kernel[grid](
         x_ptr=x, s_ptr=s, out_ptr=out, part_ptr=part, order_ptr=order, chunks_ptr=work.chunks,

@@ -57,17 +57,20 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    return gradients(call, call.scaling, _product)
+    return gradients(call, call.scaling, _product, call.lists[0])
 
 
-def gradients(call: Backward, scaling_of_s: Tensor | None, product: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    call: Backward, scaling_of_s: Tensor | None, product: Callable[..., None], order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `backward` returns.
 
     scaling_of_s: what dB_g = dyᵀ S lacks; None: S holds it.
-    product: fills dx, given (call, dS, dx, work, order, p and keys).
+    order: None where rows are in order.
+    product: fills dx, given (call, dS, dx, work, p and keys).
     """
     dy, x, _, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, _, need_x, need_a, need_b, *_ = call
-    order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
+    work, dropout = Work(*lists[WORK]), lists[WORK.stop :]
     (_, N, R), SR, K = lora_b.shape, s.shape[1], x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
@@ -84,15 +87,15 @@ def gradients(call: Backward, scaling_of_s: Tensor | None, product: Callable[...
             with aside():
                 reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
-            product(call, ds, dx, work, order, p_and_keys)
+            product(call, ds, dx, work, p_and_keys)
     return dx, *call.returned(d_a, d_b)
 
 
-def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, order: Tensor, p_and_keys: tuple) -> None:
+def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, p_and_keys: tuple) -> None:
     """dx = mask ⊙ (dS A_g) + dy W."""
     dy, weight, lora_a, slices, R = call.dy, call.weight, call.lora_a, call.slices, call.lora_b.shape[2]
     a = Factor(lora_a, lora_a.stride(0), R * lora_a.stride(1), lora_a.stride(2), lora_a.stride(1))
-    rest = order, work, call.ranks, None, *p_and_keys
+    rest = call.lists[0], work, call.ranks, None, *p_and_keys
     expand(ds, a, dy, weight, None, dx, *rest, R=R, blocks=1, slices=slices, fused=call.exact)
     _add_base(dx, dy, weight, None, len(ds), call.exact)
 

@@ -53,14 +53,22 @@ TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
     ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
     ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),  # BC=256 is 25 % faster, but spills at rank 8
-    # Rows are loaded by their order, which is loaded too: such a loop is pipelined from three stages on, and deeper with five.
-    ("reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=5),
-    ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=5),
+    ("reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=3),
+    ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=3),
+    # "gathered" ones load rows by an order that is loaded too. Such a loop is pipelined deeper.
+    ("gathered reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=5),
+    ("gathered wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=5),
 }
 
 
 def launch(
-    op: str, arch: int, dtype: torch.dtype, columns: int | None = None, ranks: int = 0, widths: tuple[int, ...] = ()
+    op: str,
+    arch: int,
+    dtype: torch.dtype,
+    columns: int | None = None,
+    ranks: int = 0,
+    widths: tuple[int, ...] = (),
+    gathered: bool = False,
 ) -> Launch:
     """The configuration of an op on an architecture.
 
@@ -68,12 +76,14 @@ def launch(
     columns: of the output; BC is no wider than they need.
     ranks: of all slices together; they choose "wide" entries, and BR is no wider than they need.
     widths: of the matrices that the kernel moves; one that is no multiple of 8 chooses "odd" entries.
+    gathered: whether rows are loaded by an order; "gathered" entries are for that.
     """
     kind, names = bucket(dtype), [op]
     if any(width % 8 for width in widths):
         names.insert(0, f"odd {op}")
     elif ranks > WIDE.get(op, ranks):
         names.insert(0, f"wide {op}")
+    names = [f"gathered {name}" for name in names if gathered] + names
     configs = (TABLE.get((name, arch, kind)) or DEFAULT.get((name, kind)) for name in names)
     config = next(config for config in configs if config)
     config = config if columns is None else config._replace(BC=min(config.BC, power_of_two(columns)))
