@@ -160,12 +160,12 @@ def run_attention(
 def run_add_norm(
     segments: Segments, *, width: int, dtype: torch.dtype = torch.bfloat16, dropout: bool = True, weights: bool = False
 ) -> list[Tensor]:
-    """weights: whether they are trained."""
+    """weights: whether they are trained; y has two uses if not."""
     rows, drops = segments.order.numel(), _drops(segments, dropout)
-    x, dy, residual = (torch.randn(rows, width).to(dtype) for _ in range(3))
+    x, dy, more_dy, residual = (torch.randn(rows, width).to(dtype) for _ in range(4))
     weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
     y, mean, rstd = add_norm_triton.forward(x, residual, weight, bias, 1e-5, drops)
-    gradients = add_norm_triton.backward(dy, x, residual, weight, mean, rstd, drops, weights)
+    gradients = add_norm_triton.backward(dy, None if weights else more_dy, x, residual, weight, mean, rstd, drops, weights)
     gradients = gradients if weights else gradients[:2]  # the others are not written
     return [y, mean, rstd, *gradients, *([add_norm_triton.dropout(x, drops)] if drops else [])]
 

@@ -1,5 +1,7 @@
 """The Triton kernels of attention, add_norm, dropout, heads and loss against the specification, and isolation to the bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import DEVICES, PLACES, assert_no_worse
@@ -130,6 +132,34 @@ def test_add_norm(width, p, device, dtype):
         lambda *args: reference.add_norm(*args, 1e-5, dropout=cpu(dropout)),
         [x, residual, weight, bias], dy, [each, each, each, whole, whole],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_add_norm_adds_the_gradients_of_two_uses(p, device, dtype):
+    _, dropout, rows, _ = batch(LENGTHS, behind=3, p=p, device=device)
+    x, residual, dy = (normal(rows, 48, dtype=dtype, device=device, seed=seed) for seed in range(3))
+    weight, bias = (normal(48, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    whole, each = torch.zeros(48), torch.arange(rows)
+
+    def used_twice(op, keys, *args):
+        y, again = op(*args, 1e-5, keys) if op is triton_ops.add_norm_twice else op(*args, 1e-5, dropout=keys)
+        return y + 3 * again
+
+    assert_as_good(
+        partial(used_twice, triton_ops.add_norm_twice, dropout),
+        partial(used_twice, reference.add_norm_twice, cpu(dropout)),
+        [x, residual, weight, bias], dy, [each, each, each, whole, whole],
+    )  # fmt: skip
+
+
+def test_add_norm_of_one_use_is_that_of_two_to_the_bit():
+    x, residual, weight, bias = (normal(*shape, seed=seed) for seed, shape in enumerate(((9, 40), (9, 40), (40,), (40,))))
+    for i in range(2):
+        one, two = ([x.clone().requires_grad_(), residual, weight, bias, 1e-5, None] for _ in range(2))
+        triton_ops.add_norm(*one).square().sum().backward()
+        triton_ops.add_norm_twice(*two)[i].square().sum().backward()
+        assert torch.equal(one[0].grad, two[0].grad)
 
 
 @pytest.mark.parametrize("device", DEVICES)

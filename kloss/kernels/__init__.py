@@ -7,6 +7,7 @@ from .dropout import Dropout, StepDropout, row_keys
 from .eager import (
     adapter_linear,
     add_norm,
+    add_norm_twice,
     apply_dropout,
     attention_lists,
     gelu,
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_adamw_",
     "adapter_linear",
     "add_norm",
+    "add_norm_twice",
     "apply_dropout",
     "attention_lists",
     "batch_lists",

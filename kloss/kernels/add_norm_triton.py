@@ -72,6 +72,7 @@ def add_norm_kernel(
 @triton.jit
 def add_norm_backward_kernel(
     dy_ptr,  # [T, H]
+    more_dy_ptr,  # [T, H] or None, the gradient of another use of y, to be added
     x_ptr,  # [T, H]
     residual_ptr,  # [T, H]
     weight_ptr,  # [H]
@@ -84,7 +85,7 @@ def add_norm_backward_kernel(
     keys_ptr,  # [T] or None
     threshold_ptr,  # [T]
     scale_ptr,  # [T]
-    T, H, rows, stride_dy, stride_x, stride_residual,
+    T, H, rows, stride_dy, stride_more_dy, stride_x, stride_residual,
     BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual of `rows` rows, BT at a time, and their part of dweight and dbias."""
@@ -98,6 +99,8 @@ def add_norm_backward_kernel(
         m_x, o_row = m_t[:, None] & m_h[None, :], o_t.to(tl.int64)[:, None]
         b_z = tl.load(x_ptr + o_row * stride_x + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)  # [BT, BH]
         b_dy = tl.load(dy_ptr + o_row * stride_dy + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if more_dy_ptr is not None:
+            b_dy += tl.load(more_dy_ptr + o_row * stride_more_dy + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
         if keys_ptr is not None:
             b_z = dropped(b_z, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
         b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
@@ -157,6 +160,7 @@ def forward(
 
 def backward(
     dy: Tensor,
+    more_dy: Tensor | None,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -165,7 +169,10 @@ def backward(
     dropout: RowDropout | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, empty without dropout, for it is dx then, and dweight and dbias in fp32, not written where not needed."""
+    """dx, dresidual, empty without dropout, for it is dx then, and dweight and dbias in fp32, not written where not needed.
+
+    more_dy: what is to be added to dy, if anything.
+    """
     T, H = x.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dresidual = x.new_empty(0) if dropout is None else torch.empty_like(dx)
@@ -177,10 +184,11 @@ def backward(
     keys, threshold, scale = (None, None, None) if dropout is None else dropout
     if T:
         add_norm_backward_kernel[(programs,)](
-            dy_ptr=dy, x_ptr=x, residual_ptr=residual, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, dx_ptr=dx,
-            dresidual_ptr=None if dropout is None else dresidual, dweight_ptr=dweight if need_weight else None, dbias_ptr=dbias,
-            keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, rows=rows, stride_dy=dy.stride(0),
-            stride_x=x.stride(0), stride_residual=residual.stride(0), BT=BT, BH=BH, **FUSION,
+            dy_ptr=dy, more_dy_ptr=more_dy, x_ptr=x, residual_ptr=residual, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd,
+            dx_ptr=dx, dresidual_ptr=None if dropout is None else dresidual, dweight_ptr=dweight if need_weight else None,
+            dbias_ptr=dbias, keys_ptr=keys, threshold_ptr=threshold, scale_ptr=scale, T=T, H=H, rows=rows,
+            stride_dy=dy.stride(0), stride_more_dy=0 if more_dy is None else more_dy.stride(0), stride_x=x.stride(0),
+            stride_residual=residual.stride(0), BT=BT, BH=BH, **FUSION,
         )  # fmt: skip
     if not need_weight:  # a sum of no parts would be a launch
         return dx, dresidual, dweight.new_empty(H), dbias.new_empty(H)

@@ -240,6 +240,27 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
 
     Raises ValueError for tensors that do not fit each other.
     """
+    _check_add_norm(x, residual, weight, bias, dropout)
+    if triton_ops.serves(x) and x.dtype == residual.dtype:
+        return triton_ops.add_norm(x, residual, weight, bias, eps, dropout)
+    # Without dropout torch's backward is as fast.
+    if rows_cpu.serves(x, residual, weight, bias) and (dropout is not None or not torch.is_grad_enabled()):
+        return rows_cpu.add_norm(x, residual, weight, bias, eps, dropout)
+    return F.layer_norm(plain_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
+
+
+def add_norm_twice(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """The value of `add_norm` twice, for two uses. On a GPU its backward adds their gradients; a pass of its own is saved."""
+    if triton_ops.serves(x) and x.dtype == residual.dtype and not torch.compiler.is_compiling():
+        _check_add_norm(x, residual, weight, bias, dropout)
+        return triton_ops.add_norm_twice(x, residual, weight, bias, eps, dropout)
+    y = add_norm(x, residual, weight, bias, eps, dropout=dropout)
+    return y, y
+
+
+def _check_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: Dropout | None) -> None:
     check_dim("x", x, "T, H")
     check("x", x, tuple(x.shape), FLOATS, None)
     dtypes = _partners(x)
@@ -248,12 +269,6 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
         check(name, tensor, (x.shape[1],), dtypes, x.device)
     if dropout is not None:
         check_row_keys(dropout, x)
-    if triton_ops.serves(x) and x.dtype == residual.dtype:
-        return triton_ops.add_norm(x, residual, weight, bias, eps, dropout)
-    # Without dropout torch's backward is as fast.
-    if rows_cpu.serves(x, residual, weight, bias) and (dropout is not None or not torch.is_grad_enabled()):
-        return rows_cpu.add_norm(x, residual, weight, bias, eps, dropout)
-    return F.layer_norm(plain_dropout(x, dropout) + residual, (x.shape[-1],), weight, bias, eps)
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | None, adapter: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "adapter_adamw_",
     "adapter_linear",
     "add_norm",
+    "add_norm_twice",
     "apply_dropout",
     "embed",
     "gelu",
@@ -117,6 +118,14 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
     z = apply_dropout(x, dropout) + residual
     centred = z - z.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def add_norm_twice(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """The value of `add_norm` twice, for two uses."""
+    y = add_norm(x, residual, weight, bias, eps, dropout=dropout)
+    return y, y
 
 
 def embed(

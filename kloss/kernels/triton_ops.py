@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from .buckets import AttentionTiles
@@ -115,6 +117,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @custom_op("kloss::add_norm_backward", mutates_args=())
 def _add_norm_backward(
     dy: Tensor,
+    more_dy: Tensor | None,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -124,11 +127,12 @@ def _add_norm_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, x, residual = (_with_rows(tensor) for tensor in (dy, x, residual))
-    return _run("add_norm", "backward", dy, x, residual, weight.contiguous(), mean, rstd, _rows(dropout), need_weight)
+    more_dy = None if more_dy is None else _with_rows(more_dy)
+    return _run("add_norm", "backward", dy, more_dy, x, residual, weight.contiguous(), mean, rstd, _rows(dropout), need_weight)
 
 
 @_add_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, more_dy: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dropout = rest[-2]
     dweight = x.new_empty(x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape if dropout else 0), dweight, torch.empty_like(dweight)
@@ -142,21 +146,47 @@ def _save_add_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _add_norm_gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | list | None, ...]:
+    return *_add_norm_gradients(ctx, [dy]), None, [None] * (len(ctx.saved_tensors) - 5)
+
+
+def _add_norm_gradients(ctx: Any, of_y: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Those of x, residual, weight and bias, given those of one or two uses of y."""
     x, residual, weight, mean, rstd, *dropout = ctx.saved_tensors
-    if dy is None:
-        return None, None, None, None, None, [None] * len(dropout)
-    need_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    dx, dresidual, dweight, dbias = _add_norm_backward(dy, x, residual, weight, mean, rstd, dropout, need_weight)
+    given = [dy for dy in of_y if dy is not None]
+    if not given:
+        return (None,) * 4
+    need_weight, both = ctx.needs_input_grad[2] or ctx.needs_input_grad[3], (*given, None)[:2]
+    dx, dresidual, dweight, dbias = _add_norm_backward(*both, x, residual, weight, mean, rstd, dropout, need_weight)
     dweight, dbias = (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)) if need_weight else (None, None)
-    return dx, dresidual if dropout else dx, dweight, dbias, None, [None] * len(dropout)
+    return dx, dresidual if dropout else dx, dweight, dbias
 
 
 _add_norm.register_autograd(_add_norm_gradient, setup_context=_save_add_norm)
 
 
+class _AddNormTwice(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *dropout: Tensor) -> tuple:
+        output = _add_norm(x, residual, weight, bias, eps, dropout)
+        _save_add_norm(ctx, (x, residual, weight, bias, eps, dropout), output)
+        return output[0], output[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *of_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_add_norm_gradients(ctx, of_y), *(None,) * (len(ctx.saved_tensors) - 4)
+
+
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None) -> Tensor:
     """`add_norm`."""
     return _add_norm(x, residual, weight, bias, eps, _lists(dropout))[0]
+
+
+def add_norm_twice(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """`add_norm_twice`."""
+    return _AddNormTwice.apply(x, residual, weight, bias, eps, *_lists(dropout))
 
 
 @custom_op("kloss::dropout", mutates_args=())

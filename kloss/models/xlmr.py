@@ -24,7 +24,7 @@ from ..kernels import (
     Segments,
     StepDropout,
     adapter_linear,
-    add_norm,
+    add_norm_twice,
     apply_dropout,
     attention_lists,
     embed,
@@ -115,18 +115,20 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        residual: Tensor,
         cu_seqlens: Tensor,
         tiles: Buckets | AttentionTiles | Offsets,
         segments: Segments | None,
         bank: Bank | None,
         dropout: StepDropout | None,
-    ) -> Tensor:
-        """x: [T, H] -> [T, H]."""
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, H], for both of its uses, to the next layer's."""
         adapters = None if bank is None else self._all_adapters(bank)
         if adapters is not None and segments is not None:
             call = x, self.weights, adapters, cu_seqlens, segments, dropout
             if layer_cpu.serves(*call):  # what follows as one function
-                return layer_cpu.encoder_layer(*call, self.index)
+                x = layer_cpu.encoder_layer(*call, self.index)
+                return x, x
 
         def drop(kind: str, site: str) -> Dropout | None:
             return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[site])
@@ -152,8 +154,8 @@ class Layer(nn.Module):
                 into=bank.gradients_of(self.index, name),
             )
 
-        def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> Tensor:
-            return add_norm(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
+        def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> tuple[Tensor, Tensor]:
+            return add_norm_twice(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
         qkv, keys = linear(x, "qkv", 3), drop("attention", "attention")
         attended = None
@@ -161,8 +163,8 @@ class Layer(nn.Module):
             attended = bank.attention(self.index, qkv, cu_seqlens, self.heads, segments, keys)
         if attended is None:
             attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=tiles)
-        x = norm(linear(attended, "out"), x, self.norm_1, "after_attention")
-        return norm(linear(gelu(linear(x, "up")), "down"), x, self.norm_2, "after_feed_forward")
+        x, residual = norm(linear(attended, "out"), residual, self.norm_1, "after_attention")
+        return norm(linear(gelu(linear(x, "up")), "down"), residual, self.norm_2, "after_feed_forward")
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -246,8 +248,9 @@ class XLMRForTokenClassification(nn.Module):
             dropout=None if dropout is None else dropout.at("hidden", self.num_sites - 2),
         )
         tiles = attention_lists(cu_seqlens, x) if lists is None else lists.attention
+        residual = x
         for layer in self.layers:
-            x = layer(x, cu_seqlens, tiles, segments, bank, dropout)
+            x, residual = layer(x, residual, cu_seqlens, tiles, segments, bank, dropout)
         return apply_dropout(x, None if dropout is None else dropout.at("hidden", self.num_sites - 1))
 
     def forward(
