@@ -63,6 +63,13 @@ __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, uint32
       "l"(&map), "r"(barrier), "r"(i), "r"(j), "r"(k) : "memory");
 }
 
+// Four matrices of 8 x 8 halves from the registers of a warp, as accumulators lie there, to shared memory. row: the address of
+// eight halves; lane l gives that of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // A matrix in shared memory as wgmma addresses it: boxes of 128 bytes a row, swizzled. across: bytes from one 64 of the outer
 // dimension to the next where the contraction is the outer one of a box.
 __device__ __forceinline__ uint64_t matrix(uint32_t address, int across = 0) {

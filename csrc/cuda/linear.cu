@@ -62,11 +62,13 @@ __device__ __forceinline__ uint32_t draw(uint32_t pair, uint64_t key) {
 __device__ __forceinline__ float2 unpack(BFPair two) { return __bfloat1622float2(two); }
 __device__ __forceinline__ float2 unpack(FPPair two) { return __half22float2(two); }
 template <class T>
-__device__ __forceinline__ T pack(float a, float b) {
+__device__ __forceinline__ uint32_t halves(float a, float b) {
+  T two;
   if constexpr (std::is_same_v<T, BFPair>)
-    return __floats2bfloat162_rn(a, b);
+    two = __floats2bfloat162_rn(a, b);
   else
-    return __floats2half2_rn(a, b);
+    two = __floats2half2_rn(a, b);
+  return *(uint32_t*)&two;
 }
 
 // What a cluster computes at a time: two tiles of 64 rows each CTA, COLUMNS columns. This CTA's part of it.
@@ -251,12 +253,13 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int part = 0; part < COLUMNS / 64; ++part) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            int number = 4 * (8 * part + j) + 2 * r, line = lane / 4 + 8 * r;
-            *(T*)(staging + line * 128 + (j ^ line & 7) * 16 + lane % 4 * 4) = pack<T>(d[number], d[number + 1]);
-          }
+        for (int j = 0; j < 8; j += 2) {  // two blocks of 8 columns, each of 16 lines
+          const float* from = d + 4 * (8 * part + j);
+          int line = lane % 16, block = j + lane / 16;
+          store_matrices(
+              shared(staging + line * 128 + (block ^ line & 7) * 16), halves<T>(from[0], from[1]), halves<T>(from[2], from[3]),
+              halves<T>(from[4], from[5]), halves<T>(from[6], from[7]));
+        }
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
