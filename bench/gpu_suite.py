@@ -59,15 +59,15 @@ TALL |= {"tuned.TABLE shrink": {"num_warps": 8}, "tuned.TABLE expand": {"num_war
 # Every choice that waits for hardware, in order of worth. FIRST are those on which most depends. A loop that loads rows by their
 # order is pipelined from three stages on.
 FIRST = (
-    Decision("tuned.TABLE reduce", "tile of dA and dB, r=32", "reduce", AT_32 + LONE[1:],
-             entries("reduce", dict(num_stages=3), dict(BC=32), dict(BC=128), dict(BK=32), dict(num_warps=2))),
+    Decision("tuned.TABLE gathered reduce", "tile of dA and dB, r=32", "reduce", AT_32 + LONE[1:],
+             entries("gathered reduce", dict(num_stages=3), dict(BC=32), dict(BC=128), dict(BK=32), dict(num_warps=2))),
     Decision("tuned.TABLE shrink", "tile of S and dS, r=32", "shrink", AT_32[1:] + LONE[1:],
              entries("shrink", dict(num_stages=4), dict(num_stages=5), dict(BK=128), dict(BK=128, num_stages=4),
                      dict(BK=128, num_warps=8))),
     Decision("tuned.TABLE expand", "tile of the LoRA term without the base product, r=32", "expand", AT_32,
              entries("expand", dict(BC=64), dict(BC=64, num_warps=2), dict(BC=256))),
-    Decision("tuned.TABLE wide reduce", "tile of dA and dB, r=256", "reduce", AT_256,
-             entries("wide reduce", dict(num_stages=3), dict(BC=64), dict(BR=128))),
+    Decision("tuned.TABLE gathered wide reduce", "tile of dA and dB, r=256", "reduce", AT_256,
+             entries("gathered wide reduce", dict(num_stages=3), dict(BC=64), dict(BR=128))),
     Decision("tuned.TABLE wide shrink", "tile of S and dS, r=256", "shrink", AT_256,
              entries("wide shrink", dict(BK=32, num_stages=4), dict(num_warps=8))),
     Decision("tuned.WIDE reduce", "ranks of all slices above which dA and dB have the wide tile", "reduce", AT_64,
@@ -184,13 +184,26 @@ def compile_all(arch: int, workers: int) -> int:
 
 
 @contextmanager
-def beside(command: Sequence[str]) -> Iterator[None]:
+def beside(command: Sequence[str]) -> Iterator[subprocess.Popen]:
     """Within it a command runs in the background, at low priority; then all its processes are killed."""
     process = subprocess.Popen(command, cwd=ROOT, process_group=0, preexec_fn=partial(os.nice, 10), stdout=subprocess.DEVNULL)
     try:
-        yield
+        yield process
     finally:
         _kill(process)
+
+
+@contextmanager
+def halted(process: subprocess.Popen | None) -> Iterator[None]:
+    """Within it the processes of `beside` stand still: what is timed by the wall needs the host."""
+    if process is None or process.poll() is not None:
+        yield
+        return
+    os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -312,13 +325,18 @@ def main(arguments: list[str] | None = None) -> int:
         suite.peft_step(STEPS[0])
         suite.baselines()
 
-    sections: dict[str, Callable[[], Any]] = {
-        "tests": tests, "first": first, "steps": partial(suite.steps, STEPS), "kernels": suite.kernels,
-        "baselines": against_others, "decisions": partial(decide, suite, LATER),
-    }  # fmt: skip
     arch = tuned.arch_of(torch.device("cuda"))
     ahead = beside([sys.executable, "-m", "bench.gpu_suite", "--compile", str(arch)])
-    with ahead if arch in compiled.ARCHITECTURES else nullcontext():
+    with ahead if arch in compiled.ARCHITECTURES else nullcontext() as compiler:
+
+        def steps() -> None:
+            with halted(compiler):
+                suite.steps(STEPS)
+
+        sections: dict[str, Callable[[], Any]] = {
+            "tests": tests, "first": first, "steps": steps, "kernels": suite.kernels,
+            "baselines": against_others, "decisions": partial(decide, suite, LATER),
+        }  # fmt: skip
         run_sections(suite, sections, deadlines(began, options.minutes, options.only))
     return conclude(suite, time.monotonic() - began)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from kloss.cl.corpus import IGNORED, Sentences
 from kloss.cl.graphs import Graphs
 from kloss.cl.learner import Learner
-from kloss.cl.packing import pack
+from kloss.cl.packing import PackedBatch, pack
 from kloss.cl.step import StepSettings, train_step
 from kloss.models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from kloss.models.convert import to_transformers
@@ -74,18 +74,30 @@ class TrainingStep(NamedTuple):
     sentences: Sentences
     batches: list[np.ndarray]
 
-    def run(self, graphs: Graphs | None = None) -> tuple[Tensor, Tensor]:
-        """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host.
-
-        graphs: those of this step.
-        Raises RuntimeError if they could not be captured.
-        """
-        batches = [(self.sentences, index, g) for g, index in enumerate(self.batches)]
-        batch, wanted = pack(batches, len(batches), padded=graphs is not None), graphs is not None and graphs.enabled
-        loss, norms = train_step(self.model, self.bank, self.settings, [batch], graphs=graphs)
-        if wanted and graphs is not None and not graphs.enabled:
-            raise RuntimeError("the step could not be captured")
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Pack the sentences and train on them. Returns losses and gradient norms before clipping, fp32 [G] on the host."""
+        loss, norms = train_step(self.model, self.bank, self.settings, [self.pack()])
         return loss.cpu(), norms.cpu()
+
+    def pack(self, padded: bool = False) -> PackedBatch:
+        """The batch of all adapters, on the host."""
+        return pack([(self.sentences, index, g) for g, index in enumerate(self.batches)], len(self.batches), padded=padded)
+
+    def by(self, graphs: Graphs) -> Callable[[], tuple[Tensor, Tensor]]:
+        """`run` by graphs, where a call packs the next one's batch while the GPU computes, as the trainer does.
+
+        It raises RuntimeError if the step could not be captured.
+        """
+        wanted, ahead = graphs.enabled, [self.pack(padded=True)]
+
+        def call() -> tuple[Tensor, Tensor]:
+            loss, norms = train_step(self.model, self.bank, self.settings, [ahead.pop()], graphs=graphs)
+            if wanted and not graphs.enabled:
+                raise RuntimeError("the step could not be captured")
+            ahead.append(self.pack(padded=True))
+            return loss.cpu(), norms.cpu()
+
+        return call
 
 
 def make_step(
@@ -299,9 +311,9 @@ def ways_of_a_step(step: TrainingStep) -> dict[str, Callable[[], object]]:
     if device.type == "cuda":
         from kloss.kernels import lora_hopper, lora_triton  # only here: they need Triton
 
-        ways["replayed"] = partial(step.run, Graphs(device))
-        ways["replayed, one stream"] = mock.patch.object(lora_triton, "BESIDE", False)(partial(step.run, Graphs(device)))
-        ways["replayed, vendor's products"] = mock.patch.object(lora_hopper, "LEAST", 1 << 60)(partial(step.run, Graphs(device)))
+        ways["replayed"] = step.by(Graphs(device))
+        ways["replayed, one stream"] = mock.patch.object(lora_triton, "BESIDE", False)(step.by(Graphs(device)))
+        ways["replayed, vendor's products"] = mock.patch.object(lora_hopper, "LEAST", 1 << 60)(step.by(Graphs(device)))
     return ways
 
 

@@ -86,6 +86,22 @@ def test_what_runs_beside_ends_with_its_block(monkeypatch):
     assert started[0].returncode == -signal.SIGKILL
 
 
+def test_what_runs_beside_stands_still_where_the_wall_is_timed():
+    def wait_for(state: str) -> None:
+        until = time.monotonic() + 10
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != state:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    with gpu_suite.beside([sys.executable, "-c", "while True: pass"]) as process:
+        with pytest.raises(KeyError), gpu_suite.halted(process):
+            wait_for("T")
+            raise KeyError("the section broke")
+        wait_for("R")
+    with gpu_suite.halted(process), gpu_suite.halted(None):
+        assert process.returncode == -signal.SIGKILL
+
+
 def test_only_tests_for_a_gpu_run():
     command = gpu_suite.pytest_command(parallel=False)
     assert command[command.index("-m", 3) + 1 :] == ["gpu", *gpu_suite.files_for_a_gpu()] and "-n" not in command
