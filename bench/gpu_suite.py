@@ -321,10 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
         suite.vendor()
         decide(suite, FIRST)
 
-    def against_others() -> None:
-        suite.peft_step(STEPS[0])
-        suite.baselines()
-
     arch = tuned.arch_of(torch.device("cuda"))
     ahead = beside([sys.executable, "-m", "bench.gpu_suite", "--compile", str(arch)])
     with ahead if arch in compiled.ARCHITECTURES else nullcontext() as compiler:
@@ -332,6 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
         def steps() -> None:
             with halted(compiler):
                 suite.steps(STEPS)
+
+        def against_others() -> None:
+            with halted(compiler):
+                suite.peft_step(STEPS[0])
+            suite.baselines()
 
         sections: dict[str, Callable[[], Any]] = {
             "tests": tests, "first": first, "steps": steps, "kernels": suite.kernels,
