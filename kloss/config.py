@@ -67,8 +67,8 @@ class StudyConfig:
     # what goes with forgetting (`mechanism`), whether `parts` of an adapter are enough to share.
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
-    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
-    # factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
+    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc, olora with a strength; lr-adjust
+    # with a factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
     remedies: tuple[str, ...] = field(
         default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
     )

@@ -48,6 +48,9 @@ REMEDIES = (
     f"L2 pulls with half the squared distance to the adapter at the end of the last experience. EWC is online, with decay "
     f"{EWC.KEEP}; its Fisher information is the mean square of the gradients of {EWC.SENTENCES} single utterances with their own "
     "labels, scaled to a mean of 1. Rules act before clipping.",
+    "O-LoRA: a language trains ranks of its own, as many as plain SHARED's and with the same scaling; those of earlier languages "
+    "stay. The penalty is of squared entries, as in the paper's text; its published code takes absolute values, and penalises "
+    "norms besides. The head is shared and trains on; new ranks begin with the second moments of those before.",
     "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
     "rate of the one before.",
 )

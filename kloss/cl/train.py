@@ -23,7 +23,7 @@ from .probes import State
 from .progress import Record, check_progress
 from .spans import f1_from_counts
 from .states import KeptRow
-from .step import Ruled, StepSettings, squared_gradients, train_step
+from .step import Ruled, StepSettings, frozen_columns, squared_gradients, train_step
 from .stream import Stream
 
 
@@ -271,6 +271,14 @@ class _Team:
         mask[self.live] = True
         self.active = send(mask, self.cohort.device)
         self.passes = self._passes()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Note what of each row does not train where its stream stands."""
+        learners = [self.cohort.learners[g] for g in self.learners]
+        if any(learner.ranks_of(0) for learner in learners):
+            experiences = [self.cohort.streams[g].experience for g in self.learners]
+            self.settings = self.settings._replace(frozen=frozen_columns(learners, self.bank, experiences))
 
     def goes_on(self) -> bool:
         """Whether the team trains on. Learners that have ended are made idle, if it may keep them."""
@@ -322,7 +330,7 @@ class _Team:
         if rule.replays:
             pool, indices, _ = stream.replayed(rule.number)
             memory = pack([Part(pool, indices, 0)], 1, padded=self.graphs.enabled)
-        return [Ruled(row, rule, self.cohort.noted[g], memory)]
+        return [Ruled(row, rule, self.cohort.noted[g], memory, self.cohort.learners[g].ranks_of(stream.experience))]
 
     def note(self, ended: Sequence[int]) -> None:
         """Have the rules of rows whose experience has ended note what was learned."""
@@ -331,6 +339,11 @@ class _Team:
             rule, stream = self.cohort.rules.get(g), self.cohort.streams[g]
             if rule is not None and not stream.finished:
                 rule.learned(self.bank.param[row], self.cohort.noted[g], partial(self._squares, row, stream))
+                before, ranks = (self.cohort.learners[g].ranks_of(stream.experience - back) for back in (1, 0))
+                if ranks is not None and before is not None:
+                    assert isinstance(self.bank, AdapterBank)
+                    self.bank.open_(row, ranks, before)
+        self._freeze()
 
     def _squares(self, row: int, stream: Stream, count: int) -> Tensor:
         sentences = stream.some(stream.experience - 1, count)
