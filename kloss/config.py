@@ -52,6 +52,8 @@ class DataConfig:
     eval_split: Literal["dev", "test"] = field(default="test", metadata=_LATER)
     # Score learners within their experiences too, after every so many steps: `curves` of scores.json. 0: only at their ends.
     score_every: int = field(default=0, metadata=_LATER)
+    # Keep the counts of each slot type too: slots.csv of the run folder, with a line for each slot of each score.
+    slot_counts: bool = field(default=False, metadata=_LATER)
     max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 

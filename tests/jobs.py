@@ -113,7 +113,10 @@ def ends(children: list[int]) -> list[int]:
 def main(folder: Path, kills: int, seed: int) -> None:
     """Kill a process of one to three at so many moments, going on each time with one to three; print kills and runs."""
     torch.set_num_threads(1)
-    config, chance = Config(exact=True, checkpoint_seconds=0, save_adapters=True, max_learners=4), random.Random(seed)
+    config, chance = (
+        Config(exact=True, checkpoint_seconds=0, save_adapters=True, max_learners=4, slot_counts=True),
+        random.Random(seed),
+    )
     lengths = []
     for number in (1, 2, 3):
         began = time.monotonic()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .rules import Rule
 
-# Experiences completed, or updates made -> locale -> [true positives, predicted, gold]
-Scores = dict[int, dict[str, list[int]]]
+Table = dict[str, list[int]]  # locale -> [true positives, predicted, gold]
+Scores = dict[int, Table]  # by experiences completed, or updates made
 
 ALL = ("*",)  # every slot of an adapter
 BALANCED = "balanced"  # the name of a tokenizer that is trained on text balanced by script

@@ -115,6 +115,16 @@ class Ruled(NamedTuple):
     ranks: slice | None
 
 
+class PackedStep(NamedTuple):
+    """What a step needs of the streams."""
+
+    batches: list[PackedBatch]  # one a pass
+    ended: list[int]  # the rows whose experience ends with it
+    due: dict[int, int]  # row that is scored behind it, within its experience -> steps of its learner
+    ruled: list[Ruled]  # the rows whose rule applies
+    rate: Tensor | None  # fp64 [rows], of the present experiences; None: all are 1
+
+
 def train_step(
     model: XLMRForTokenClassification,
     bank: Rows,
