@@ -90,7 +90,7 @@ def test_the_table_of_scores_has_every_cells_counts(small):
 
 
 def test_counts_of_slot_types_sum_up_to_the_scores(small, monkeypatch):
-    """Of all strategies, stopped and continued, with probes, scores within experiences and learners of experiments beside them."""
+    """Of all strategies, stopped and continued, with probes, scores within experiences and learners of experiments beside."""
     arguments, folder = small
     arguments = [
         *arguments,
