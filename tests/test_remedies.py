@@ -159,6 +159,14 @@ def test_a_remedy_that_diverged_is_in_the_exit_status(capsys, tmp_path):
     assert "Of the learners of experiments alone" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_run_of_fewer_default_remedies_is_another_one():
+    """Its folder does not name them."""
+    before = ("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7")
+    assert "remedies" not in Config(experiments=("remedies",), remedies=before).identity()
+    assert Config(experiments=("remedies",)).identity()["remedies"] == (*before, Config.remedies[-1])
+    assert "remedies" not in Config(experiments=("where",)).identity()
+
+
 def test_a_remedy_named_twice(capsys, tmp_path):
     arguments = [*SMALL, "--strategies", "shared", "--experiments", "remedies", "--out", str(tmp_path / "run")]
     assert "--remedies names l2=1 twice" in one_line_error([*arguments, "--remedies", "l2=1", "l2=1"], capsys)
@@ -180,7 +188,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
     ]
     arguments += ["--checkpoint-seconds", "0"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    for stop in (5, 3):  # within the second language, then the third
+    for stop in (5, 3, 7):  # within the second language, then the third, then the second of O-LoRA's cohort
         calls, original = [], _Team.advance
 
         def advance(team, calls=calls, original=original, stop=stop):
