@@ -338,7 +338,6 @@ def test_counts_of_slot_types_are_of_the_scores():
     assert resumed.slots == cohort.slots and len(cohort.slots[0]) == 3
     (own,) = state["slots"]
     for damaged in (
-        [],
         [{"0": own["0"]}],
         [own | {"2": {locale: own["2"][locale] for locale in ("aa", "bb")}}],
         [own | {"2": own["2"] | {"aa": own["2"]["aa"][:3]}}],
@@ -349,3 +348,6 @@ def test_counts_of_slot_types_are_of_the_scores():
             resumed.load_state(tensors, state | {"slots": damaged})
     with pytest.raises(UserError, match="counts of slot types"):
         resumed.load_state(tensors, plain.state()[1])
+    for damaged in ([], [own, own]):
+        with pytest.raises(UserError, match="it is not of 1 learners"):
+            resumed.load_state(tensors, state | {"slots": damaged})

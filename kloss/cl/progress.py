@@ -46,8 +46,8 @@ def check_progress(
     check_shape(state, PROGRESS)
     assert isinstance(state, dict)
     streams, numbers = [Stream.of(corpus, learner) for learner in learners], {str(g) for g in range(len(learners))}
-    curves = state.get("curves", [{} for _ in learners])
-    lengths = {len(state["counters"]), len(state["scores"]), len(curves)}
+    curves, slots = (state.get(name, [{} for _ in learners]) for name in ("curves", "slots"))
+    lengths = {len(state["counters"]), len(state["scores"]), len(curves), len(slots)}
     if lengths != {len(streams)} or not state["failed"].keys() <= numbers:
         raise UserError(f"it is not of {len(streams)} learners")
     if state["tokens"] < 0:
@@ -68,15 +68,13 @@ def check_progress(
         for count in (count for row in (*table.values(), *curve.values()) for count in row.values()):
             if len(count) != 3 or not 0 <= count[0] <= min(count):
                 raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
-        if slot_counts and not _adds_up(state.get("slots", [])[g : g + 1], table, len(slot_names(corpus.labels))):
+        if slot_counts and not _adds_up(slots[g], table, len(slot_names(corpus.labels))):
             raise UserError(f"learner {g} has counts of slot types that are not those of its scores")
 
 
-def _adds_up(tables: Sequence[Mapping], scores: Mapping, slots: int) -> bool:
-    """Whether there is a table, for the same locales as the scores, whose counts of so many slot types sum up to them."""
-    for table in tables:
-        if {at: row.keys() for at, row in table.items()} != {at: row.keys() for at, row in scores.items()}:
-            return False
-        pairs = [(table[at][locale], scores[at][locale]) for at in scores for locale in scores[at]]
-        return all(len(own) == 3 * slots and min(own) >= 0 and [sum(own[i::3]) for i in range(3)] == of for own, of in pairs)
-    return False
+def _adds_up(table: Mapping, scores: Mapping, slots: int) -> bool:
+    """Whether a table has the locales of the scores, with counts of so many slot types that sum up to them."""
+    if {at: row.keys() for at, row in table.items()} != {at: row.keys() for at, row in scores.items()}:
+        return False
+    pairs = [(table[at][locale], scores[at][locale]) for at in scores for locale in scores[at]]
+    return all(len(own) == 3 * slots and min(own) >= 0 and [sum(own[i::3]) for i in range(3)] == of for own, of in pairs)

@@ -1,5 +1,6 @@
-"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done);
-slots.csv on request.
+"""A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done).
+
+With --slot-counts slots.csv too.
 
 Of several processes each has its own checkpoint, checkpoint-1-of-3.safetensors, and log, log-1.jsonl.
 """
