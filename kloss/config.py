@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import arg
@@ -16,7 +16,9 @@ ExperimentName = Literal[
     "tokenizer", "mechanism", "parts",
 ]  # fmt: skip
 _NOT_IDENTITY = {"identity": False}  # marks a setting that changes no figure
-_LATER = {"later": True}  # marks one that older run folders do not name: they have its default
+# Marks one that older run folders do not name: they have its default or, if they ask its experiment "of", the one "before".
+_LATER = {"later": True}
+_REMEDIES = ("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7")
 LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot hold lies outside
     "rank tiny_layers seeds orders": (1, 10_000),
     "tiny_hidden": (1, 4096),  # estimating the time of wider layers takes minutes
@@ -52,6 +54,8 @@ class DataConfig:
     eval_split: Literal["dev", "test"] = field(default="test", metadata=_LATER)
     # Score learners within their experiences too, after every so many steps: `curves` of scores.json. 0: only at their ends.
     score_every: int = field(default=0, metadata=_LATER)
+    # Keep the counts of each slot type too: slots.csv of the run folder, with a line for each slot of each score.
+    slot_counts: bool = field(default=False, metadata=_LATER)
     max_length: int = 128  # subwords of an utterance, with `<s>` and `</s>`; longer ones are cut, counted and reported
 
 
@@ -67,11 +71,9 @@ class StudyConfig:
     # what goes with forgetting (`mechanism`), whether `parts` of an adapter are enough to share.
     experiments: tuple[ExperimentName, ...] = field(default=(), metadata=_LATER)
     pinned: tuple[str, ...] = field(default=("zh-CN", "ja-JP", "th-TH"), metadata=_LATER)  # of experiment `order`
-    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc with a strength; lr-adjust with a
-    # factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
-    remedies: tuple[str, ...] = field(
-        default=("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7"), metadata=_LATER
-    )
+    # Of experiment `remedies`: replay, a-gem, each with a share of earlier utterances; l2, ewc, olora with a strength; lr-adjust
+    # with a factor. Several strengths of one may be given; the defaults are the demo's, chosen on dev.
+    remedies: tuple[str, ...] = field(default=(*_REMEDIES, "olora=30"), metadata=_LATER | {"of": "remedies", "before": _REMEDIES})
     # Of experiment `methods`: prefix (tuning), ia3, fusion (of adapters that have learned a language each), each with a learning
     # rate; the head keeps LoRA's. Several rates of one may be given; the defaults are the demo's, chosen on dev.
     methods: tuple[str, ...] = field(default=("prefix=0.03", "ia3=0.1", "fusion=0.03"), metadata=_LATER)
@@ -170,9 +172,13 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
         settings = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.metadata.get("identity", True) and not (f.metadata.get("later") and getattr(self, f.name) == f.default)
+            if f.metadata.get("identity", True) and not (f.metadata.get("later") and getattr(self, f.name) == self._unnamed(f))
         }
         return {name: "inf" if value == float("inf") else value for name, value in settings.items()}  # JSON has no inf
+
+    def _unnamed(self, setting: Field) -> object:
+        """The value of a later setting in run folders that do not name it."""
+        return setting.metadata["before"] if setting.metadata.get("of") in self.experiments else setting.default
 
     def checked(self) -> "Config":
         """Return the configuration, `~` of its paths expanded. Raises UserError for the first value that makes no sense.

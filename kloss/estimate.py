@@ -24,7 +24,7 @@ from .files import read_json, shown, user_path
 from .machine import memory_of_host
 from .models import AdapterBank, XLMRConfig, XLMRForTokenClassification
 from .models.architecture import from_config
-from .pace import GPUS, measured, seconds, timed_here
+from .pace import GPUS, lora_beside, measured, seconds, timed_here
 
 # Share of the memory that a cohort of adapters may fill. When half of it have ended, the rest are copied into another bank.
 FULL = 0.4
@@ -171,6 +171,8 @@ def _time(config: Config, study: Study, plan: Sequence[Stage], work: _Work, size
         rank = study.learners[members[0]].rank
         pace = here or measured(machine.gpu, sizes, rank or 32)
         steps, tokens = [work.steps[g] for g in members], [work.tokens[g] for g in members]
+        if here and rank:
+            pace = here._replace(token=here.token * (1 + lora_beside(sizes, rank)))
         trained = seconds(pace, steps, tokens, config.pass_tokens or Config.pass_tokens, whole=rank is None)
         of_rules = sum(pace.token * work.rules[g].tokens + pace.step * work.rules[g].passes for g in members)
         return trained + of_rules + pace.scored * sum(work.scored[g] for g in members)

@@ -49,6 +49,12 @@ def timed_here(sizes: XLMRConfig) -> Pace:
     return Pace(sizes.num_hidden_layers * overhead, 2 * scored, scored, 0.0, "products timed here")
 
 
+def lora_beside(sizes: XLMRConfig, rank: int) -> float:
+    """What LoRA adds to the products of `timed_here`, as a share of a trained token: 6 FLOPs per weight of its own."""
+    own = sizes.num_hidden_layers * rank * (10 * sizes.hidden_size + 2 * sizes.intermediate_size)
+    return 6 * own / (2 * 4 * _weights(sizes))
+
+
 def measured(gpu: str, sizes: XLMRConfig, rank: int) -> Pace:
     """From whole steps of XLM-R base in bf16 on one H100 (bench/LOG.md, 2026-11-26): 3.5 ms for one adapter's 32 utterances of
     384 tokens, 29.7 ms for 52 adapters of r=32, 60.4 ms for 52 of r=256; between these ranks by interpolation.

@@ -30,6 +30,7 @@ from .cl.rundir import RunFolder, digest_of, open_run
 from .cl.runner import Progress, on_signals, train_study
 from .cl.shapes import check_scores
 from .cl.shares import cohorts_of
+from .cl.spans import slot_names
 from .cl.strategies import STRATEGIES
 from .cl.study import Study, plan
 from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
@@ -259,7 +260,9 @@ def _train(
     outcome = train_study(config, corpus, study, load, folder, progress, processes, shares)
     with processes.first():
         if processes.rank == 0:
-            folder.save_table(score_table(study, outcome))
+            folder.save_table("scores.csv", score_table(study, outcome))
+            if config.slot_counts:
+                folder.save_table("slots.csv", score_table(study, outcome, slot_names(corpus.labels)))
             folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
             folder.remove_other_checkpoints()
 

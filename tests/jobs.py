@@ -18,6 +18,7 @@ from toy import ToyCorpus, toy_model
 
 from kloss.cl.learner import Learner
 from kloss.cl.probes import Probe, State
+from kloss.cl.rules import OLoRA
 from kloss.cl.rundir import open_run
 from kloss.cl.runner import train_study
 from kloss.cl.shares import Limits, costs_of, stages
@@ -32,7 +33,7 @@ LEARNERS = (
     FIRST,
     Learner(experiences=(("cc",),), rank=3, alpha=3.0, lr=1e38, seed=2, epochs=2, batch_size=4),  # diverges at step 2
     *ALONE,
-    replace(FIRST, experiences=(("cc",), ("aa", "bb")), seed=6, epochs=3),
+    replace(FIRST, experiences=(("cc",), ("aa", "bb")), seed=6, epochs=3, rule=OLoRA(1.0)),
     replace(FIRST, experiences=(("cc",),), start=(FIRST, 1)),
     replace(FIRST, method="ia3", seed=9),
     replace(FIRST, method="fusion", donors=((ALONE[0], 1), (ALONE[2], 1))),
@@ -112,7 +113,10 @@ def ends(children: list[int]) -> list[int]:
 def main(folder: Path, kills: int, seed: int) -> None:
     """Kill a process of one to three at so many moments, going on each time with one to three; print kills and runs."""
     torch.set_num_threads(1)
-    config, chance = Config(exact=True, checkpoint_seconds=0, save_adapters=True, max_learners=4), random.Random(seed)
+    config, chance = (
+        Config(exact=True, checkpoint_seconds=0, save_adapters=True, max_learners=4, slot_counts=True),
+        random.Random(seed),
+    )
     lengths = []
     for number in (1, 2, 3):
         began = time.monotonic()

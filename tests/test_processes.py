@@ -91,6 +91,10 @@ def test_killed_at_twenty_moments_and_resumed_on_other_numbers_gives_the_same(tm
     outcome = Outcome(*json.loads(whole))
     assert "diverged at step 2" in outcome.failed[1] and outcome.probed.count(None) == 3  # the probes of that learner
     assert len({str(scores) for scores in outcome.scores}) == len(STUDY.learners)
+    for scores, slots in zip(outcome.scores, outcome.slots, strict=True):
+        assert scores == {
+            at: {locale: [sum(own[i::3]) for i in range(3)] for locale, own in row.items()} for at, row in slots.items()
+        }
     adapters = {file.relative_to(tmp_path / "whole-1"): file.read_bytes() for file in tmp_path.glob("whole-1/adapters/*/*")}
     assert len(adapters) == 12
     for folder in (tmp_path / name for name in ("whole-2", "whole-3", *(f"killed-{i}" for i in range(runs)))):

@@ -1,6 +1,7 @@
 """Experiment remedies: learners are changed as they should be, and its analysis finds what was planted and nothing else."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from kloss.cl.corpus import load_corpus
 from kloss.cl.experiments import remedies, with_experiments
 from kloss.cl.learner import Experience
 from kloss.cl.results import REMEDIES as CHOICES
-from kloss.cl.rules import AGEM, EWC, L2, RULES
+from kloss.cl.rules import AGEM, EWC, L2, RULES, OLoRA
 from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
 from kloss.config import Config
@@ -20,12 +21,12 @@ LOCALES = ("en-US", "de-DE", "ja-JP")
 
 
 def test_learners_have_their_remedies():
-    some = ("replay=0.1", "a-gem=0.1", "l2=1", "ewc=1", "lr-adjust=0.8")
+    some = ("replay=0.1", "a-gem=0.1", "l2=1", "ewc=1", "lr-adjust=0.8", "olora=0.5")
     config = Config(strategies=("shared",), experiments=("remedies",), languages=LOCALES, remedies=some)
     study = with_experiments(config, study_of(config, LOCALES))
     (trial,) = study.trials
     a, b, c = trial.order
-    plain, replay, a_gem, l2, ewc, adjust = study.learners
+    plain, replay, a_gem, l2, ewc, adjust, olora = study.learners
     assert plain == study.learners[trial.learners[0]] and plain.rule is None
     assert replay.experiences == (
         Experience((a,), (1.0,)),
@@ -33,6 +34,7 @@ def test_learners_have_their_remedies():
         Experience((c, a, b), (1.0, 0.1, 0.1)),
     )
     assert (l2.rule, ewc.rule, a_gem.rule) == (L2(1.0), EWC(1.0), AGEM(0.1))
+    assert olora == replace(plain, rule=OLoRA(0.5), rank=24, alpha=24.0), "8 ranks, and the same scaling, for each language"
     assert [e.rate for e in adjust.experiences] == pytest.approx([1, 0.8, 0.64]) and adjust.rule is None
     for learner, to_score in zip(study.learners[1:], study.to_score[1:], strict=True):
         assert [e.locales[0] for e in learner.experiences] == [a, b, c] and learner.seed == plain.seed
@@ -46,7 +48,9 @@ def test_learners_have_their_remedies():
 
 def test_what_a_remedy_costs():
     corpus = load_corpus("synthetic", locales=("en-US", "de-DE"), synthetic={"train": 20, "test": 4})
-    config = Config(strategies=("shared",), experiments=("remedies",), remedies=("replay=0.5", "a-gem=0.5", "l2=1"), epochs=2)
+    config = Config(
+        strategies=("shared",), experiments=("remedies",), remedies=("replay=0.5", "a-gem=0.5", "l2=1", "olora=1"), epochs=2
+    )
     study = with_experiments(config, study_of(config, corpus.locales))
     scores = [{1: {"en-US": [0, 0, 1], "de-DE": [0, 0, 1]}, 2: {"en-US": [0, 0, 1], "de-DE": [0, 0, 1]}} for _ in study.learners]
     entries = remedies.record(config, corpus, study, scores, [])
@@ -55,6 +59,7 @@ def test_what_a_remedy_costs():
         ("replay=0.5", 1.25),
         ("a-gem=0.5", 1.8),  # 4 batches of 16 beside 80 utterances
         ("l2=1", 1.0),
+        ("olora=1", 1.0),
     ]
 
 
@@ -93,6 +98,12 @@ def test_what_helps_is_found():
         low, high = ends(rows[remedy][column])
         assert low < value < high and high - low < 0.06
     assert [list(bars.values) for bars in section.bars] == [["none", "replay=0.1", "l2=1", "ewc=1"]] * 2
+
+
+def test_o_loras_rank_is_said():
+    plain, some = (remedies.analyse({}, entries({name: (0.1, 0)})).limits for name in ("l2=1", "olora=1"))
+    (line,) = set(some) - set(plain)
+    assert some[:2] == plain and "as many ranks in each language as plain SHARED" in line and "8 times as many" in line
 
 
 def test_nothing_is_found_where_nothing_was_planted():
@@ -148,6 +159,14 @@ def test_a_remedy_that_diverged_is_in_the_exit_status(capsys, tmp_path):
     assert "Of the learners of experiments alone" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_run_of_fewer_default_remedies_is_another_one():
+    """Its folder does not name them."""
+    before = ("replay=0.2", "a-gem=0.2", "l2=0.03", "ewc=0.01", "lr-adjust=0.7")
+    assert "remedies" not in Config(experiments=("remedies",), remedies=before).identity()
+    assert Config(experiments=("remedies",)).identity()["remedies"] == (*before, Config.remedies[-1])
+    assert "remedies" not in Config(experiments=("where",)).identity()
+
+
 def test_a_remedy_named_twice(capsys, tmp_path):
     arguments = [*SMALL, "--strategies", "shared", "--experiments", "remedies", "--out", str(tmp_path / "run")]
     assert "--remedies names l2=1 twice" in one_line_error([*arguments, "--remedies", "l2=1", "l2=1"], capsys)
@@ -169,7 +188,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
     ]
     arguments += ["--checkpoint-seconds", "0"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    for stop in (5, 3):  # within the second language, then the third
+    for stop in (5, 3, 7):  # within the second language, then the third, then the second of O-LoRA's cohort
         calls, original = [], _Team.advance
 
         def advance(team, calls=calls, original=original, stop=stop):

@@ -33,7 +33,7 @@ class PlannedCorpus(ToyCorpus):
 def test_the_plan_counts_what_rules_compute(name, number, monkeypatch):
     """Every sentence of every backward, of the batches and of what rules take gradients of besides."""
     epochs = 12 if RULES[name].replays else 2  # of many draws the mean is what the plan says
-    learner = Learner((("aa",), ("bb",), ("aa", "bb")), 4, 4.0, 1e-3, 0, epochs, 4, rule=RULES[name](number))
+    learner = Learner((("aa",), ("bb",), ("aa", "bb")), 6, 4.0, 1e-3, 0, epochs, 4, rule=RULES[name](number))
     seen, original = [], step._backward
 
     def counted(model, bank, settings, first, last, batch):
@@ -45,7 +45,7 @@ def test_the_plan_counts_what_rules_compute(name, number, monkeypatch):
     stream, besides = Stream.of(CORPUS, learner), rule_work(CORPUS, learner)
     assert len(seen) == stream.steps() + besides.passes
     assert sum(seen) == pytest.approx(stream.tokens() + besides.tokens, rel=0.02 if RULES[name].replays else 0)
-    assert (besides.tokens > 0) == (name != "l2") and rule_work(CORPUS, replace(learner, rule=None)) == (0, 0)
+    assert (besides.tokens > 0) == (name in ("ewc", "a-gem")) and rule_work(CORPUS, replace(learner, rule=None)) == (0, 0)
 
 
 def test_the_plan_says_what_rules_take(monkeypatch):
@@ -61,7 +61,9 @@ def test_the_plan_says_what_rules_take(monkeypatch):
     works = [rule_work(corpus, learner) for learner in study.learners]
     steps = sum(Stream.of(corpus, learner).steps() for learner in study.learners)
     tokens = Stream.of(corpus, plain).tokens()
-    assert divmod(timed[0], 1e6) == (steps + works[1].passes + works[2].passes, 3 * tokens + works[1].tokens + works[2].tokens)
+    with_lora = 1 + 6 * 64 * 18 * 512 / (2 * 4 * 12 * 512**2)  # FLOPs of rank 64 beside those of the frozen products, twice
+    steps, tokens_of_rules = steps + works[1].passes + works[2].passes, works[1].tokens + works[2].tokens
+    assert divmod(timed[0], 1e6) == (steps, with_lora * (3 * tokens + tokens_of_rules))
     width = AdapterBank.width_of(tiny_config(config, corpus), 64)
     for number, learner, work in zip((1, 2, 3), study.learners, works, strict=True):
         line = lines[f"cohort {number}"]
@@ -71,6 +73,22 @@ def test_the_plan_says_what_rules_take(monkeypatch):
     most = (16 * width + 8 * width) / 2**20  # of EWC
     assert f"weights, gradients and moments {most:.0f} MiB" in lines["memory"] and most > 10
     assert (plain.rule, agem.rule.number, ewc.rule.number) == (None, 0.5, 1.0)
+
+
+def test_the_plan_says_what_blocks_take(monkeypatch):
+    """O-LoRA over three languages has three times the rank, and beside its row a mask and a copy."""
+    config = Config(strategies=("shared",), experiments=("remedies",), remedies=("olora=1",), rank=(64,), epochs=1, batch_size=2)
+    config, corpus, timed = replace(config, tiny_layers=1, tiny_hidden=512), PlannedCorpus(), []
+    study = with_experiments(config, plan(config, corpus.locales))
+    monkeypatch.setattr(estimate, "timed_here", lambda sizes: Pace(step=0.0, token=1.0, scored=0.0, whole=0.0, source=""))
+    monkeypatch.setattr(estimate, "_duration", lambda seconds: timed.append(seconds) or "")
+    lines = dict(describe(config, corpus, study, Machine(1, "cpu", 8 << 30)))
+    tokens, lora = Stream.of(corpus, study.learners[0]).tokens(), 6 * 64 * 18 * 512 / (2 * 4 * 12 * 512**2)
+    assert timed == [pytest.approx(tokens * (1 + lora) + tokens * (1 + 3 * lora))] and lora > 0.1
+    sizes = tiny_config(config, corpus)
+    width, narrow = AdapterBank.width_of(sizes, 192), AdapterBank.width_of(sizes, 64)
+    assert f"weights, gradients and moments {(16 + 5) * width / 2**20:.0f} MiB" in lines["memory"] and width > 2.5 * narrow
+    assert rule_memory(study.learners, width, 4) == 5 * width
 
 
 def test_memory_counts_what_rules_note():

@@ -1,6 +1,7 @@
 """Rules between gradient and update: each does what its paper says, to its own learner, and survives a stop bit for bit."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +16,15 @@ from toy import ToyCorpus, toy_model
 from kloss.cl import step, train
 from kloss.cl.learner import Experience, Learner
 from kloss.cl.packing import Part, pack
-from kloss.cl.rules import AGEM, EWC, L2, RULES, Rule, total
+from kloss.cl.rules import AGEM, EWC, L2, RULES, OLoRA, Rule, total
 from kloss.cl.step import StepSettings, squared_gradients
 from kloss.cl.stream import Stream, StreamBatch
 from kloss.errors import UserError
 from kloss.models import AdapterBank
 
 CORPUS = ToyCorpus()
-THREE = replace(BASE, experiences=(("aa",), ("bb",), ("cc",)), lora_dropout=0.2, dropout=0.1)
-NUMBERS = {"l2": 3.0, "ewc": 3.0, "a-gem": 0.5}
+THREE = replace(BASE, experiences=(("aa",), ("bb",), ("cc",)), rank=6, lora_dropout=0.2, dropout=0.1)
+NUMBERS = {"l2": 3.0, "ewc": 3.0, "a-gem": 0.5, "olora": 2.0}
 RULED = [replace(THREE, rule=RULES[name](number)) for name, number in NUMBERS.items()]
 
 
@@ -37,7 +38,7 @@ def test_every_rule_is_tried():
 
 @pytest.mark.parametrize("pass_tokens", [8192, 40])
 def test_learners_beside_rules_are_untouched_and_ruled_ones_are_as_alone(pass_tokens):
-    others = [replace(one, rank=4) for one in (SIX[0], SIX[2], SIX[5])]
+    others = [replace(one, rank=6) for one in (SIX[0], SIX[2], SIX[5])]
     plain, ruled = (cohort_of(some, CORPUS, exact=True, pass_tokens=pass_tokens) for some in (others, [*RULED, *others]))
     plain.train()
     ruled.train()
@@ -55,10 +56,10 @@ def test_learners_beside_rules_are_untouched_and_ruled_ones_are_as_alone(pass_to
 
 def test_a_larger_rank_beside_it_changes_no_rule():
     """A row then has a tail of zeros."""
-    together = cohort_of([*(replace(one, rank=2) for one in RULED), replace(THREE, rank=8)], CORPUS)
+    together = cohort_of([*(replace(one, rank=3) for one in RULED), replace(THREE, rank=8)], CORPUS)
     together.train()
     for g, one in enumerate(RULED):
-        alone = cohort_of([replace(one, rank=2)], CORPUS)
+        alone = cohort_of([replace(one, rank=3)], CORPUS)
         alone.train()
         for (name, got), wanted in zip(weights(together, g).items(), weights(alone, 0).values(), strict=True):
             assert (got - wanted).norm() <= 2e-5 * wanted.norm(), f"{one.rule}, {name}"
@@ -129,16 +130,18 @@ def test_on_a_gpu_the_host_waits_for_no_rule(monkeypatch):
         cohort.train(after)
         return cohort.bank.param.cpu()
 
-    keys, waits = [], []
+    keys, waits, buckets = [], [], Counter()
 
-    def noted(graphs, key, *rest):
+    def noted(graphs, key, function, batch):
         keys.append(key)
-        return call(graphs, key, *rest)
+        buckets[key, batch.bucket] += 1
+        return call(graphs, key, function, batch)
 
     call = train.Graphs.__call__
     monkeypatch.setattr(train.Graphs, "__call__", noted)
     wanted = trained("cpu")
     keys.clear()
+    buckets.clear()
     with pretended_gpu(monkeypatch) as gpu:
 
         def after(cohort, loss):
@@ -147,7 +150,10 @@ def test_on_a_gpu_the_host_waits_for_no_rule(monkeypatch):
 
         param = trained(GPU, after)
     assert waits[2] == [("aten._to_copy", "train.py:advance")], "within the second experience"
-    assert keys.count(("memory", 2)) == 2 and gpu.captures == 2, "all rows, A-GEM's memory"
+    assert keys.count(("memory", 2)) == 2
+    captured = {key for (key, _), times in buckets.items() if times > 1}
+    assert captured == {(0, len(RULES)), ("memory", 2)}, "all rows, A-GEM's memory"
+    assert gpu.captures == sum(times > 1 for times in buckets.values())
     assert (param - wanted).norm() < 1e-5 * wanted.norm()
 
 
@@ -231,7 +237,7 @@ def test_the_reference_is_the_gradient_of_what_is_replayed(monkeypatch):
     stream.seek([1, 0, 0])
     for param, reference in seen:
         pool, indices, _ = stream.replayed(0.5)
-        bank, model = AdapterBank(toy_model(), 1, 4, alpha=4.0), cohort.model
+        bank, model = AdapterBank(toy_model(), 1, 6, alpha=4.0), cohort.model
         bank.param[0] = param
         step._backward(model, bank, StepSettings.of([BASE], torch.device("cpu")), 0, 1, pack([Part(pool, indices, 0)], 1))
         torch.testing.assert_close(reference, bank.grad[0], rtol=1e-4, atol=1e-6)
@@ -261,7 +267,7 @@ def test_what_is_noted_is_of_the_experience_that_ended():
     assert not any(part.any() for part in seen[4]), "the first experience has six batches"
     for at, locale in ((5, "aa"), (11, "bb")):
         anchor, fisher = seen[at]
-        bank = AdapterBank(cohort.model, 1, 4)
+        bank = AdapterBank(cohort.model, 1, 6, alpha=4.0)
         bank.param[0] = anchor
         sentences = StreamBatch(CORPUS.sentences(locale, "train"), np.arange(12), False)
         squares = squared_gradients(cohort.model, bank, StepSettings.of([THREE], torch.device("cpu")), 0, sentences)
@@ -304,3 +310,88 @@ def test_a_rule_is_for_adapters():
     with pytest.raises(ValueError, match=r"L2\(number=1.0\) works on adapters"):
         Learner((("aa",),), None, 1.0, 1e-3, 0, 1, 4, rule=L2(1.0))
     assert replace(BASE, rule=L2(0.5)).name.endswith("lr=0.01, L2 0.5, seed 1") and replace(BASE, rule=L2(0.5)) != BASE
+
+
+def a_of(cohort, param, ranks):
+    """A of each linear in a row [P], at some ranks: [slices, ranks, K]."""
+    bank = cohort.bank
+    return {name: bank.a_of(param[None], 0, name)[:, ranks] for name in bank.slots if name.endswith(".a")}
+
+
+@pytest.mark.parametrize("ranks", [slice(2, 4), slice(4, 6)])
+def test_o_loras_penalty_is_what_it_says(ranks):
+    a, grad = normal(3, 6, 20), normal(3, 6, 20, seed=1)
+    leaf = a.double().requires_grad_()
+    penalty = sum(
+        0.7 * (leaf[part, first : first + 2] @ leaf[part, ranks].T).square().sum()
+        for part in range(3)
+        for first in range(0, ranks.start, 2)
+    )
+    penalty.backward()
+    wanted = torch.zeros_like(leaf)
+    wanted[:, ranks] = leaf.grad[:, ranks]  # earlier blocks are constants
+    changed = grad.clone()
+    OLoRA(0.7).adjust_a(changed, a, ranks)
+    torch.testing.assert_close(changed.double(), grad + wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(changed[:, ranks], grad[:, ranks])
+    half = grad.bfloat16()
+    OLoRA(0.7).adjust_a(half, a, ranks)
+    torch.testing.assert_close(half.double(), grad.bfloat16() + wanted, rtol=2**-8, atol=1e-3)
+
+
+def test_o_loras_blocks_are_orthogonal_where_it_is_strong():
+    """The largest cosine between rows of the last block and of those before it."""
+    overlap = {}
+    for number in (1e-30, 1e3):
+        one = replace(THREE, rule=OLoRA(number), epochs=60, lr=2e-3, lora_dropout=0.0, dropout=0.0)
+        cohort = cohort_of([one], CORPUS)
+        cohort.train()
+        own, earlier = (a_of(cohort, cohort.bank.param[0], ranks) for ranks in (slice(4, 6), slice(0, 4)))
+        cosines = [
+            torch.nn.functional.normalize(own[name], dim=2) @ torch.nn.functional.normalize(earlier[name], dim=2).mT
+            for name in own
+        ]
+        overlap[number] = max(float(cosine.abs().max()) for cosine in cosines)
+    assert overlap[1e3] < 0.01 < 0.3 < overlap[1e-30]
+
+
+def test_o_loras_other_blocks_stay_to_the_bit():
+    """At each step all but the head and the block of the experience is as it was, with decay and whatever parts train."""
+    for trains in (("*",), ("*.b", "0.*", "head.*")):
+        one = replace(THREE, rule=OLoRA(2.0), weight_decay=0.3, trains=trains)
+        cohort, rows = cohort_of([replace(THREE, seed=5), one], CORPUS), []
+        before = cohort.bank.param[1].clone()
+        cohort.train(lambda cohort, loss, rows=rows: rows.append(cohort._team.bank.param[1].clone()))
+        assert len(rows) == 18, "six batches are an experience"
+        for at, row in enumerate(rows):
+            first = 2 * (at // 6)
+            may = cohort.bank.columns(trains, slice(first, first + 2))
+            changed = row.view(torch.int32) != before.view(torch.int32)
+            assert not changed[~may].any() and changed[cohort.bank.columns(["0.*.a"], slice(first, first + 2))].any()
+            before = row
+        norm = {name: float(b[:, 4:].norm()) for name, b in weights(cohort, 1).items() if name.endswith(".b")}
+        assert all(norm.values()), "the last block has learned"
+
+
+def test_o_loras_blocks_begin_with_the_moments_of_those_before():
+    cohort, seen = cohort_of([replace(THREE, rule=OLoRA(2.0))], CORPUS), []
+    cohort.train(lambda cohort, loss: seen.append(cohort._team.bank.exp_avg_sq[0].clone()))
+    bank = cohort.bank
+    blocks = [slice(first, first + 2) for first in (0, 2, 4)]
+    for name in bank.slots:
+        if name.endswith(".a"):
+            early, late = ([bank.a_of(row[None], 0, name)[:, ranks] for ranks in blocks] for row in seen[4:6])
+        elif name.endswith(".b"):
+            early, late = ([bank.view(row[None], name)[0][:, ranks] for ranks in blocks] for row in seen[4:6])
+        else:
+            continue
+        assert early[0].any() and not early[1].any() and torch.equal(late[0], late[1]) and not late[2].any()
+
+
+def test_o_lora_divides_a_rank():
+    with pytest.raises(ValueError, match="divides LoRA's rank by 3 experiences, and the rank is 8"):
+        replace(THREE, rank=8, rule=OLoRA(1.0))
+    with pytest.raises(ValueError, match="divides LoRA's rank"):
+        replace(THREE, method="ia3", rule=OLoRA(1.0))
+    assert [replace(THREE, rule=OLoRA(1.0)).ranks_of(i) for i in range(4)] == [slice(0, 2), slice(2, 4), *[slice(4, 6)] * 2]
+    assert THREE.ranks_of(1) is None

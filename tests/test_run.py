@@ -11,8 +11,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from test_files import ODD_ENTRIES, make_odd_entry
@@ -23,7 +24,7 @@ from kloss.cl.rundir import open_run
 from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.summary import best_on_dev
 from kloss.cl.train import _Team
-from kloss.config import LIMITS, Config
+from kloss.config import LIMITS, Config, StrategyName
 from kloss.console import Console
 from kloss.errors import UserError
 from kloss.estimate import Machine, describe
@@ -86,6 +87,63 @@ def test_the_table_of_scores_has_every_cells_counts(small):
                 assert row["trained"] == (trained if i else "")
     units = [run["unit"] for run in scores["runs"]]  # both orders of NON-SHARED are of the same learners
     assert units == [0, 0, 1, 2, 3]
+
+
+def test_counts_of_slot_types_sum_up_to_the_scores(small, monkeypatch):
+    """Of all strategies, stopped and continued, with probes, scores within experiences and learners of experiments beside."""
+    arguments, folder = small
+    arguments = [
+        *arguments,
+        "--strategies",
+        *get_args(StrategyName),
+        "--epochs",
+        "1",
+        "--experiments",
+        "pairs",
+        "savings",
+        "--score-every",
+        "1",
+    ]
+    arguments += ["--checkpoint-seconds", "0"]
+    assert main([*arguments, "--out", str(folder / "plain")]) == 0
+    arguments.append("--slot-counts")
+    assert main([*arguments, "--out", str(folder / "whole")]) == 0
+    for stop in (2, 14):
+        calls, original = [], _Team.advance
+
+        def advance(team, calls=calls, original=original, stop=stop):
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return original(team)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Team, "advance", advance)
+            assert main([*arguments, "--out", str(folder / "stopped")]) == 130
+    assert main([*arguments, "--out", str(folder / "stopped")]) == 0
+    files = ("scores.json", "scores.csv", "slots.csv")
+    plain, whole, stopped = (
+        {name: (folder / run / name).read_bytes() for name in files if (folder / run / name).exists()}
+        for run in ("plain", "whole", "stopped")
+    )
+    assert stopped == whole and plain == {name: whole[name] for name in files[:2]}
+    scores, slots = (list(csv.reader(whole[name].decode().splitlines())) for name in files[1:])
+    assert slots[0] == [*scores[0][:-3], "slot", "TP", "predicted", "gold"]
+    sums: dict = {}
+    for *cell, slot, tp, predicted, gold in slots[1:]:
+        assert slot not in sums.setdefault(tuple(cell), {}) and 0 <= int(tp) <= min(int(predicted), int(gold))
+        sums[tuple(cell)][slot] = np.array([int(tp), int(predicted), int(gold)])
+    assert len(sums) == len(scores) - 1 and len({slot for each in sums.values() for slot in each}) > 3
+    for *cell, tp, predicted, gold in scores[1:]:
+        assert sum(sums[tuple(cell)].values()).tolist() == [int(tp), int(predicted), int(gold)]
+
+
+def test_counts_of_slot_types_belong_to_a_run(small, capsys):
+    """What was scored before would lack them."""
+    arguments, folder = small
+    assert main([*arguments, "--epochs", "1"]) == 0
+    line = one_line_error([*arguments, "--epochs", "1", "--slot-counts"], capsys)
+    assert "holds a run of another configuration (slot_counts was None, is True)" in line
 
 
 def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
@@ -700,7 +758,7 @@ def test_only_settings_that_change_figures_are_a_runs_identity():
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
     unnamed = {"eval_split", "experiments", "head_lr", "methods", "pinned", "remedies", "score_every", "shared_parts", "trains"}
-    unnamed |= {"vocabulary"}
+    unnamed |= {"vocabulary", "slot_counts"}
     assert vars(Config()).keys() - Config().identity().keys() == others.keys() | unnamed
     later = Config(eval_split="dev", experiments=("where",)).identity()
     assert later["eval_split"] == "dev" and later["experiments"] == ("where",)

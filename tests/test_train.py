@@ -324,3 +324,30 @@ def test_a_head_has_a_rate_of_its_own():
     assert not torch.equal(whole[:, start:], cohort.bank.param[:, start:])
     before, after, start = trained(lr=0.1, head_lr=0.0)
     assert not torch.equal(before[:, :start], after[:, :start]) and torch.equal(before[:, start:], after[:, start:])
+
+
+def test_counts_of_slot_types_are_of_the_scores():
+    corpus = ToyCorpus()
+    cohort, plain = (cohort_of([BASE], corpus, slot_counts=kept) for kept in (True, False))
+    for each in (cohort, plain):
+        each.train()
+    assert cohort.scores == plain.scores and "slots" not in plain.state()[1] and not plain.slots[0][2]
+    tensors, state = cohort.state()
+    resumed = cohort_of([BASE], corpus, slot_counts=True)
+    resumed.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(state)))
+    assert resumed.slots == cohort.slots and len(cohort.slots[0]) == 3
+    (own,) = state["slots"]
+    for damaged in (
+        [{"0": own["0"]}],
+        [own | {"2": {locale: own["2"][locale] for locale in ("aa", "bb")}}],
+        [own | {"2": own["2"] | {"aa": own["2"]["aa"][:3]}}],
+        [own | {"2": own["2"] | {"aa": [count + 1 for count in own["2"]["aa"]]}}],
+        [own | {"2": own["2"] | {"aa": [own["2"]["aa"][i] + (-99, 0, 0, 99, 0, 0)[i] for i in range(6)]}}],
+    ):
+        with pytest.raises(UserError, match="counts of slot types that are not those of its scores"):
+            resumed.load_state(tensors, state | {"slots": damaged})
+    with pytest.raises(UserError, match="counts of slot types"):
+        resumed.load_state(tensors, plain.state()[1])
+    for damaged in ([], [own, own]):
+        with pytest.raises(UserError, match="it is not of 1 learners"):
+            resumed.load_state(tensors, state | {"slots": damaged})

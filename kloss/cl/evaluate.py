@@ -14,7 +14,7 @@ from .graphs import Graphs
 from .learner import Learner
 from .packing import PackedBatch, Part, pack, send
 from .probes import Counts, Probe
-from .spans import label_layout
+from .spans import label_layout, slot_names
 from .states import States
 
 MOST_ROWS = 64  # of a bank of probes
@@ -30,22 +30,25 @@ def evaluate(
     partition: str = "test",
     pass_tokens: int = Config.pass_tokens,
     graphs: Graphs | None = None,
+    by_slot: bool = False,
 ) -> np.ndarray:
     """Count the spans of each pair (row of the bank, locale) on a partition; without a bank the rows are ignored.
 
     pass_tokens: tokens of one packed pass, about.
     graphs: those of this model, bank and corpus; None: none are captured.
-    Returns int64 [len(pairs), 3]: true positives, predicted and gold spans.
+    by_slot: count each slot type on its own.
+    Returns int64 [len(pairs), 3]: true positives, predicted and gold spans; by slot [len(pairs), slot types, 3].
     """
     weight = model.classifier.weight
     graphs = Graphs(weight.device, enabled=False) if graphs is None else graphs
     tags, types = (send(torch.tensor(values), weight.device) for values in label_layout(corpus.labels))
-    counts = torch.zeros(len(pairs), 3, dtype=torch.long, device=weight.device)
+    slots = len(slot_names(corpus.labels))
+    counts = torch.zeros(len(pairs), *((slots, 3) if by_slot else (3,)), dtype=torch.long, device=weight.device)
 
     def count(batch: PackedBatch) -> Tensor:
         logits = model(batch.input_ids, batch.cu_seqlens, bank=bank, lists=batch.lists(weight.dtype))
-        groups = batch.capacity[1]
-        return span_counts(logits.argmax(-1), batch.labels, batch.cu_seqlens, batch.number, groups, tags=tags, types=types)
+        rows = logits.argmax(-1), batch.labels, batch.cu_seqlens, batch.number, batch.capacity[1]
+        return _counts_by_slot(*rows, tags, types, slots) if by_slot else span_counts(*rows, tags=tags, types=types)
 
     for chunk in _passes(corpus, pairs, partition, pass_tokens):
         parts = [Part(corpus.sentences(pairs[i][1], partition), index, pairs[i][0] if bank else 0) for i, index in chunk]
@@ -54,6 +57,23 @@ def evaluate(
         batch = pack(parts, bank.adapters if bank else 1, number=within, padded=graphs.enabled)
         counts[first:last] += graphs("count", count, batch)[: last - first]
     return counts.cpu().numpy()
+
+
+def _counts_by_slot(
+    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, groups: int, tags: Tensor, types: Tensor, slots: int
+) -> Tensor:
+    """`span_counts` of each slot type, int64 [groups, slots, 3]: on a copy of the rows in which every other label is O.
+
+    Rows behind the last sequence have a gold label below 0.
+    """
+    numbers, outside = torch.arange(slots, device=pred.device)[:, None], len(tags)  # one more label
+    labels = torch.arange(outside, device=pred.device).where(types == numbers, outside)  # [slots, labels]
+    copies = labels[:, pred], labels[:, gold.clamp(min=0)].where(gold >= 0, gold)  # [slots, T]
+    starts = cu_seqlens[:-1] + numbers * len(pred)
+    ends = torch.cat([starts.flatten(), starts.new_full((1,), slots * len(pred))])
+    layout = {"tags": torch.cat([tags, tags.new_zeros(1)]), "types": torch.cat([types, types.new_full((1,), -1)])}
+    of = (group * slots + numbers).flatten()
+    return span_counts(copies[0].flatten(), copies[1].flatten(), ends, of, groups * slots, **layout).view(groups, slots, 3)
 
 
 def _passes(

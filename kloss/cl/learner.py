@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from .rules import Rule
 
-# Experiences completed, or updates made -> locale -> [true positives, predicted, gold]
-Scores = dict[int, dict[str, list[int]]]
+Table = dict[str, list[int]]  # locale -> [true positives, predicted, gold]
+Scores = dict[int, Table]  # by experiences completed, or updates made
 
 ALL = ("*",)  # every slot of an adapter
 BALANCED = "balanced"  # the name of a tokenizer that is trained on text balanced by script
@@ -83,6 +83,10 @@ class Learner:
             raise ValueError(f"{self.rule} works on adapters, and this learner trains the whole model")
         if self.trains != ALL and self.rank is None:
             raise ValueError(f"slots {self.trains} are those of an adapter, and this learner trains the whole model")
+        if self.rule is not None and self.rule.blocks and (self.method != "lora" or (self.rank or 0) % len(self.experiences)):
+            raise ValueError(
+                f"{self.rule} divides LoRA's rank by {len(self.experiences)} experiences, and the rank is {self.rank}"
+            )
         if self.method != "lora" and (self.rank is None or self.start is not None):
             raise ValueError(f"a learner of {self.method} has a rank, and begins anew")
 
@@ -95,6 +99,14 @@ class Learner:
     def kind(self) -> tuple[str, int]:
         """Its method, and of one other than LoRA the size. Learners of a bank have the same."""
         return self.method, 0 if self.method == "lora" else len(self.donors) or self.rank or 0
+
+    def ranks_of(self, experience: int) -> slice | None:
+        """The ranks that train in an experience, counted from 0; None: all. Behind the last one those of the last."""
+        if self.rule is None or not self.rule.blocks:
+            return None
+        size = (self.rank or 0) // len(self.experiences)
+        first = size * min(experience, len(self.experiences) - 1)
+        return slice(first, first + size)
 
     @property
     def name(self) -> str:

@@ -9,10 +9,11 @@ from ..errors import UserError
 from .corpus import Corpus
 from .learner import Learner
 from .shapes import check_shape
+from .spans import slot_names
 from .stream import Stream
 
 TABLES = [{str: {str: [int]}}]
-PROGRESS = {"counters": [[int]], "scores": TABLES, "curves?": TABLES, "failed": {str: str}, "tokens": int}
+PROGRESS = {"counters": [[int]], "scores": TABLES, "curves?": TABLES, "slots?": TABLES, "failed": {str: str}, "tokens": int}
 
 
 class Record(NamedTuple):
@@ -25,6 +26,7 @@ class Record(NamedTuple):
     weights: int | None  # how many it trains; None: its cohort was not at its end
     row: dict[str, Tensor]  # empty where its cohort was at its end
     rank: int | None  # that of the bank of which this is a row
+    slots: Mapping[str, dict[str, list[int]]] = {}
 
     @property
     def progress(self) -> tuple:
@@ -38,13 +40,14 @@ def check_progress(
     corpus: Corpus,
     to_score: Sequence[Mapping[int, Sequence[str]]],
     score_every: Sequence[int],
+    slot_counts: bool = False,
 ) -> None:
     """Check that the JSON of `Cohort.state` can be that of these learners. Raises UserError if it cannot."""
     check_shape(state, PROGRESS)
     assert isinstance(state, dict)
     streams, numbers = [Stream.of(corpus, learner) for learner in learners], {str(g) for g in range(len(learners))}
-    curves = state.get("curves", [{} for _ in learners])
-    lengths = {len(state["counters"]), len(state["scores"]), len(curves)}
+    curves, slots = (state.get(name, [{} for _ in learners]) for name in ("curves", "slots"))
+    lengths = {len(state["counters"]), len(state["scores"]), len(curves), len(slots)}
     if lengths != {len(streams)} or not state["failed"].keys() <= numbers:
         raise UserError(f"it is not of {len(streams)} learners")
     if state["tokens"] < 0:
@@ -65,3 +68,13 @@ def check_progress(
         for count in (count for row in (*table.values(), *curve.values()) for count in row.values()):
             if len(count) != 3 or not 0 <= count[0] <= min(count):
                 raise UserError(f"learner {g} has a score of {count}, not true positives, predicted and gold spans")
+        if slot_counts and not _adds_up(slots[g], table, len(slot_names(corpus.labels))):
+            raise UserError(f"learner {g} has counts of slot types that are not those of its scores")
+
+
+def _adds_up(table: Mapping, scores: Mapping, slots: int) -> bool:
+    """Whether a table has the locales of the scores, with counts of so many slot types that sum up to them."""
+    if {at: row.keys() for at, row in table.items()} != {at: row.keys() for at, row in scores.items()}:
+        return False
+    pairs = [(table[at][locale], scores[at][locale]) for at in scores for locale in scores[at]]
+    return all(len(own) == 3 * slots and min(own) >= 0 and [sum(own[i::3]) for i in range(3)] == of for own, of in pairs)

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import chain
 
 from ..config import Config
@@ -48,6 +48,9 @@ REMEDIES = (
     f"L2 pulls with half the squared distance to the adapter at the end of the last experience. EWC is online, with decay "
     f"{EWC.KEEP}; its Fisher information is the mean square of the gradients of {EWC.SENTENCES} single utterances with their own "
     "labels, scaled to a mean of 1. Rules act before clipping.",
+    "O-LoRA: a language trains ranks of its own, as many as plain SHARED's and with the same scaling; those of earlier languages "
+    "stay. The penalty is of squared entries, as in the paper's text; its published code takes absolute values, and penalises "
+    "norms besides. The head is shared and trains on; new ranks begin with the second moments of those before.",
     "LR ADJUST is our reading of Winata et al. 2023, whose formula was not at hand: an experience has the given factor times the "
     "rate of the one before.",
 )
@@ -153,24 +156,28 @@ def curves(config: Config, corpus: Corpus, study: Study, trial: Trial, outcome: 
 COLUMNS = ("strategy", "rank", "rate", "order", "seed", "step", "trained", "tested", "TP", "predicted", "gold")
 
 
-def score_table(study: Study, outcome: Outcome) -> str:
+def score_table(study: Study, outcome: Outcome, slots: Sequence[str] = ()) -> str:
     """The contents of scores.csv: a line for each measured cell of each R, with its span counts.
+
+    With the names of slot types those of slots.csv: a line for each type that occurs in a cell, predicted or in gold.
 
     step: row of R, 0 before training. trained: the locale learned in that step, all of them for joint training. tested: the
     locale that was scored. Cells of different runs may be the same measurement: equal learners are trained once.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    table.writerow((*COLUMNS[:-3], *["slot"] * bool(slots), *COLUMNS[-3:]))
     for trial in study.trials:
         joint = STRATEGIES[trial.strategy].joint
         for step in range(trial.layout.rows):
             trained = "" if step == 0 else " ".join(trial.order) if joint else trial.order[step - 1]
             for column, locale in enumerate(trial.order):
-                counts = trial.counts(outcome.scores, step, column)
-                if counts is not None:
-                    run = (trial.strategy, trial.rank, trial.lr, trial.order_name, trial.seed)
-                    table.writerow((*run, step, trained, locale, *counts))
+                counts = trial.counts(outcome.slots if slots else outcome.scores, step, column)
+                if counts is None:
+                    continue
+                cell = (trial.strategy, trial.rank, trial.lr, trial.order_name, trial.seed, step, trained, locale)
+                lines = [([slot], counts[3 * k : 3 * k + 3]) for k, slot in enumerate(slots)] or [([], counts)]
+                table.writerows((*cell, *slot, *own) for slot, own in lines if any(own) or not slot)
     return text.getvalue()
 
 

@@ -62,7 +62,7 @@ def checked_share(state: Any, config: Config, corpus: Corpus, study: Study, plan
             raise UserError(f"it has a cohort {number}, of {len(numbers)}")
         members = numbers[number]
         learners, to_score = [study.learners[g] for g in members], [study.to_score[g] for g in members]
-        check_progress(result, learners, corpus, to_score, [every[g] for g in members])
+        check_progress(result, learners, corpus, to_score, [every[g] for g in members], config.slot_counts)
         for i, g in enumerate(members):
             if result["counters"][i][0] < len(study.learners[g].experiences) and str(i) not in result["failed"]:
                 raise UserError(f"learner {i} of cohort {number} is not at its end")
@@ -89,9 +89,9 @@ def records(saved: Saved) -> Iterator[tuple[int, Record]]:
 
 
 def _record(result: Mapping[str, Any], i: int, row: dict[str, Tensor], rank: int | None) -> Record:
-    curves = result["curves"][i] if "curves" in result else {}
+    curves, slots = (result[name][i] if name in result else {} for name in ("curves", "slots"))
     weights = None if row else result["weights"][i]
-    return Record(result["counters"][i], result["scores"][i], curves, result["failed"].get(str(i)), weights, row, rank)
+    return Record(result["counters"][i], result["scores"][i], curves, result["failed"].get(str(i)), weights, row, rank, slots)
 
 
 def keep_furthest(known: dict[int, Record], found: Iterable[tuple[int, Record]], of: Container[int]) -> None:

@@ -43,4 +43,5 @@ def rule_memory(learners: Sequence[Learner], width: int, itemsize: int) -> int:
     itemsize: bytes of an element in the model's dtype.
     """
     rules = [learner.rule for learner in learners if learner.rule is not None]
-    return width * sum(4 * len(rule.state) + itemsize * rule.replays for rule in rules)
+    # Of blocks: which columns stay, and a copy of the row while the others are updated.
+    return width * sum(4 * len(rule.state) + itemsize * rule.replays + 5 * rule.blocks for rule in rules)

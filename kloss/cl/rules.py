@@ -30,12 +30,15 @@ class Rule:
     state: names of its tensors, fp32 [P] each, zero at first; they are in the checkpoint.
     replays: whether it needs a reference gradient; then `number` is the share of each earlier locale's sentences, at even
         distances, that it is drawn from.
+    blocks: whether each experience trains ranks of its own, side by side in the adapter; those of others stay as they are. Then
+        `adjust_a` is called in place of `adjust`.
     SENTENCES: how many it asks `squares` for after each experience but the last, for the plan of a run.
     """
 
     number: float
     state: ClassVar[tuple[str, ...]] = ()
     replays: ClassVar[bool] = False
+    blocks: ClassVar[bool] = False
     SENTENCES: ClassVar[int] = 0
 
     def learned(self, param: "Tensor", state: Notes, squares: Squares) -> None:
@@ -49,6 +52,14 @@ class Rule:
 
         grad: [P] in the model's dtype. param: fp32 [P].
         reference: [P], the gradient of a batch of replayed sentences, without dropout; None unless the rule `replays`.
+        """
+        raise NotImplementedError
+
+    def adjust_a(self, grad: "Tensor", a: "Tensor", ranks: slice) -> None:
+        """Likewise, of a rule with `blocks`, for the A of one linear.
+
+        grad: [slices, R, K] in the model's dtype. a: fp32 [slices, R, K].
+        ranks: those that train. Earlier experiences had those before.
         """
         raise NotImplementedError
 
@@ -97,4 +108,18 @@ class AGEM(Rule):
         grad.copy_((g - r * (product / total(r * r))).where(product < 0, g))
 
 
-RULES: dict[str, type[Rule]] = {"l2": L2, "ewc": EWC, "a-gem": AGEM}
+class OLoRA(Rule):
+    """Each experience trains ranks of its own, whose A is drawn towards orthogonality to that of all earlier ones.
+
+    The loss gains n Σ_i ‖A_i Aᵀ‖², squared entries summed over earlier experiences i and all linears (Wang et al. 2023, arXiv
+    2310.14152).
+    """
+
+    blocks = True
+
+    def adjust_a(self, grad: "Tensor", a: "Tensor", ranks: slice) -> None:
+        own, earlier = a[:, ranks], a[:, : ranks.start]
+        grad[:, ranks].add_((own @ earlier.transpose(1, 2) @ earlier).mul_(2 * self.number))
+
+
+RULES: dict[str, type[Rule]] = {"l2": L2, "ewc": EWC, "a-gem": AGEM, "olora": OLoRA}

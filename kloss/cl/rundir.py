@@ -1,5 +1,7 @@
 """A run's folder: config.json, env.json, log.jsonl, checkpoint.safetensors, scores.csv, scores.json (written last: done).
 
+With --slot-counts slots.csv too.
+
 Of several processes each has its own checkpoint, checkpoint-1-of-3.safetensors, and log, log-1.jsonl.
 """
 
@@ -98,10 +100,10 @@ class RunFolder:
         self.check()
         write_json(self.path / "scores.json", scores)
 
-    def save_table(self, text: str) -> None:
-        """Write scores.csv."""
+    def save_table(self, name: str, text: str) -> None:
+        """Write scores.csv or slots.csv."""
         self.check()
-        write_text(self.path / "scores.csv", text)
+        write_text(self.path / name, text)
 
     def log(self, **entry: object) -> None:
         """Append a line to log.jsonl, or to this process's own log."""

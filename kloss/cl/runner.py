@@ -48,6 +48,7 @@ class Outcome(NamedTuple):
     failed: list[str | None]  # why training ended early; None: it did not
     weights: list[int]  # number of weights trained
     probed: list[Counts]  # of each of the study's probes
+    slots: list[Scores]  # three counts of each slot type, end to end; empty unless they are kept
 
 
 def train_study(
@@ -106,7 +107,9 @@ class _Job:
             progress.say(f"the checkpoint in {folder.path} has no digest (earlier versions wrote none); it is used as it is")
         size = len(study.learners)
         self.looked = 0.0
-        self.outcome = Outcome([{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [])
+        self.outcome = Outcome(
+            [{} for _ in range(size)], [{} for _ in range(size)], [None] * size, [0] * size, [], [{} for _ in range(size)]
+        )
         self.known = self._known()
         processes.wait()  # all have read what the first step of one may replace
         if self.saved is not None and self.saved.share != self.share:
@@ -172,6 +175,7 @@ class _Job:
             to_keep=[self.kept[g] for g in members],
             keep=partial(_keep, self.folder, members),
             score_every=[self.every[g] for g in members],
+            slot_counts=config.slot_counts,
         )
         for i, g in enumerate(members):
             if any(self.outcome.failed[state.learner] for state in self.starts.get(g, ())):
@@ -198,9 +202,9 @@ class _Job:
         """Put the results of a cohort into the outcome."""
         outcome = self.outcome
         for i, g in enumerate(members):
-            outcome.scores[g] = {int(experience): row for experience, row in result["scores"][i].items()}
-            if "curves" in result:
-                outcome.curves[g] = {int(step): row for step, row in result["curves"][i].items()}
+            for name, tables in (("scores", outcome.scores), ("curves", outcome.curves), ("slots", outcome.slots)):
+                if name in result:
+                    tables[g] = {int(at): row for at, row in result[name][i].items()}
             outcome.failed[g] = result["failed"].get(str(i))
             outcome.weights[g] = result["weights"][i]
 

@@ -38,8 +38,13 @@ def label_layout(labels: Sequence[str]) -> tuple[list[int], list[int]]:
     for label in labels:
         if label != "O" and label[:2] not in ("B-", "I-"):
             raise UserError(f"label {label!r} is not a BIO label: allowed are O, B-<type> and I-<type>")
-    types = {name: n for n, name in enumerate(dict.fromkeys(label[2:] for label in labels if label != "O"))}
+    types = {name: n for n, name in enumerate(slot_names(labels))}
     return ["OBI".index(label[0]) for label in labels], [types.get(label[2:], -1) for label in labels]
+
+
+def slot_names(labels: Sequence[str]) -> list[str]:
+    """The slot types of BIO labels, by the index that `label_layout` gives them."""
+    return list(dict.fromkeys(label[2:] for label in labels if label != "O"))
 
 
 def span_f1(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import StepDropout, token_loss
-from ..models import Rows, XLMRForTokenClassification
+from ..kernels.lora_torch import on_one_thread
+from ..models import AdapterBank, Rows, XLMRForTokenClassification
 from ..models.slots import SlotRows
 from .graphs import Graphs
 from .learner import ALL, Learner
@@ -67,14 +68,8 @@ class StepSettings(NamedTuple):
         heads = [learner.lr if learner.head_lr is None else learner.head_lr for learner in learners]
         own = heads != [learner.lr for learner in learners]
         head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None
-        frozen, first = [], 0
-        for trains, group in groupby(learners, lambda learner: learner.trains):
-            last = first + len(list(group))
-            if trains != ALL:
-                assert isinstance(bank, SlotRows)
-                frozen.append(Frozen(first, last, ~bank.columns(trains)))
-            first = last
-        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm, tuple(frozen))
+        frozen = frozen_columns(learners, bank, [0] * len(learners))
+        return cls(dropout("dropout"), dropout("lora_dropout"), seeds, peak, head, warmup, decay, norm, frozen)
 
     def without_dropout(self) -> "StepSettings":
         return self._replace(dropout=None, lora_dropout=None)
@@ -90,16 +85,44 @@ class StepSettings(NamedTuple):
         return (self.peak_lr * share).float(), None if self.head_lr is None else (self.head_lr * share).float()
 
 
+def frozen_columns(learners: Sequence[Learner], bank: Rows | None, experiences: Sequence[int]) -> tuple[Frozen, ...]:
+    """What of the learners' rows does not train in these experiences of theirs, neighbours of one kind together."""
+    frozen, first = [], 0
+    parts = [(learner.trains, learner.ranks_of(i)) for learner, i in zip(learners, experiences, strict=True)]
+    for (trains, ranks), group in groupby(parts):
+        last = first + len(list(group))
+        if ranks is not None:
+            assert isinstance(bank, AdapterBank)
+            frozen.append(Frozen(first, last, ~bank.columns(trains, ranks)))
+        elif trains != ALL:
+            assert isinstance(bank, SlotRows)
+            frozen.append(Frozen(first, last, ~bank.columns(trains)))
+        first = last
+    return tuple(frozen)
+
+
 class Ruled(NamedTuple):
     """A row whose rule changes its gradient in a step.
 
     memory: the replayed sentences of its reference gradient, if it has one.
+    ranks: those that train; None: all.
     """
 
     row: int
     rule: Rule
     state: Mapping[str, Tensor]
     memory: PackedBatch | None
+    ranks: slice | None
+
+
+class PackedStep(NamedTuple):
+    """What a step needs of the streams."""
+
+    batches: list[PackedBatch]  # one a pass
+    ended: list[int]  # the rows whose experience ends with it
+    due: dict[int, int]  # row that is scored behind it, within its experience -> steps of its learner
+    ruled: list[Ruled]  # the rows whose rule applies
+    rate: Tensor | None  # fp64 [rows], of the present experiences; None: all are 1
 
 
 def train_step(
@@ -125,7 +148,7 @@ def train_step(
     """
     graphs = Graphs(bank.param.device, enabled=False) if graphs is None else graphs
     references: dict[int, Tensor] = {}
-    for row, _, _, memory in ruled:
+    for row, _, _, memory, _ in ruled:
         if memory is not None:
             graphs(("memory", row), partial(_backward, model, bank, settings.without_dropout(), row, row + 1), memory)
             _freeze(bank, settings)
@@ -135,9 +158,13 @@ def train_step(
         last = first + batch.num_adapters
         losses.append(graphs((first, last), partial(_backward, model, bank, settings, first, last), batch))
         first = last
+    for row, rule, _, _, ranks in ruled:
+        if ranks is not None:
+            _adjust_a(bank, row, rule, ranks)
     _freeze(bank, settings)
-    for row, rule, state, _ in ruled:
-        rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
+    for row, rule, state, _, ranks in ruled:
+        if ranks is None:
+            rule.adjust(bank.grad[row], bank.param[row], state, references.get(row))
     lr, head_lr = settings.lr(bank.steps, rate)
     before = [bank.param[first:last].clone() for first, last, _ in settings.frozen]
     norms = bank.adamw_(lr, weight_decay=settings.weight_decay, max_norm=settings.max_norm, active=active, head_lr=head_lr)
@@ -163,6 +190,15 @@ def _backward(
     loss, _ = token_loss(logits, batch.labels, lists.segments)
     loss.sum().backward()
     return loss.detach()
+
+
+def _adjust_a(bank: Rows, row: int, rule: Rule, ranks: slice) -> None:
+    """Have a rule with blocks change the gradient of a row."""
+    assert isinstance(bank, AdapterBank)
+    with on_one_thread(bank.exact):
+        for name in bank.slots:
+            if name.endswith(".a"):
+                rule.adjust_a(bank.a_of(bank.grad, row, name), bank.a_of(bank.param, row, name), ranks)
 
 
 def _freeze(bank: Rows, settings: StepSettings) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +16,13 @@ from .banks import bank_of, lora_bank
 from .corpus import Corpus
 from .evaluate import evaluate
 from .graphs import Graphs
-from .learner import ALL, Learner, Scores
-from .packing import PackedBatch, Part, pack, send
+from .learner import ALL, Learner, Scores, Table
+from .packing import Part, pack, send
 from .probes import State
 from .progress import Record, check_progress
 from .spans import f1_from_counts
 from .states import KeptRow
-from .step import Ruled, StepSettings, squared_gradients, train_step
+from .step import PackedStep, Ruled, StepSettings, frozen_columns, squared_gradients, train_step
 from .stream import Stream
 
 
@@ -38,9 +37,10 @@ class Cohort:
     score_every: for each learner, after how many steps of an experience it is scored besides, on what is scored at the end of the
         experience; 0: never.
     rank: the bank's, if it is to be larger than the learners'.
+    slot_counts: whether the counts of each slot type are kept too.
     exact: as in AdapterBank; then a learner's weights have the same bits in any company, if the largest rank is the same.
-    Attributes: scores, and curves by step, one per learner; failed, {learner: why its training ended early}; losses, {learner:
-    that of its last step}.
+    Attributes: scores, slots (three counts of each type, end to end) and curves by step, one per learner; failed, {learner: why
+        its training ended early}; losses, {learner: that of its last step}.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class Cohort:
         to_keep: Sequence[Container[int]] = (),
         keep: Callable[[State, KeptRow], None] | None = None,
         score_every: Sequence[int] = (),
+        slot_counts: bool = False,
     ):
         self.model, self.corpus, self.learners, self.to_score = model, corpus, learners, to_score
         self.pass_tokens, self.exact, self.partition = pass_tokens, exact, partition
         self.to_keep, self.keep = to_keep, keep
-        self.score_every = score_every or [0] * len(learners)
+        self.score_every, self.slot_counts = score_every or [0] * len(learners), slot_counts
+        self.tables = ("scores", *["curves"] * any(self.score_every), *["slots"] * slot_counts)  # in the state
         self.device = model.classifier.weight.device
         self.bank = bank_of(model, learners, rank or 0, exact=exact)
         self._donors: dict[tuple, AdapterBank] = {}
@@ -70,6 +72,7 @@ class Cohort:
         self.noted = {g: {n: torch.zeros_like(self.bank.param[g]) for n in rule.state} for g, rule in self.rules.items()}
         self.scores: list[Scores] = [{} for _ in learners]
         self.curves: list[Scores] = [{} for _ in learners]
+        self.slots: list[Scores] = [{} for _ in learners]
         self.failed: dict[int, str] = {}
         self.losses: dict[int, float] = {}
         self.tokens = 0
@@ -119,10 +122,9 @@ class Cohort:
             self._team.rewind()
             self._team.write_back()
         counters = [stream.counters() for stream in self.streams]
-        scores, curves = ([{str(at): row for at, row in table.items()} for table in each] for each in (self.scores, self.curves))
+        tables = {name: [{str(at): row for at, row in table.items()} for table in getattr(self, name)] for name in self.tables}
         failed = {str(g): reason for g, reason in self.failed.items()}
-        state = {"counters": counters, "scores": scores, "failed": failed, "tokens": self.tokens}
-        return self._tensors(), state | ({"curves": curves} if any(self.score_every) else {})
+        return self._tensors(), {"counters": counters, "failed": failed, "tokens": self.tokens, **tables}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The bank's state, and what rules have noted."""
@@ -134,7 +136,7 @@ class Cohort:
 
         finite: refuse weights and moments that are not finite, but for learners that have diverged.
         """
-        check_progress(state, self.learners, self.corpus, self.to_score, self.score_every)
+        check_progress(state, self.learners, self.corpus, self.to_score, self.score_every, self.slot_counts)
         overwrite(self._tensors(), tensors)
         self._go_on(tensors, state, finite)
 
@@ -149,9 +151,8 @@ class Cohort:
                     raise UserError(f"{name} of learner {g} is not finite")
         for stream, counters in zip(self.streams, state["counters"], strict=True):
             stream.seek(counters)
-        for name in ("scores", "curves"):
-            if name in state:
-                setattr(self, name, [{int(at): row for at, row in table.items()} for table in state[name]])
+        for name in (name for name in self.tables if name in state):
+            setattr(self, name, [{int(at): row for at, row in table.items()} for table in state[name]])
         self.failed = {int(g): reason for g, reason in state["failed"].items()}
         self.tokens = state["tokens"]
 
@@ -162,9 +163,9 @@ class Cohort:
             place = {name: tensors[name][g] for name in STATE} | self.noted.get(g, {})
             for name, value in self._fitted(g, record).items():
                 place[name].copy_(value)
-            state["counters"][g], state["scores"][g] = record.counters, record.scores
-            if "curves" in state:
-                state["curves"][g] = record.curves
+            state["counters"][g] = record.counters
+            for name in self.tables:
+                state[name][g] = getattr(record, name)
             if record.failed is not None:
                 state["failed"][str(g)] = record.failed
             self.streams[g].seek(record.counters)
@@ -208,43 +209,35 @@ class Cohort:
 
     def _score(self, bank: Rows, learners: Sequence[int], rows: Sequence[int], graphs: Graphs | None = None) -> None:
         """Score `learners` (bank rows `rows`) at the point they have reached in their streams. graphs: of this bank."""
-        cells = []
+        cells: list[tuple[int, str, Table, Table]] = []
         for g, row in zip(learners, rows, strict=True):
             experience = self.streams[g].experience
             if self.keep is not None and experience in self.to_keep[g]:
                 assert isinstance(self.bank, AdapterBank)  # probes are made of adapters
                 self.keep(State(g, experience), KeptRow(bank.param[row], self.bank.rank))
-            table = self.scores[g].setdefault(experience, {})
-            cells += [(row, locale, table) for locale in self.to_score[g].get(experience, ())]
+            table, slots = (each[g].setdefault(experience, {}) for each in (self.scores, self.slots))
+            cells += [(row, locale, table, slots) for locale in self.to_score[g].get(experience, ())]
         self._fill(bank, cells, graphs)
 
     def _trace(self, team: "_Team", due: Mapping[int, int]) -> None:
         """Score learners within their experiences. due: row -> steps of its learner so far."""
-        cells = []
+        cells: list[tuple[int, str, Table, Table]] = []
         for row, step in due.items():
             g = team.learners[row]
             table = self.curves[g].setdefault(step, {})
-            cells += [(row, locale, table) for locale in self.to_score[g].get(self.streams[g].experience + 1, ())]
+            cells += [(row, locale, table, {}) for locale in self.to_score[g].get(self.streams[g].experience + 1, ())]
         self._fill(team.bank, cells, team.graphs)
 
-    def _fill(self, bank: Rows, cells: Sequence[tuple[int, str, dict[str, list[int]]]], graphs: Graphs | None) -> None:
-        """Score (row of the bank, locale) and put the counts into a table."""
-        pairs = [(row, locale) for row, locale, _ in cells]
+    def _fill(self, bank: Rows, cells: Sequence[tuple[int, str, Table, Table]], graphs: Graphs | None) -> None:
+        """Score (row of the bank, locale) and put the counts, and those of slot types if they are kept, into tables."""
         counts = evaluate(
-            self.model, bank, self.corpus, pairs, partition=self.partition, pass_tokens=self.pass_tokens, graphs=graphs
-        )
-        for (_, locale, table), count in zip(cells, counts.tolist(), strict=True):
-            table[locale] = count
-
-
-class _Packed(NamedTuple):
-    """What a step needs of the streams."""
-
-    batches: list[PackedBatch]  # one a pass
-    ended: list[int]  # the rows whose experience ends with it
-    due: dict[int, int]  # row that is scored behind it, within its experience -> steps of its learner
-    ruled: list[Ruled]  # the rows whose rule applies
-    rate: Tensor | None  # fp64 [rows], of the present experiences; None: all are 1
+            self.model, bank, self.corpus, [(row, locale) for row, locale, *_ in cells],
+            partition=self.partition, pass_tokens=self.pass_tokens, graphs=graphs, by_slot=self.slot_counts,
+        )  # fmt: skip
+        for (_, locale, table, slots), count in zip(cells, counts, strict=True):
+            table[locale] = (count.sum(0) if self.slot_counts else count).tolist()
+            if self.slot_counts:
+                slots[locale] = count.flatten().tolist()
 
 
 class _Team:
@@ -260,7 +253,7 @@ class _Team:
         self.settings = StepSettings.of([cohort.learners[g] for g in learners], cohort.device, exact=cohort.exact, bank=self.bank)
         self.rated = any(experience.rate != 1 for g in learners for experience in cohort.learners[g].experiences)
         self.graphs = Graphs(cohort.device, enabled=self.bank.capturable)
-        self._ahead: tuple[_Packed, list[list[int]]] | None = None
+        self._ahead: tuple[PackedStep, list[list[int]]] | None = None
         self._start()
 
     def _start(self) -> None:
@@ -271,6 +264,14 @@ class _Team:
         mask[self.live] = True
         self.active = send(mask, self.cohort.device)
         self.passes = self._passes()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Note what of each row does not train where its stream stands."""
+        learners = [self.cohort.learners[g] for g in self.learners]
+        if any(learner.ranks_of(0) for learner in learners):
+            experiences = [self.cohort.streams[g].experience for g in self.learners]
+            self.settings = self.settings._replace(frozen=frozen_columns(learners, self.bank, experiences))
 
     def goes_on(self) -> bool:
         """Whether the team trains on. Learners that have ended are made idle, if it may keep them."""
@@ -290,9 +291,9 @@ class _Team:
             room -= tokens
         return [*passes, (first, len(self.learners))]
 
-    def _pack(self) -> "_Packed":
+    def _pack(self) -> PackedStep:
         """All that the next step needs of the streams, which move on."""
-        packed = _Packed([], [], {}, [], self._rate())
+        packed = PackedStep([], [], {}, [], self._rate())
         for first, last in self.passes:
             parts = []
             for row in (row for row in self.live if first <= row < last):
@@ -322,7 +323,7 @@ class _Team:
         if rule.replays:
             pool, indices, _ = stream.replayed(rule.number)
             memory = pack([Part(pool, indices, 0)], 1, padded=self.graphs.enabled)
-        return [Ruled(row, rule, self.cohort.noted[g], memory)]
+        return [Ruled(row, rule, self.cohort.noted[g], memory, self.cohort.learners[g].ranks_of(stream.experience))]
 
     def note(self, ended: Sequence[int]) -> None:
         """Have the rules of rows whose experience has ended note what was learned."""
@@ -331,6 +332,11 @@ class _Team:
             rule, stream = self.cohort.rules.get(g), self.cohort.streams[g]
             if rule is not None and not stream.finished:
                 rule.learned(self.bank.param[row], self.cohort.noted[g], partial(self._squares, row, stream))
+                before, ranks = (self.cohort.learners[g].ranks_of(stream.experience - back) for back in (1, 0))
+                if ranks is not None and before is not None:
+                    assert isinstance(self.bank, AdapterBank)
+                    self.bank.open_(row, ranks, before)
+        self._freeze()
 
     def _squares(self, row: int, stream: Stream, count: int) -> Tensor:
         sentences = stream.some(stream.experience - 1, count)
@@ -354,7 +360,7 @@ class _Team:
     def advance(self) -> tuple[float, list[int], dict[int, int]]:
         """Train every live row for one step.
 
-        Returns the mean of the finite losses, the rows whose experience has ended, and those due as in `_Packed`. A row whose
+        Returns the mean of the finite losses, the rows whose experience has ended, and those due as in `PackedStep`. A row whose
         loss or gradient norm is not finite is entered in the cohort's `failed`.
         """
         cohort = self.cohort

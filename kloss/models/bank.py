@@ -150,6 +150,37 @@ class AdapterBank(SlotRows):
                 place.copy_(given)
         return placed
 
+    def columns(self, patterns: Sequence[str], ranks: slice | None = None) -> Tensor:
+        """As that of `SlotRows`. ranks: those whose columns of A and B count; None: all."""
+        mask = super().columns(patterns)
+        if ranks is not None:
+            others = torch.ones(self.rank, dtype=torch.bool, device=mask.device)
+            others[ranks] = False
+            for name in self.slots:
+                if name.endswith(".a"):
+                    self.a_of(mask[None], 0, name)[:, others] = False
+                elif name.endswith(".b"):
+                    self.view(mask[None], name)[0][:, others] = False
+        return mask
+
+    def a_of(self, matrix: Tensor, g: int, name: str) -> Tensor:
+        """The slot `name` of row g of a matrix [G, P], an A, as a view [slices, R, K]."""
+        return self.view(matrix, name)[g].unflatten(0, (-1, self.rank))
+
+    @torch.no_grad()
+    def open_(self, g: int, ranks: slice, before: slice) -> None:
+        """Have some ranks of adapter g, untrained so far, go on with the second moments of others that were trained.
+
+        Of moments of 0 that AdamW takes for those of all its steps, the first updates would be several times too large.
+        """
+        for name in self.slots:
+            if name.endswith(".a"):
+                squares = self.a_of(self.exp_avg_sq, g, name)
+                squares[:, ranks] = squares[:, before]
+            elif name.endswith(".b"):
+                squares = self.view(self.exp_avg_sq, name)[g]
+                squares[:, ranks] = squares[:, before]
+
     @staticmethod
     def check_patterns(config: XLMRConfig, patterns: Sequence[str], targets: Sequence[str] = TARGETS) -> None:
         """Raise UserError, as `matching` of a bank with these sizes."""

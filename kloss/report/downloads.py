@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..files import opened
 
-NAMES = ("scores.csv", "scores.json", "config.json", "env.json", "log.jsonl")
+NAMES = ("scores.csv", "slots.csv", "scores.json", "config.json", "env.json", "log.jsonl")
 PLAIN, LARGEST = 1 << 17, 1 << 25  # bytes: above the first a file is compressed, above the second it stays beside the page
 
 

@@ -48,7 +48,9 @@ def adjusted(learner: Learner, number: float) -> Learner:
 
 
 def ruled(name: str, learner: Learner, number: float) -> Learner:
-    return replace(learner, rule=RULES[name](number))
+    """With a rule; one with blocks has the learner's rank in each experience, and its scaling."""
+    blocks = len(learner.experiences) if RULES[name].blocks else 1
+    return replace(learner, rule=RULES[name](number), rank=blocks * (learner.rank or 0), alpha=blocks * learner.alpha)
 
 
 # By name: the largest number, and a function from a learner and a number to the learner with the remedy.
@@ -180,10 +182,16 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             dots = {name: [float(x[m]) for x in of.values()] for name, of in ({PLAIN: plain} | values).items() if of}
             bars.append(Bars(f"{label}: {MEASURES[m]}, by remedy", dots, "F1"))
         findings += _findings(f"{label} ends at {end:.2f} F1 and has lost {lost:.2f} of a language", gains, costs)
-    limits = (
+    limits: tuple[str, ...] = (
         "Each remedy is compared at 95 % without correction for their number, with the strengths that were asked for: another "
         "strength may do better. Choose them with --eval-split dev.",
         "Differences are paired by order and seed, and intervals are over these.",
     )
+    languages = max((len(entry["order"]) for entry in data if entry["remedy"].startswith("olora=")), default=0)
+    if languages:
+        limits += (
+            "O-LoRA trains as many ranks in each language as plain SHARED, and keeps those of earlier languages beside them: at "
+            f"the end it has {languages} times as many.",
+        )
     question = "SHARED learns the same languages in the same orders with a remedy. Is more left at the end, and is less lost?"
     return Section("What helps?", question, findings, limits, bars, (), tables) if data else None
