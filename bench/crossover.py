@@ -1,7 +1,7 @@
 """Where kloss wins on this machine and where it loses: a linear with many adapters, over adapters and the rows of each.
 
     python -m bench.crossover [--tables training inference skew shapes compiled memory] [--adapters 1 4 16 52 256 1024 4096]
-                              [--rows 1 4 16 64 256] [--width 768] [--rank 32] [--minutes 1.5]
+                              [--rows 1 4 16 64 256] [--width 768] [--rank 32] [--minutes 1.25]
 
 Every library gets the same weights, inputs and gradients; before the first cell their results are checked against fp64. Rounds
 alternate between libraries in one process. A ratio is a library's time over ours in the same round, the median over rounds:
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="of each adapter")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=1.5, help="for all tables; libraries take theirs to get ready besides")
+    parser.add_argument("--minutes", type=float, default=1.25, help="for all tables; libraries take theirs to get ready besides")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of crossover.jsonl and its picture")
     return parser.parse_args(arguments)
 

@@ -61,7 +61,7 @@ def crossover(rows: Sequence[dict], peer: str, down: str = "adapters", across: s
     lost = [row for row in rows if peer in row["ratio"] and row["ratio"][peer] < 1]
     of = sum(peer in row["ratio"] for row in rows)
     if not lost:
-        return f"{peer}: kloss is faster in all {of} cells"
+        return f"{peer}: kloss is faster" + f" in all {of} cells" * (of > 1)
     cells = ", ".join(f"{row[down]} x {row[across]} ({row['ratio'][peer]:.2f})" for row in lost)
     return f"{peer}: faster than kloss in {len(lost)} of {of} cells ({down} x {across}): {cells}"
 
