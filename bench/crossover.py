@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -89,44 +89,58 @@ def first(problem: Problem, adapters: int) -> Problem:
     return problem._replace(x=problem.x[:total], dy=problem.dy[:total], segments=segments, **parts)
 
 
-def measure(problem: Problem, libraries: dict[str, Library], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each library's calls, in rounds that alternate between them, for that long but at least LEAST_ROUNDS."""
-    adapters = len(problem.lora_a)
+Calls = dict[tuple[Cell, str], tuple[Callable[[], object], float]]  # of a cell's library, and what its time is multiplied by
+
+
+def calls_of(cell: Cell, libraries: dict[str, Library], device: str, dtype: torch.dtype) -> Calls:
+    """The calls of a cell."""
+    problem, adapters = cell.problem(device, dtype), cell.batch.adapters
     most = {name: min(adapters, library.most or adapters) for name, library in libraries.items()}
-    calls = {name: library.make(first(problem, most[name])) for name, library in libraries.items()}
-    times: dict[str, list[float]] = {name: [] for name in libraries}
+    return {(cell, name): (own.make(first(problem, most[name])), adapters / most[name]) for name, own in libraries.items()}
+
+
+def measure(calls: Calls, seconds: float, cuda: bool = False) -> dict[tuple[Cell, str], list[float]]:
+    """Seconds of each call, in rounds that alternate between them, for that long but at least LEAST_ROUNDS."""
+    times: dict[tuple[Cell, str], list[float]] = {key: [] for key in calls}
     until, rounds = time.monotonic() + seconds, 0
     while rounds <= LEAST_ROUNDS or time.monotonic() < until:
-        for name, call in calls.items():
+        for key, (call, factor) in calls.items():
             began = time.perf_counter()
             call()
-            if problem.x.is_cuda:
+            if cuda:
                 torch.cuda.synchronize()
             if rounds:  # the first one warms up
-                times[name].append(adapters / most[name] * (time.perf_counter() - began))
+                times[key].append(factor * (time.perf_counter() - began))
         rounds += 1
     return times
 
 
 def timed(table: str, cells: Sequence[Cell], options: argparse.Namespace, absent: dict[str, str]) -> Iterator[dict]:
-    """The rows of a table whose cells are timed."""
+    """The rows of a table whose cells are timed. Those of a skewed batch have a ratio to the batch before it, too."""
     own = {"inference": INFERENCE, "compiled": COMPILED}.get(table, TRAINING)
     libraries = {name: library for name, library in own.items() if name not in absent}
     if table == "skew":  # the first adapters are not like the others
         libraries = {name: library._replace(most=None) for name, library in libraries.items()}
-    seconds = 60 * options.minutes * TABLES[table] / len(cells)
-    for done, cell in enumerate(cells, 1):
-        problem = cell.problem(options.device, DTYPES[options.dtype])
-        times = measure(problem, libraries, seconds)
-        medians = {name: statistics.median(each) for name, each in times.items()}
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(each, times[KLOSS], strict=True))
-            for name, each in times.items()
-            if name != KLOSS
-        }
-        yield cell.row(table) | {"rounds": len(times[KLOSS]), "seconds": medians, "ratio": ratios}
+    seconds, together = 60 * options.minutes * TABLES[table] / len(cells), 2 if table == "skew" else 1
+    for done in range(0, len(cells), together):
+        calls: Calls = {}
+        for cell in cells[done : done + together]:
+            calls |= calls_of(cell, libraries, options.device, DTYPES[options.dtype])
+        times = measure(calls, together * seconds, options.device == "cuda")
+        for cell in cells[done : done + together]:
+            medians = {name: statistics.median(times[cell, name]) for name in libraries}
+            ratios = {name: ratio(times[cell, name], times[cell, KLOSS]) for name in libraries if name != KLOSS}
+            row = cell.row(table) | {"rounds": len(times[cell, KLOSS]), "seconds": medians, "ratio": ratios}
+            if cell.skewed:
+                row["of_equal"] = {name: ratio(times[cell, name], times[cells[done], name]) for name in libraries}
+            yield row
         if sys.stderr.isatty():
-            print(f"{table}: {done} of {len(cells)} cells\033[K", end="\r", file=sys.stderr, flush=True)
+            print(f"{table}: {done + together} of {len(cells)} cells\033[K", end="\r", file=sys.stderr, flush=True)
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Of times in the same rounds."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def peaks(cells: Sequence[Cell], device: str, dtype: torch.dtype, absent: dict[str, str]) -> list[dict]:

@@ -132,8 +132,9 @@ def test_peft_is_scaled_to_all_adapters(monkeypatch):
     ticks = iter(range(10_000))
     monkeypatch.setattr(crossover.time, "perf_counter", lambda: next(ticks))
     own = {name: libraries.TRAINING[name]._replace(most=2) for name in PEFT} | {"kloss": libraries.TRAINING["kloss"]}
-    times = crossover.measure(problem_of(6, 2), own, 0)
-    assert times == dict.fromkeys(PEFT, [3, 3, 3]) | {"kloss": [1, 1, 1]}
+    cell = crossover.Cell(Batch(6, 2), 32, 4)
+    times = crossover.measure(crossover.calls_of(cell, own, "cpu", torch.float32), 0)
+    assert times == {(cell, name): [3, 3, 3] for name in PEFT} | {(cell, "kloss"): [1, 1, 1]}
 
 
 def test_an_adapter_put_in_its_place_gives_what_set_adapter_gives():
