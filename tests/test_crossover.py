@@ -87,9 +87,19 @@ def test_a_wrong_result_is_not_timed(monkeypatch, table):
     def wrong(problem):
         return honest.make(problem._replace(scaling=problem.scaling * 1.01))
 
+    def broken(problem):
+        raise RuntimeError("no such layout\nand more")
+
+    absent = libraries.why_absent("cpu")
+    assert libraries.check(8, 64, "cpu", torch.float32, absent) == {}
+    monkeypatch.setitem(getattr(libraries, table), "other", honest._replace(make=wrong))
+    monkeypatch.setitem(getattr(libraries, table), "broken", honest._replace(make=broken))
+    failed = libraries.check(8, 64, "cpu", torch.float32, absent)
+    assert failed.keys() == {"other", "broken"} and failed["broken"] == "fails: no such layout"
+    assert failed["other"].startswith("is off by [0.0")
     monkeypatch.setitem(getattr(libraries, table), "kloss", honest._replace(make=wrong))
     with pytest.raises(AssertionError, match="kloss is off by"):
-        libraries.check(8, 64, "cpu", torch.float32, libraries.why_absent("cpu"))
+        libraries.check(8, 64, "cpu", torch.float32, absent)
 
 
 @pytest.mark.parametrize("counts", [None, (6, 3, 6)])
