@@ -6,8 +6,8 @@
 Every library gets the same weights, inputs and gradients; before the first cell their results are checked against fp64. Rounds
 alternate between libraries in one process. A ratio is a library's time over ours in the same round, the median over rounds:
 above 1 kloss is faster. Of more than 32 adapters peft gets 32, and AdapterHub 256 of more than that, and their time is scaled.
-That favours them, AdapterHub 1.8-fold at 1024: `set_adapter` and the lists of a mixed batch take longer the more there are, and few
-adapters stay in a cache. For skew and memory they get all. What does not run here is named in a line.
+That favours them, AdapterHub 1.8-fold at 1024: `set_adapter` and the lists of a mixed batch take longer the more there are, and
+few adapters stay in a cache. For skew and memory they get all. What does not run here is named in a line.
 
 A further library is a function of a `cases.Problem` that gives a call, and a line of `bench/libraries.py`.
 """
