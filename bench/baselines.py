@@ -188,7 +188,8 @@ class PeftLinear:
             return [layer(self.mixed_input, adapter_names=self.batch_rows) for layer in layers]
 
         for compiled, eager in zip(call(), self.mixed(), strict=True):
-            torch.testing.assert_close(compiled, eager)
+            off, size = (x.double().norm() for x in (compiled - eager, eager))  # norm-wise: 16 bits round elsewhere in one pass
+            assert off <= 4 * torch.finfo(eager.dtype).eps * size, f"compiled, it is off by {off / size:.1e}"
         return call
 
 
