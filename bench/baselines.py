@@ -1,9 +1,11 @@
-"""What the multi-adapter linear is measured against: torch, its grouped_mm and peft, on the same data and the same work.
+"""What the multi-adapter linear is measured against: torch, its grouped_mm, peft and AdapterHub, on the same data and work.
 
 Same work: forward, and backward with gradients of x, A and B; dropout of the adapters' input; weights in the compute dtype.
 Each side is written as its users would at their best, not as autograd would by itself.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,11 +64,11 @@ def grouped_mm(problem: Problem, p: float = DROPOUT) -> Callable[[], tuple[Tenso
 def torch_loop(problem: Problem) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], Tensor]]:
     """One base product for all rows, and the LoRA products in a loop under autograd: forward and backward, and inference."""
     x, lora_a, lora_b = leaves = [t.detach().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
-    rows, slices, p = problem.x.shape[0] // lora_a.shape[0], problem.slices, DROPOUT if problem.dropout else 0.0
+    counts, slices, p = problem.counts, problem.slices, DROPOUT if problem.dropout else 0.0
 
     def forward(p: float = 0.0) -> Tensor:
         updates = []
-        for x_g, a, b, scaling in zip(x.split(rows), lora_a.unbind(), lora_b.unbind(), problem.scaling, strict=True):
+        for x_g, a, b, scaling in zip(x.split(counts), lora_a.unbind(), lora_b.unbind(), problem.scaling, strict=True):
             s = (F.dropout(x_g, p) @ a.t() * scaling).chunk(slices, 1)
             updates.append(torch.cat([s_i @ b_i.t() for s_i, b_i in zip(s, b.chunk(slices), strict=True)], 1))
         return F.linear(x, problem.weight, problem.bias) + torch.cat(updates)
@@ -98,8 +100,10 @@ class PeftLinear:
             model.append(base)
         targets = [str(i) for i in range(slices)]
         config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=targets)
-        for name in self.names:
-            inject_adapter_in_model(config, model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            for name in self.names:
+                inject_adapter_in_model(config, model, adapter_name=name)
         self.layers, self.switched = list(model.to(problem.x.dtype)), switched
         for layer in [] if switched else self.layers:
             layer.requires_grad_(True).base_layer.requires_grad_(False)
@@ -111,8 +115,14 @@ class PeftLinear:
                     layer.lora_B[name].weight.copy_(b[g])
         # In the model q, k and v have gradients of their own, each contiguous.
         dy_slices = [dy.contiguous() for dy in problem.dy.chunk(slices, 1)]
-        self.inputs = problem.x.chunk(adapters)
-        self.gradients = list(zip(*(dy.chunk(adapters) for dy in dy_slices), strict=True))
+        counts = problem.counts
+        self.inputs = problem.x.split(counts)
+        self.gradients = list(zip(*(dy.split(counts) for dy in dy_slices), strict=True))
+        # A mixed batch names the adapter of each batch row, and takes the longer the more there are: these are as few as can be.
+        length = math.gcd(*counts)
+        self.batch_rows = [name for name, n in zip(self.names, counts, strict=True) for _ in range(n // length)]
+        self.mixed_input = problem.x.unflatten(0, (-1, length))
+        self.mixed_gradients = [dy.unflatten(0, (-1, length)) for dy in dy_slices]
 
     def outputs(self, g: int, x: Tensor) -> list[Tensor]:
         """The outputs of adapter g, for each slice."""
@@ -135,19 +145,95 @@ class PeftLinear:
         for g in range(len(self.names)):
             self.adapter(g)
 
-    def results(self) -> tuple[Tensor, ...]:
+    def in_turn_results(self) -> tuple[Tensor, ...]:
         """y, dx, dA and dB as kloss returns them."""
         slices = self.problem.slices
         outputs, gradients = zip(*(self.adapter(g) for g in range(len(self.names))), strict=True)
-        dx, *weights = (torch.stack(tensors) for tensors in zip(*gradients, strict=True))
+        dx, *weights = zip(*gradients, strict=True)
+        weights = [torch.stack(tensors) for tensors in weights]
         y = torch.cat([torch.cat(tensors, 1) for tensors in outputs])
-        return y, dx.flatten(0, 1), torch.cat(weights[:slices], 1), torch.cat(weights[slices:], 1)
+        return y, torch.cat(dx), torch.cat(weights[:slices], 1), torch.cat(weights[slices:], 1)
 
     @torch.no_grad()
     def mixed(self) -> list[Tensor]:
         """Inference of a batch that mixes all adapters."""
-        x = self.problem.x.view(len(self.names), -1, self.problem.x.shape[1])
-        return [layer.eval()(x, adapter_names=self.names) for layer in self.layers]
+        return [layer.eval()(self.mixed_input, adapter_names=self.batch_rows) for layer in self.layers]
+
+    def mixed_training(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Forward and backward of a batch that mixes all adapters: outputs, and the gradients of x, of every A and every B.
+
+        peft refuses it in training mode; that of its layers is off, while their dropout's stays.
+        """
+        x, outputs = self.mixed_input.detach().requires_grad_(), []
+        for layer in self.layers:
+            layer.training = False
+            outputs.append(layer(x, adapter_names=self.batch_rows))
+        weights = [getattr(layer, f)[name].weight for f in ("lora_A", "lora_B") for layer in self.layers for name in self.names]
+        return outputs, torch.autograd.grad(outputs, (x, *weights), self.mixed_gradients)
+
+    def mixed_results(self) -> tuple[Tensor, ...]:
+        """y, dx, dA and dB as kloss returns them, of `mixed_training`."""
+        outputs, (dx, *weights) = self.mixed_training()
+        slices, adapters = self.problem.slices, len(self.names)
+        each = [torch.stack(weights[i : i + adapters]) for i in range(0, len(weights), adapters)]
+        y = torch.cat([output.flatten(0, 1) for output in outputs], 1)
+        return y, dx.flatten(0, 1), torch.cat(each[:slices], 1), torch.cat(each[slices:], 1)
+
+    def mixed_compiled(self) -> Callable[[], list[Tensor]]:
+        """`mixed` by torch.compile for these adapters and this shape. Raises AssertionError if it computes other numbers."""
+        layers = [torch.compile(layer.eval(), dynamic=False) for layer in self.layers]
+
+        @torch.no_grad()
+        def call() -> list[Tensor]:
+            return [layer(self.mixed_input, adapter_names=self.batch_rows) for layer in layers]
+
+        for compiled, eager in zip(call(), self.mixed(), strict=True):
+            off, size = (x.double().norm() for x in (compiled - eager, eager))  # norm-wise: 16 bits round elsewhere in one pass
+            assert off <= 4 * torch.finfo(eager.dtype).eps * size, f"compiled, it is off by {off / size:.1e}"
+        return call
+
+
+class HubLinear:
+    """One linear under AdapterHub's adapters with the problem's weights: its mixed batch, by BatchSplit."""
+
+    def __init__(self, problem: Problem, p: float = DROPOUT):
+        from adapters import BatchSplit, LoRAConfig
+        from adapters.configuration import ModelAdaptersConfig
+        from adapters.methods.lora import LoRALinear
+        from transformers import PretrainedConfig
+
+        assert problem.slices == 1
+        (adapters, rank, k), n, weight = problem.lora_a.shape, problem.lora_b.shape[1], problem.weight
+        base = torch.nn.Linear(k, n, device=weight.device, dtype=weight.dtype).requires_grad_(False)
+        base.weight.copy_(weight)
+        base.bias.copy_(problem.bias)
+        config, names = ModelAdaptersConfig(), [f"adapter{g}" for g in range(adapters)]
+        layer = LoRALinear.wrap(base, "output", PretrainedConfig(), config)
+        with torch.no_grad():
+            for name, a, b in zip(names, problem.lora_a, problem.lora_b, strict=True):
+                config.add(name, LoRAConfig(r=rank, alpha=rank, dropout=p, output_lora=True))
+                layer.add_adapter(name, 0)
+                layer.loras[name].lora_A.copy_(a)
+                layer.loras[name].lora_B.copy_(b)
+        config.active_setup = BatchSplit(*names, batch_sizes=problem.counts)
+        self.problem, self.layer = problem, layer.to(weight.dtype).train()
+        self.weights = [getattr(layer.loras[name], factor) for factor in ("lora_A", "lora_B") for name in names]
+
+    def training(self) -> tuple[Tensor, ...]:
+        """Forward and backward: y, and the gradients of x, of every A and every B."""
+        x = self.problem.x.detach().requires_grad_()
+        y = self.layer(x)
+        return y, *torch.autograd.grad(y, (x, *self.weights), self.problem.dy)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """y, dx, dA and dB as kloss returns them, of `training`."""
+        y, dx, *weights = self.training()
+        half = len(weights) // 2
+        return y, dx, torch.stack(weights[:half]), torch.stack(weights[half:])
+
+    @torch.no_grad()
+    def inference(self) -> Tensor:
+        return self.layer.eval()(self.problem.x)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +143,7 @@ def roofline() -> list[dict]:
 
 
 class Problem(NamedTuple):
-    """Arguments of `multi_lora_linear`, and dy, on one device. Every adapter has equally many rows."""
+    """Arguments of `multi_lora_linear`, and dy, on one device. Rows are sorted by adapter."""
 
     x: Tensor
     weight: Tensor
@@ -156,15 +157,30 @@ class Problem(NamedTuple):
     slices: int
 
     @property
+    def counts(self) -> list[int]:
+        """The rows of each adapter."""
+        return self.segments.cu_seqlens.diff().tolist()
+
+    @property
     def bytes(self) -> int:
         """Size of the large tensors."""
         return sum(t.numel() * t.element_size() for t in (self.x, self.dy, self.weight, self.lora_a, self.lora_b))
 
 
 def make_problem(
-    linear: Linear, batch: Batch, rank: int, *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    linear: Linear,
+    batch: Batch,
+    rank: int,
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    counts: Sequence[int] | None = None,
 ) -> Problem:
-    """Random data of a linear and a batch, rows sorted by adapter as the packer leaves them."""
+    """Random data of a linear and a batch, rows sorted by adapter as the packer leaves them.
+
+    counts: the rows of each adapter, batch.total together; None: equally many.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, std=1.0):
@@ -172,7 +188,8 @@ def make_problem(
 
     _, k, n, slices = linear
     adapters, t = batch.adapters, batch.total
-    cu_seqlens = torch.arange(adapters + 1, dtype=torch.int32, device=device) * batch.rows
+    ends = accumulate([batch.rows] * adapters if counts is None else counts, initial=0)
+    cu_seqlens = torch.tensor([*ends], dtype=torch.int32, device=device)
     segments = make_segments(cu_seqlens, torch.arange(adapters, dtype=torch.int32, device=device), adapters, rows=t)
     segments = segments._replace(sorted=True)
     ones = torch.ones(adapters, device=device)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 L2_BYTES = 64 << 20  # more than any chip so far has: an H200 has 60 MB
 SLEEP_CYCLES, QUEUED_US = 4_000_000, 1900  # the GPU sleeps 2 ms at 1.98 GHz; launches within QUEUED_US are all queued by then
 MOST, LEAST, WARM = 400, 10, 3  # measurements of a call; those not counted
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "pytest", "hypothesis", "pytest-xdist")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters", "pytest", "hypothesis", "pytest-xdist")
 
 
 class Sample(NamedTuple):

@@ -28,7 +28,7 @@ LIMITS = {  # numbers -> their least and most value; what fp32 or int64 cannot h
     "vocabulary": (7, 1_000_000),  # five special tokens and two characters
     "score_every warmup pretrain_steps max_learners checkpoint_seconds": (0, 1_000_000_000),
     "threads": (0, 1024),
-    "seed": (0, 2**62),
+    "seed init_seed dropout_seed": (0, 2**62),
     "dropout lora_dropout": (0, 0.999),
     "overlap relatedness": (0, 1),
     "lr full_lr": (1e-30, 1e30),
@@ -84,6 +84,10 @@ class StudyConfig:
     order: tuple[str, ...] = ()  # replaces Order 1; holds every language once
     seeds: int = 1  # repetitions, each with its own draw of adapters, batches and dropout
     seed: int = 0  # the first seed; also seeds the orders, the synthetic corpus and the tiny backbone
+    # The seed that adapters and heads are drawn from in all repetitions, which then differ in batches and dropout alone, and so
+    # do intervals over them. None: the repetition's.
+    init_seed: int | None = field(default=None, metadata=_LATER)
+    dropout_seed: int | None = field(default=None, metadata=_LATER)  # that of dropout, likewise
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def without_effect(config: Config) -> list[str]:
         ("no experiment is remedies", "remedies" not in config.experiments, "remedies"),
         ("no experiment is methods", "methods" not in config.experiments, "methods"),
         ("no experiment is parts", "parts" not in config.experiments, "shared_parts"),
+        ("nothing is dropped", config.dropout == config.lora_dropout == 0, "dropout_seed"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
         ("no tokenizer is trained", bool(config.tokenizer or config.backbone != "tiny"), "vocabulary"),

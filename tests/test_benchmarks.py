@@ -50,7 +50,7 @@ def check(library: str, case: str, device: str) -> None:
     problem = problem_of(case, device)._replace(dropout=None)
     exact = problem._replace(**{name: t.double() for name, t in problem._asdict().items() if isinstance(t, Tensor)})
     both, forward = LIBRARIES[library](problem)
-    results = PeftLinear(problem, 0.0).results() if library == "peft" else both()
+    results = PeftLinear(problem, 0.0).in_turn_results() if library == "peft" else both()
     plain, oracle, adapter = torch_loop(problem)[0](), torch_loop(exact)[0](), problem.segments.row_adapter
     rows = adapter, adapter, None, None, adapter
     for *values, group in zip((*results, forward()), (*plain, plain[0]), (*oracle, oracle[0]), rows, strict=True):

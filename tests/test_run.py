@@ -758,7 +758,7 @@ def test_only_settings_that_change_figures_are_a_runs_identity():
     assert replace(Config(), **others).identity() == Config().identity()
     # At their defaults these stand in no run folder: older ones lack them.
     unnamed = {"eval_split", "experiments", "head_lr", "methods", "pinned", "remedies", "score_every", "shared_parts", "trains"}
-    unnamed |= {"vocabulary", "slot_counts"}
+    unnamed |= {"vocabulary", "slot_counts", "init_seed", "dropout_seed"}
     assert vars(Config()).keys() - Config().identity().keys() == others.keys() | unnamed
     later = Config(eval_split="dev", experiments=("where",)).identity()
     assert later["eval_split"] == "dev" and later["experiments"] == ("where",)

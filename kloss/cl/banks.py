@@ -15,7 +15,7 @@ def bank_of(model: XLMRForTokenClassification, learners: Sequence[Learner], larg
     """
     if learners[0].rank is None:
         assert len(learners) == 1, "models are trained one at a time"
-        model.draw_head_(learners[0].seed)
+        model.draw_head_(learners[0].seeds[0])
         return FlatModel(model)
     model.freeze_backbone()
     method, size = learners[0].kind
@@ -23,7 +23,7 @@ def bank_of(model: XLMRForTokenClassification, learners: Sequence[Learner], larg
         return lora_bank(model, learners, largest, exact=exact)
     assert all(learner.kind == (method, size) for learner in learners)
     weight = model.classifier.weight
-    return METHODS[method](model, [learner.seed for learner in learners], size, dtype=weight.dtype, device=weight.device)
+    return METHODS[method](model, [learner.seeds[0] for learner in learners], size, dtype=weight.dtype, device=weight.device)
 
 
 def lora_bank(model: XLMRForTokenClassification, learners: Sequence[Learner], largest: int = 0, *, exact: bool) -> AdapterBank:
@@ -34,7 +34,7 @@ def lora_bank(model: XLMRForTokenClassification, learners: Sequence[Learner], la
         len(learners),
         [learner.rank or 0 for learner in learners],
         alpha=[learner.alpha for learner in learners],
-        seeds=[learner.seed for learner in learners],
+        seeds=[learner.seeds[0] for learner in learners],
         dtype=weight.dtype,
         device=weight.device,
         exact=exact,

@@ -58,7 +58,7 @@ class Learner:
     rank: int | None  # None: full fine-tuning. Of prefix tuning: how many keys and values it has in a layer
     alpha: float  # LoRA's scaling is alpha / rank
     lr: float
-    seed: int
+    seed: int  # of its batches
     epochs: int
     batch_size: int
     warmup: int = 0  # steps of linear warm-up
@@ -75,6 +75,8 @@ class Learner:
     method: str = "lora"  # or one of `models.methods`
     # Of a fusion: the learners whose adapters it is made of, and how many experiences these had completed.
     donors: "tuple[tuple[Learner, int], ...]" = ()
+    init_seed: int | None = None  # of its draw; None: seed
+    dropout_seed: int | None = None  # None: seed
     tokenizer: str = ""  # of its utterances and backbone, a name in `Corpus.others`; "": the study's
 
     def __post_init__(self) -> None:
@@ -89,6 +91,12 @@ class Learner:
             )
         if self.method != "lora" and (self.rank is None or self.start is not None):
             raise ValueError(f"a learner of {self.method} has a rank, and begins anew")
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Those of its draw and of dropout."""
+        init, dropout = (self.seed if own is None else own for own in (self.init_seed, self.dropout_seed))
+        return init, dropout
 
     @property
     def parents(self) -> "tuple[tuple[Learner, int], ...]":

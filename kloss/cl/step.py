@@ -34,7 +34,7 @@ class StepSettings(NamedTuple):
 
     All are [G], on the model's device, fp32 where not said otherwise.
     dropout, lora_dropout: None where nobody drops.
-    seeds: int64.
+    seeds: int64, of dropout.
     peak_lr, head_lr, warmup: fp64, the rates after the warm-up, of all and of the heads, and the steps of that.
         head_lr: None where heads have the rate of all else.
     frozen: what does not train.
@@ -64,7 +64,8 @@ class StepSettings(NamedTuple):
             return column(name) if exact or any(getattr(learner, name) for learner in learners) else None
 
         peak, warmup = column("lr", torch.float64), column("warmup", torch.float64)
-        decay, norm, seeds = column("weight_decay"), column("max_norm"), column("seed", torch.int64)
+        decay, norm = column("weight_decay"), column("max_norm")
+        seeds = torch.tensor([learner.seeds[1] for learner in learners], device=device)
         heads = [learner.lr if learner.head_lr is None else learner.head_lr for learner in learners]
         own = heads != [learner.lr for learner in learners]
         head = torch.tensor(heads, dtype=torch.float64, device=device) if own else None

@@ -135,6 +135,8 @@ def _learner(config: Config, stream: Sequence[Sequence[str] | Experience], rank:
         rank=rank,
         lr=lr,
         seed=seed,
+        init_seed=config.init_seed,
+        dropout_seed=config.dropout_seed,
         alpha=float(rank or 1) if config.alpha is None else config.alpha,
         epochs=config.epochs,
         batch_size=config.batch_size,

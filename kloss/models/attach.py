@@ -180,6 +180,7 @@ def attach(
     alpha: float | Sequence[float] | None = None,
     dropout: float | Sequence[float] = 0.0,
     seed: int = 0,
+    dropout_seed: int | None = None,
 ) -> nn.Module:
     """Put LoRA adapters on a model, in place: the targets' linear layers become `MultiAdapterLinear`.
 
@@ -193,7 +194,8 @@ def attach(
         otherwise (quantised ones) or whose weights another module takes (torch's attention, Mamba), and experts in one tensor.
     alpha: LoRA's, one for all or one per adapter. None: the rank, so that the scaling alpha / rank is 1.
     dropout: of the adapters' inputs in training, in [0, 1), one for all or one per adapter.
-    seed: of A and of dropout. Adapter g does not depend on the number of adapters or on the other ranks.
+    seed: of A. Adapter g does not depend on the number of adapters or on the other ranks.
+    dropout_seed: of dropout; None: seed.
     Returns the model. Its other parameters, the head's too, stop requiring gradients. A copy.deepcopy has its own adapters.
     Raises UserError for a model that has adapters, kloss's or another library's, or is wrapped for several processes. Also for
     targets that match no linear layer or another module, for layers that may not be called, and for numbers out of range. Then
@@ -203,10 +205,12 @@ def attach(
         raise UserError("the model has adapters already: attach once, with as many adapters as are needed")
     whole = isinstance(adapters, Integral) and not isinstance(adapters, bool) and int(adapters) >= 1
     names = [str(g) for g in range(adapters)] if whole else check_names(adapters)  # type: ignore[arg-type]
-    if not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
-        raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed!r}")
+    seeds = seed, seed if dropout_seed is None else dropout_seed
+    for name, number in zip(("seed", "dropout_seed"), seeds, strict=True):
+        if not isinstance(number, Integral) or not -(1 << 63) <= number < 1 << 63:
+            raise UserError(f"{name} must be a whole number in [-2^63, 2^63), got {number!r}")
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    linears, shared = find_targets(model, ends), Shared(names, rank, alpha, dropout, seed, ends)
+    linears, shared = find_targets(model, ends), Shared(names, rank, alpha, dropout, seeds, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
     seldom_first, in_experts = time_first(model), routed(model)
     for linear, layer in layers.items():
@@ -242,8 +246,8 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
     reentrant checkpoints within checkpoints want it inside a block, where it stays in this thread.
     `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
     What torch.compile makes of the model serves all blocks. torch.export and torch.jit.trace inside one are refused.
-    The dropout mask of a row depends on (attach's seed, adapter, step, earlier batch rows of that adapter, position, layer,
-    feature), never on neighbours.
+    The dropout mask of a row depends on (attach's dropout_seed, adapter, step, earlier batch rows of that adapter, position,
+    layer, feature), never on neighbours.
     A layer tells the batch by its input's first dimension. [length, B, K] is refused, also at length B if the model, an earlier
     input or the strides tell of it, and so are B tokens that a router chose, if the model or an earlier number tells. Not seen:
     the first input of a module of your own, if it is contiguous and its first dimension is B by chance.

@@ -95,7 +95,7 @@ class Batch:
             raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
         keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
         chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
-        return Arguments(segments, scaling, ranks, Dropout(chances, torch.tensor(shared.seeds, device=device), keys, 0))
+        return Arguments(segments, scaling, ranks, Dropout(chances, torch.tensor(shared.dropout_seeds, device=device), keys, 0))
 
 
 _open: ContextVar[tuple[Batch, ...]] = ContextVar("kloss.use_adapters")  # of all models, the innermost last

@@ -17,8 +17,8 @@ LARGEST_SEED = 1 << 63
 RANK = "a whole number of at least 1", lambda rank: isinstance(rank, Integral) and int(rank) >= 1
 ALPHA = "a finite number", lambda alpha: abs(alpha) <= LARGEST_ALPHA
 DROPOUT = "in [0, 1)", lambda chance: 0 <= chance < 1
-EACH = ("names", "ranks", "alphas", "scaling", "chances", "seeds")  # lists with an entry for each adapter
-SAVED = (*EACH, "seed", "made", "step")
+EACH = ("names", "ranks", "alphas", "scaling", "chances", "seeds", "dropout_seeds")  # lists with an entry for each adapter
+SAVED = (*EACH, "seed", "dropout_seed", "made", "step")
 
 
 class Settings:
@@ -27,32 +27,34 @@ class Settings:
     names: different from each other.
     ranks, alphas, scaling: LoRA's; `rank` is the largest that fits, R.
     chances: of dropout; step: the dropout's.
-    seeds: of A and of dropout.
+    seeds: of A; dropout_seeds: of dropout.
     births: (the adapter's own number, how often it began anew), by which an optimiser knows it.
     sources: by a fork's own number, the birth of what it is a copy of.
     ends: of the layers' names, as `attach` got them; None: all-linear.
     """
 
-    def __init__(self, names: Sequence[str], rank: Any, alpha: Any, dropout: Any, seed: int, ends: list[str] | None):
+    def __init__(self, names: Sequence[str], rank: Any, alpha: Any, dropout: Any, seeds: tuple[int, int], ends: list[str] | None):
         self.names, adapters = [*names], len(names)
         self.ranks = one_each("rank", rank, adapters, *RANK)
         self.alphas = [*self.ranks] if alpha is None else one_each("alpha", alpha, adapters, *ALPHA)
         self.chances = one_each("dropout", dropout, adapters, *DROPOUT)
         self.scaling = [alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)]
-        self.rank, self.ends, self.seed, self.step, self.made = max(self.ranks), ends, seed, 0, 0
-        self.seeds = [self.next_seed() for _ in names]
+        self.rank, self.ends, self.step, self.made = max(self.ranks), ends, 0, 0
+        self.seed, self.dropout_seed = seeds
+        self.seeds, self.dropout_seeds = map(list, zip(*(self.next_seeds() for _ in names), strict=True))
         self.births, self.sources = [(g, 0) for g in range(adapters)], dict[int, tuple[int, int]]()
         self._last_number = adapters - 1
 
-    def next_seed(self) -> int:
-        """The seed of the adapter that is made next; no other gets it, whoever is gone."""
+    def next_seeds(self) -> list[int]:
+        """The seeds of the adapter that is made next, of A and of dropout; no other gets them, whoever is gone."""
         self.made += 1
-        return int(stream_keys(torch.tensor([self.seed]), torch.tensor([self.made - 1]), 0))
+        return stream_keys(torch.tensor([self.seed, self.dropout_seed]), torch.tensor([self.made - 1] * 2), 0).tolist()
 
     def born(self, g: int, name: str, source: tuple[int, int] | None = None) -> None:
-        """Row g is a new adapter, or a copy of the one of birth `source`, with a seed of its own."""
+        """Row g is a new adapter, or a copy of the one of birth `source`, with seeds of its own."""
         self._last_number += 1
-        self.names[g], self.seeds[g], self.births[g] = name, self.next_seed(), (self._last_number, 0)
+        self.names[g], self.births[g] = name, (self._last_number, 0)
+        self.seeds[g], self.dropout_seeds[g] = self.next_seeds()
         if source is not None:
             self.sources[self._last_number] = source
 
@@ -93,9 +95,11 @@ class Settings:
         adapters, whole = len(self.names), ("a whole number", lambda number: isinstance(number, Integral))
         if len(check_names(given["names"])) != adapters:
             raise UserError(f"{complaint}: names of {adapters} adapters are needed, got {given['names']!r:.200}")
-        for name, rule in (("ranks", RANK), ("alphas", ALPHA), ("scaling", ALPHA), ("chances", DROPOUT), ("seeds", whole)):
+        rules = {"ranks": RANK, "alphas": ALPHA, "scaling": ALPHA, "chances": DROPOUT, "seeds": whole, "dropout_seeds": whole}
+        for name, rule in rules.items():
             given[name] = one_each(f"{complaint}: {name}", given[name], adapters, *rule)
-        one_each(f"{complaint}: seed, made and step", [given[name] for name in ("seed", "made", "step")], 3, *whole)
+        numbers = ("seed", "dropout_seed", "made", "step")
+        one_each(f"{complaint}: {', '.join(numbers)}", [given[name] for name in numbers], len(numbers), *whole)
         if max(given["ranks"]) > self.rank:
             raise UserError(f"{complaint}: the largest rank is {self.rank}, got {max(given['ranks'])}")
         vars(self).update(given)
