@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import multi_lora_linear
+from ..kernels import multi_lora_direct, multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
 from .blocks import Arguments, Batch, RepeatedRows, Shared
 from .peft_files import fitted, read_adapter, write_adapter
@@ -100,9 +100,12 @@ class MultiAdapterLinear(nn.Module):
         given = traced_arguments(x, self) if torch.compiler.is_compiling() else self.arguments(x, self.training)
         if given is None:
             return F.linear(x, weight, bias)
+        if (lists := given.lists) is not None and multi_lora_direct.serves(x, weight, bias, self.lora_a, self.lora_b):
+            lists = lists if given.dropout is None else lists.dropping(given.dropout, given.segments)
+            return multi_lora_direct.linear(x, weight, bias, self.lora_a, self.lora_b, lists)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-        segments, scaling, ranks, dropout = given
+        segments, scaling, ranks, dropout, _ = given
         packed = x.reshape(-1, x.shape[-1])  # [T, K], a batch row's rows are neighbours
         adapters = self.lora_a, self.lora_b, scaling, segments
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)

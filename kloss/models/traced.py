@@ -69,7 +69,7 @@ def _layer_batch(x: Tensor, key: Tensor, adapters: int, training: bool, drops: b
     given = layer.arguments(x, training)
     if given is None:  # no block, or none of this task or thread
         given = layer.shared.blocks.base(layer.shared).arguments(*rows_of(x), x.device, training)
-    segments, scaling, ranks, dropout = given
+    segments, scaling, ranks, dropout, _ = given
     tensors = [*segments[:2], *segments[3:5], segments.ends, scaling]
     tensors += segments.work or ()
     tensors += [ranks] if mixed_ranks else []

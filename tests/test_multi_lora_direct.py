@@ -1,0 +1,126 @@
+"""Eager layers on a CPU, whose linear is one autograd function: to the bit what the operator computes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+import kloss
+from kloss.kernels import multi_lora_cpu, multi_lora_direct
+
+pytestmark = pytest.mark.skipif(not multi_lora_cpu.built(), reason="csrc is not built")
+
+IDS, WIDTH = [2, -1, 0, 2], 64
+KINDS = {
+    "linear": lambda: nn.Linear(WIDTH, 96),
+    "without bias": lambda: nn.Linear(WIDTH, 96, bias=False),
+    "Conv1D": lambda: Conv1D(96, WIDTH),
+}
+
+
+class Watch(TorchDispatchMode):
+    """Somebody who looks at operators, and wants to see those of kloss."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many layers were computed directly."""
+    calls, linear = [], multi_lora_direct.linear
+    monkeypatch.setattr(multi_lora_direct, "linear", lambda *args: (calls.append(1), linear(*args))[1])
+    return calls
+
+
+def adapted(kind="linear", **settings):
+    """A linear with four adapters, A and B random."""
+    torch.manual_seed(0)
+    model = kloss.attach(nn.Sequential(KINDS[kind]()), 4, **{"rank": 8, **settings}).train()
+    model[0].lora_b.data.normal_()
+    for g, rank in enumerate(model[0].shared.ranks):
+        model[0].lora_b.data[g, :, rank:] = 0
+    return model
+
+
+def results(model, x, dy, ids=IDS, step=3):
+    """y, dx and the gradients of A and B."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    with kloss.use_adapters(model, ids, step=step):
+        y = model(x)
+    wanted = [x] if x.requires_grad else []
+    return [y.detach(), *torch.autograd.grad(y, [*wanted, model[0].lora_a, model[0].lora_b], dy)]
+
+
+@pytest.mark.parametrize("shape", [(4, WIDTH), (4, 5, WIDTH), (4, 3, 2, WIDTH)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rank": [8, 3, 1, 5]}, {"rank": 17, "dropout": [0.5, 0.0, 0.1, 0.3]}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_has_the_bits_of_the_operator(kind, settings, shape, served, monkeypatch):
+    model = adapted(kind, **settings)
+    x, dy = torch.randn(shape).requires_grad_(), torch.randn(*shape[:-1], 96)
+    for given, gradient in (
+        (x, dy),
+        (x.detach(), dy),
+        (x, dy[..., :1].expand_as(dy)),
+        (x, dy.transpose(0, -2).reshape(dy.shape)),
+    ):
+        served.clear()
+        got = results(model, given, gradient)
+        assert served == [1]
+        with monkeypatch.context() as patched:
+            patched.setattr(multi_lora_direct, "serves", lambda *_: False)
+            wanted = results(model, given, gradient)
+        assert served == [1] and len(got) == 3 + given.requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        assert got[-1][2].any() and not got[-1][3].any() and not got[-2][1].any(), "adapters of the batch, and no others"
+
+
+def test_only_plain_layers_that_nobody_watches(served):
+    model, x, dy = adapted(), torch.randn(4, 5, WIDTH), torch.randn(4, 5, 96)
+    wanted = results(model, x, dy)
+    assert served == [1]
+    with Watch():
+        got = results(model, x, dy)
+    assert served == [1] and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert results(model, x, dy.bfloat16())[0].dtype == torch.bfloat16
+    results(model, torch.randn(4, WIDTH, 5).mT, dy)  # BLAS may sum in another order for other strides
+    results(model.double(), x.double(), dy.double())
+    model.float()[0].weight.requires_grad_()
+    with kloss.use_adapters(model, IDS):
+        model(x).sum().backward()
+    assert served == [1] and model[0].weight.grad.any()
+    model[0].weight.requires_grad_(False)
+    with kloss.use_adapters(model, IDS), torch.no_grad():
+        assert torch.equal(model(x), wanted[0]) and served == [1, 1]
+
+
+def test_backward_under_autocast_has_the_same_bits():
+    model, x, dy = adapted(), torch.randn(4, 5, WIDTH).requires_grad_(), torch.randn(4, 5, 96)
+    with kloss.use_adapters(model, IDS, step=3):
+        y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, [x, model[0].lora_a, model[0].lora_b], dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, results(model, x, dy)[1:], strict=True))
+
+
+def test_a_second_derivative_is_an_error():
+    model, x = adapted(), torch.randn(4, 5, WIDTH).requires_grad_()
+    with kloss.use_adapters(model, IDS):
+        y = model(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_only_wanted_gradients_are_computed():
+    model, x = adapted(), torch.randn(4, 5, WIDTH)
+    whole = results(model, x, torch.ones(4, 5, 96))
+    for frozen, other, i in (("lora_a", "lora_b", 2), ("lora_b", "lora_a", 1)):
+        getattr(model[0], frozen).requires_grad_(False)
+        with kloss.use_adapters(model, IDS, step=3):
+            model(x).sum().backward()
+        assert getattr(model[0], frozen).grad is None and torch.equal(getattr(model[0], other).grad, whole[i])
+        getattr(model[0], frozen).requires_grad_()
+        model.zero_grad()
