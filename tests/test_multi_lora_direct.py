@@ -87,13 +87,23 @@ def test_only_plain_layers_that_nobody_watches(served):
         assert results(model, x, dy.bfloat16())[0].dtype == torch.bfloat16
     results(model, torch.randn(4, WIDTH, 5).mT, dy)  # BLAS may sum in another order for other strides
     results(model.double(), x.double(), dy.double())
-    model.float()[0].weight.requires_grad_()
-    with kloss.use_adapters(model, IDS):
-        model(x).sum().backward()
-    assert served == [1] and model[0].weight.grad.any()
-    model[0].weight.requires_grad_(False)
+    results(model.float(), torch.randn(WIDTH), torch.randn(96), ids=[2])
+    assert served == [1]
     with kloss.use_adapters(model, IDS), torch.no_grad():
         assert torch.equal(model(x), wanted[0]) and served == [1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_layer_that_trains_has_the_bits_of_the_operator(kind, served, monkeypatch):
+    model, x, dy = adapted(kind).requires_grad_(), torch.randn(4, 5, WIDTH), torch.randn(4, 5, 96)
+    gradients = []
+    for serves in (multi_lora_direct.serves, lambda *_: False):
+        monkeypatch.setattr(multi_lora_direct, "serves", serves)
+        with kloss.use_adapters(model, IDS, step=3):
+            y = model(x)
+        gradients.append(torch.autograd.grad(y, [*model.parameters()], dy))
+    assert served == [1] and len(gradients[0]) == 3 + (kind != "without bias")
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_backward_under_autocast_has_the_same_bits():

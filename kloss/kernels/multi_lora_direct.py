@@ -3,13 +3,15 @@
 An operator costs a layer that has few rows more than its products do. Results are those of `multi_lora_linear`, to the bit.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from . import multi_lora_cpu
 from .dropout import Dropout, kept_scaling, row_dropout
@@ -40,43 +42,46 @@ def make_lists(segments: Segments, scaling: Tensor, ranks: Tensor | None, dropou
     return Lists(scaling if dropout is None else kept_scaling(scaling, dropout.p), segments.order, segments.ends, ranks)
 
 
-def serves(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether `linear` may compute a layer: plain contiguous fp32, the base layer frozen, and nobody watches operators."""
+def serves(x: Tensor, layer: Mapping[str, Tensor | None]) -> bool:
+    """Whether `linear` may compute a layer: plain contiguous fp32, and nobody watches operators.
+
+    layer: its weight, bias, lora_a and lora_b by name.
+    """
+    if not (type(x) is Tensor and x.dtype is torch.float32 and x.is_contiguous()):
+        return False
+    weight, lora_a, lora_b = layer.get("weight"), layer.get("lora_a"), layer.get("lora_b")
     return (
-        type(x) is Tensor
-        and type(lora_a) is type(lora_b) is nn.Parameter
-        and x.dtype == weight.dtype == lora_a.dtype == lora_b.dtype == torch.float32
-        and x.dim() > 1
-        and x.is_contiguous()
+        type(weight) is type(lora_a) is type(lora_b) is Parameter
+        and weight.dtype is lora_a.dtype is lora_b.dtype is torch.float32
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
-        and x.shape[-1] == weight.shape[1]
-        and weight.shape[0] % LANES == 0 == weight.shape[1] % LANES
-        and not weight.requires_grad
-        and (bias is None or (bias.dtype == torch.float32 and not bias.requires_grad))
+        and x.dim() > 1
+        and x.shape[-1] == lora_a.shape[2]
+        and lora_a.shape[2] % LANES == 0 == lora_b.shape[1] % LANES
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, lists: Lists) -> Tensor:
-    """`multi_lora_linear` of x [..., K], where `serves` says so. Returns [..., N], differentiable once in x, lora_a and lora_b.
+def linear(x: Tensor, layer: Mapping[str, Tensor | None], transposed: bool, lists: Lists) -> Tensor:
+    """`multi_lora_linear` of x [..., K], where `serves` says so. Returns [..., N], differentiable once.
 
+    layer: as in `serves`.
+    transposed: whether the weight is [K, N].
     lists: of the batch, or of the site where adapters drop.
     """
-    return _Linear.apply(x, weight, bias, lora_a, lora_b, lists)
+    return _Linear.apply(x, layer["weight"], layer["bias"], layer["lora_a"], layer["lora_b"], transposed, lists)
 
 
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weight, bias, lora_a, lora_b, lists = args
-        y = F.linear(x, weight, bias)
+        x, weight, bias, lora_a, lora_b, transposed, lists = args
+        y = F.linear(x, weight.t() if transposed else weight, bias)
         s = x.new_empty(lists.order.shape[0], lora_a.shape[1])
         _forward(x, lora_a, lora_b, *lists, 1, multi_lora_cpu.VARIANT, y, s)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s)
-        ctx.lists = lists
+        ctx.transposed, ctx.lists = transposed, lists
         return y
 
     @staticmethod
@@ -89,13 +94,16 @@ class _Linear(Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_a, lora_b, s = ctx.saved_tensors
-    need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
     dy = dy.contiguous()
-    dx = torch.mm(dy.view(-1, dy.shape[-1]), weight).view(x.shape) if need_x else None
+    rows = dy.view(-1, dy.shape[-1])
+    dx = torch.mm(rows, weight.t() if ctx.transposed else weight).view(x.shape) if need_x else None
     d_a = torch.empty_like(lora_a) if need_a else None
     d_b = torch.empty_like(lora_b) if need_b else None
     _backward(x, lora_a, lora_b, *ctx.lists, 1, multi_lora_cpu.VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b)
-    return dx, None, None, d_a, d_b, None
+    dw = torch.mm(rows.t(), x.view(-1, x.shape[-1])) if need_w else None
+    dw = dw.t() if dw is not None and ctx.transposed else dw
+    return dx, dw, rows.sum(0) if need_bias else None, d_a, d_b, None, None
 
 
 _differentiable_once = once_differentiable(_gradients)

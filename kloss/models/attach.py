@@ -96,13 +96,13 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
         given = traced_arguments(x, self) if torch.compiler.is_compiling() else self.arguments(x, self.training)
+        if given is not None and given.lists is not None and multi_lora_direct.serves(x, own := self._parameters):
+            lists = given.lists if given.dropout is None else given.lists.dropping(given.dropout, given.segments)
+            return multi_lora_direct.linear(x, own, self.transposed, lists)
+        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
         if given is None:
             return F.linear(x, weight, bias)
-        if (lists := given.lists) is not None and multi_lora_direct.serves(x, weight, bias, self.lora_a, self.lora_b):
-            lists = lists if given.dropout is None else lists.dropping(given.dropout, given.segments)
-            return multi_lora_direct.linear(x, weight, bias, self.lora_a, self.lora_b, lists)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
         segments, scaling, ranks, dropout, _ = given
@@ -116,7 +116,7 @@ class MultiAdapterLinear(nn.Module):
         batch = self.shared.blocks.batch(self.name)
         if batch is None:
             return None
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             raise UserError(FIXED.format("torch.jit.trace"))
         self._check_layout(x, batch)
         given = batch.arguments(*rows_of(x), x.device, training)

@@ -119,13 +119,15 @@ class _Passes:
 
     def note(self, batch: Batch | None) -> None:
         """Remember a pass through a layer that begins now."""
+        if self.batches and self.batches[-1] is batch and torch.is_grad_enabled():
+            return
         number = torch.autograd._get_sequence_nr()
         if not torch.is_grad_enabled():
             self.hidden.setdefault(number, batch)
             if len(self.hidden) > PASSES:
                 self.since = max(self.since, next(iter(self.hidden)))
                 del self.hidden[next(iter(self.hidden))]
-        elif not self.batches or self.batches[-1] is not batch:
+        else:
             self.starts.append(number)
             self.batches.append(batch)
             if len(self.starts) > PASSES:
@@ -196,7 +198,10 @@ class Blocks:
 
     def innermost(self) -> Batch | None:
         """The batch of this model's innermost block in this task or thread."""
-        return next((batch for batch in reversed(_open.get(())) if batch.shared.blocks is self), None)
+        for batch in reversed(_open.get(())):
+            if batch.shared.blocks is self:
+                return batch
+        return None
 
     def _passes(self) -> _Passes:
         if not hasattr(self._own, "passes"):

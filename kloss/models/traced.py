@@ -35,7 +35,10 @@ def key_of(layer: nn.Module) -> Tensor:
 
 def rows_of(x: Tensor) -> tuple[int, int]:
     """Sequences of an input [B, ..., K], and rows of each."""
-    return (1, 1) if x.dim() < 2 else (x.shape[0], math.prod(x.shape[1:-1]))
+    shape = x.shape
+    if len(shape) == 3:
+        return shape[0], shape[1]
+    return (1, 1) if len(shape) < 2 else (shape[0], math.prod(shape[1:-1]))
 
 
 def traced_arguments(x: Tensor, layer: Any) -> Arguments | None:
