@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import kloss
+from kloss import kernels
 from kloss.kernels import multi_lora_cpu, multi_lora_direct
 
 pytestmark = pytest.mark.skipif(not multi_lora_cpu.built(), reason="csrc is not built")
@@ -134,3 +135,28 @@ def test_only_wanted_gradients_are_computed():
         assert getattr(model[0], frozen).grad is None and torch.equal(getattr(model[0], other).grad, whole[i])
         getattr(model[0], frozen).requires_grad_()
         model.zero_grad()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 8, 16, 17], ids=lambda rank: f"rank {rank}")
+@pytest.mark.parametrize("drops", [False, True], ids=["whole", "dropout"])
+def test_many_small_adapters_have_the_bits_that_they_have_beside_a_large_one(rank, drops):
+    """Twenty small ones are a job each in backward; beside one of 300 rows they are not."""
+    generator = torch.Generator().manual_seed(rank)
+    sizes = [g * 3 % 40 for g in range(20)] + [300]
+    small, rows = sum(sizes[:-1]), sum(sizes)
+    x, dy = (torch.randn(rows, width, generator=generator) for width in (64, 1056))
+    a, b = torch.randn(21, rank, 64, generator=generator), torch.randn(21, 1056, rank, generator=generator)
+    weight, ends = torch.randn(1056, 64, generator=generator), torch.tensor([0, *sizes]).cumsum(0).int()
+    p, seed = torch.full((21,), 0.25 * drops), torch.arange(21)
+    results = []
+    for adapters, T in ((20, small), (21, rows)):
+        segments = kernels.make_segments(ends[: adapters + 1], torch.arange(adapters), adapters)
+        leaves = [t.clone().requires_grad_() for t in (x[:T], a[:adapters], b[:adapters])]
+        dropout = kernels.Dropout(p[:adapters], seed[:adapters], torch.arange(T), 0) if drops else None
+        y = kernels.multi_lora_linear(
+            leaves[0], weight, None, *leaves[1:], torch.ones(adapters), segments, dropout=dropout, exact=True, backend="csrc"
+        )
+        dx, d_a, d_b = torch.autograd.grad(y, leaves, dy[:T])
+        results.append([y[:small], dx[:small], d_a[:20], d_b[:20]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][2][1:].any(-1).any(-1).sum() == 19 and not results[0][2][0].any()
