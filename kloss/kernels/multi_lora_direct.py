@@ -4,6 +4,7 @@ An operator costs a layer that has few rows more than its products do. Results a
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +74,19 @@ def linear(x: Tensor, layer: Mapping[str, Tensor | None], transposed: bool, list
     return _Linear.apply(x, layer["weight"], layer["bias"], layer["lora_a"], layer["lora_b"], transposed, lists)
 
 
+@cache
+def _op(name: str) -> Any:
+    """An operator of csrc, found once: to look it up takes as long as to call it."""
+    return getattr(torch.ops.kloss, name).default
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, weight, bias, lora_a, lora_b, transposed, lists = args
         y = F.linear(x, weight.t() if transposed else weight, bias)
         s = x.new_empty(lists.order.shape[0], lora_a.shape[1])
-        _forward(x, lora_a, lora_b, *lists, 1, multi_lora_cpu.VARIANT, y, s)
+        _op("cpu_lora_")(x, lora_a, lora_b, *lists, 1, multi_lora_cpu.VARIANT, y, s)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s)
         ctx.transposed, ctx.lists = transposed, lists
         return y
@@ -100,18 +107,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.mm(rows, weight.t() if ctx.transposed else weight).view(x.shape) if need_x else None
     d_a = torch.empty_like(lora_a) if need_a else None
     d_b = torch.empty_like(lora_b) if need_b else None
-    _backward(x, lora_a, lora_b, *ctx.lists, 1, multi_lora_cpu.VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b)
+    _op("cpu_lora_backward_")(x, lora_a, lora_b, *ctx.lists, 1, multi_lora_cpu.VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b)
     dw = torch.mm(rows.t(), x.view(-1, x.shape[-1])) if need_w else None
     dw = dw.t() if dw is not None and ctx.transposed else dw
     return dx, dw, rows.sum(0) if need_bias else None, d_a, d_b, None, None
 
 
 _differentiable_once = once_differentiable(_gradients)
-
-
-def _forward(*args: Any) -> None:
-    torch.ops.kloss.cpu_lora_.default(*args)
-
-
-def _backward(*args: Any) -> None:
-    torch.ops.kloss.cpu_lora_backward_.default(*args)
