@@ -3,7 +3,6 @@
 An operator costs a layer that has few rows more than its products do. Results are those of `multi_lora_linear`, to the bit.
 """
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from . import multi_lora_cpu
 from .dropout import Dropout, kept_scaling, row_dropout
 from .multi_lora_cpu import LANES
 from .segments import Segments
+
+PLAIN = Tensor, Parameter
 
 
 class Lists(NamedTuple):
@@ -43,16 +44,15 @@ def make_lists(segments: Segments, scaling: Tensor, ranks: Tensor | None, dropou
     return Lists(scaling if dropout is None else kept_scaling(scaling, dropout.p), segments.order, segments.ends, ranks)
 
 
-def serves(x: Tensor, layer: Mapping[str, Tensor | None]) -> bool:
-    """Whether `linear` may compute a layer: plain contiguous fp32, and nobody watches operators.
-
-    layer: its weight, bias, lora_a and lora_b by name.
-    """
-    if not (type(x) is Tensor and x.dtype is torch.float32 and x.is_contiguous()):
-        return False
-    weight, lora_a, lora_b = layer.get("weight"), layer.get("lora_a"), layer.get("lora_b")
+def serves(x: Tensor, weight: Any, lora_a: Any, lora_b: Any) -> bool:
+    """Whether `linear` may compute a layer: plain contiguous tensors of fp32, and nobody watches operators."""
     return (
-        type(weight) is type(lora_a) is type(lora_b) is Parameter
+        type(x) in PLAIN
+        and x.dtype is torch.float32
+        and x.is_contiguous()
+        and type(weight) in PLAIN
+        and type(lora_a) in PLAIN
+        and type(lora_b) in PLAIN
         and weight.dtype is lora_a.dtype is lora_b.dtype is torch.float32
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
@@ -64,14 +64,23 @@ def serves(x: Tensor, layer: Mapping[str, Tensor | None]) -> bool:
     )
 
 
-def linear(x: Tensor, layer: Mapping[str, Tensor | None], transposed: bool, lists: Lists) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lists: Lists,
+    *,
+    slices: int = 1,
+    transposed: bool = False,
+) -> Tensor:
     """`multi_lora_linear` of x [..., K], where `serves` says so. Returns [..., N], differentiable once.
 
-    layer: as in `serves`.
-    transposed: whether the weight is [K, N].
     lists: of the batch, or of the site where adapters drop.
+    transposed: whether the weight is [K, N].
     """
-    return _Linear.apply(x, layer["weight"], layer["bias"], layer["lora_a"], layer["lora_b"], transposed, lists)
+    return _Linear.apply(x, weight, bias, lora_a, lora_b, lists, slices, transposed)
 
 
 @cache
@@ -83,12 +92,12 @@ def _op(name: str) -> Any:
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weight, bias, lora_a, lora_b, transposed, lists = args
+        x, weight, bias, lora_a, lora_b, lists, slices, transposed = args
         y = F.linear(x, weight.t() if transposed else weight, bias)
         s = x.new_empty(lists.order.shape[0], lora_a.shape[1])
-        _op("cpu_lora_")(x, lora_a, lora_b, *lists, 1, multi_lora_cpu.VARIANT, y, s)
+        _op("cpu_lora_")(x, lora_a, lora_b, *lists, slices, multi_lora_cpu.VARIANT, y, s)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s)
-        ctx.transposed, ctx.lists = transposed, lists
+        ctx.lists, ctx.slices, ctx.transposed = lists, slices, transposed
         return y
 
     @staticmethod
@@ -101,16 +110,18 @@ class _Linear(Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_a, lora_b, s = ctx.saved_tensors
-    need_x, need_w, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     dy = dy.contiguous()
     rows = dy.view(-1, dy.shape[-1])
     dx = torch.mm(rows, weight.t() if ctx.transposed else weight).view(x.shape) if need_x else None
     d_a = torch.empty_like(lora_a) if need_a else None
     d_b = torch.empty_like(lora_b) if need_b else None
-    _op("cpu_lora_backward_")(x, lora_a, lora_b, *ctx.lists, 1, multi_lora_cpu.VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b)
+    _op("cpu_lora_backward_")(
+        x, lora_a, lora_b, *ctx.lists, ctx.slices, multi_lora_cpu.VARIANT, dy, s, torch.empty_like(s), dx, d_a, d_b
+    )
     dw = torch.mm(rows.t(), x.view(-1, x.shape[-1])) if need_w else None
     dw = dw.t() if dw is not None and ctx.transposed else dw
-    return dx, dw, rows.sum(0) if need_bias else None, d_a, d_b, None, None
+    return dx, dw, rows.sum(0) if need_bias else None, d_a, d_b, None, None, None
 
 
 _differentiable_once = once_differentiable(_gradients)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +97,12 @@ class MultiAdapterLinear(nn.Module):
         any shape [..., K].
         """
         given = traced_arguments(x, self) if torch.compiler.is_compiling() else self.arguments(x, self.training)
-        if given is not None and given.lists is not None and multi_lora_direct.serves(x, own := self._parameters):
-            lists = given.lists if given.dropout is None else given.lists.dropping(given.dropout, given.segments)
-            return multi_lora_direct.linear(x, own, self.transposed, lists)
+        if given is not None and given.lists is not None:
+            own: Any = self._parameters.get  # an attribute of a module takes six times as long
+            weight, factors = own("weight"), (own("lora_a"), own("lora_b"))
+            if multi_lora_direct.serves(x, weight, *factors):
+                lists = given.lists if given.dropout is None else given.lists.dropping(given.dropout, given.segments)
+                return multi_lora_direct.linear(x, weight, own("bias"), *factors, lists, transposed=self.transposed)
         weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
         if given is None:
             return F.linear(x, weight, bias)

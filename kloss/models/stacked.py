@@ -95,8 +95,7 @@ class StackedRows(Rows):
     def collect(self) -> Tensor:
         """Copy weights and gradients of the rows whose gradients are not all zero or None. Returns which these are, bool [G]."""
         factors = self.parameters
-        grads = [factor.grad for factor in factors]
-        grads = [factor.new_zeros(()).expand(factor.shape) if d is None else d for factor, d in zip(factors, grads, strict=True)]
+        grads = [factor.new_zeros(()).expand(factor.shape) if factor.grad is None else factor.grad for factor in factors]
         torch._foreach_copy_(self._grads, grads)
         active = nonzero(self.grad)
         self._move(active, self._weights, factors)
