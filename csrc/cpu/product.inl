@@ -10,15 +10,6 @@
 namespace kloss::cpu::KLOSS_NAME {
 namespace {
 
-// PER elements, zeros from the `left`-th on.
-inline Unit unit(const Scalar* p, int64_t left) {
-  Scalar both[PER] = {};
-  for (int i = 0; i < PER && i < left; ++i) both[i] = p[i];
-  Unit out;
-  std::memcpy(&out, both, sizeof out);
-  return out;
-}
-
 // Copies n < 2 * W elements, in pieces whose sizes the compiler knows.
 inline void copy_few(const Scalar* from, int64_t n, Scalar* to) {
 #pragma GCC unroll 8
