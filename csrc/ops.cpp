@@ -42,6 +42,15 @@ void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
       fits && tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2), name, " has another type, device or layout");
 }
 
+// The rows of a contiguous tensor [..., columns], after checks. More than two dimensions must not end in one of 0.
+int64_t rows_of(const Tensor& tensor, ScalarType type, int64_t columns, const char* name) {
+  int64_t last = tensor.dim() < 2 ? 0 : tensor.size(tensor.dim() - 1);
+  bool fits = tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && (tensor.dim() == 2 || last > 0);
+  STD_TORCH_CHECK(fits, name, " has another type, device or layout");
+  STD_TORCH_CHECK(last > 0 && last == columns, "shapes do not fit each other: ", name);
+  return tensor.numel() / last;
+}
+
 // The address of a factor's gradient, null for none. stride: gets the elements from an adapter to the next.
 void* gradient(const std::optional<Tensor>& tensor, const Tensor& factor, const char* name, int64_t& stride) {
   if (!tensor) return nullptr;
@@ -66,18 +75,17 @@ Call call(
   ScalarType type = x.scalar_type();
   const Kind* kind = kind_for(type, variant);
   STD_TORCH_CHECK(kind != nullptr, "no such kernel for this type on this processor");
-  check(x, type, 2, "x");
   check_rows(a, type, "lora_a");
   check_rows(b, type, "lora_b");
-  check(output, type, 2, "y");
   check(s, type, 2, "s");
   check(scaling_kept, ScalarType::Float, 1, "scaling_kept");
   check(order, ScalarType::Long, 1, "order");
   check(ends, ScalarType::Long, 1, "ends");
-  int64_t adapters = a.size(0), rank = b.size(2), k = x.size(1), n = b.size(1), rows = x.size(0), all = order.size(0);
-  bool fits = k > 0 && n > 0 && rank > 0 && slices > 0 && n % slices == 0 && a.size(1) % slices == 0 &&
-              a.size(1) / slices == rank && a.size(2) == k && b.size(0) == adapters && scaling_kept.size(0) == adapters &&
-              ends.size(0) >= adapters && output.size(0) == rows && output.size(1) == n && all <= rows && s.size(0) == all &&
+  int64_t adapters = a.size(0), rank = b.size(2), k = a.size(2), n = b.size(1), all = order.size(0);
+  int64_t rows = rows_of(x, type, k, "x");
+  bool fits = rank > 0 && slices > 0 && n % slices == 0 && a.size(1) % slices == 0 &&
+              a.size(1) / slices == rank && b.size(0) == adapters && scaling_kept.size(0) == adapters &&
+              ends.size(0) >= adapters && rows_of(output, type, n, "y") == rows && all <= rows && s.size(0) == all &&
               s.size(1) == a.size(1) && (!ranks || ranks->size(0) == adapters) &&
               (!keys || (keys->size(0) >= all && threshold && threshold->size(0) >= all));
   STD_TORCH_CHECK(fits, "shapes do not fit each other");
@@ -116,10 +124,12 @@ void backward(
     Tensor s, Tensor ds, std::optional<Tensor> dx, std::optional<Tensor> da, std::optional<Tensor> db) {
   Call made = call(x, a, b, scaling_kept, order, ends, ranks, keys, threshold, slices, variant, dy, s);
   check(ds, x.scalar_type(), 2, "ds");
+  int64_t k = a.size(2);
   STD_TORCH_CHECK(
-      ds.numel() == s.numel() && (!dx || dx->numel() == x.numel()), "dx and ds must have the sizes of x and s");
+      ds.numel() == s.numel() && (!dx || rows_of(*dx, x.scalar_type(), k, "dx") == x.numel() / k),
+      "dx and ds must have the sizes of x and s");
   made.lora.dy = dy.const_data_ptr(), made.lora.ds = ds.mutable_data_ptr();
-  made.lora.dx = const_cast<void*>(pointer(dx, x.scalar_type(), 2, "dx"));
+  made.lora.dx = dx ? dx->mutable_data_ptr() : nullptr;
   made.lora.da = gradient(da, a, "da", made.lora.da_stride), made.lora.db = gradient(db, b, "db", made.lora.db_stride);
   made.kind->backward(made.lora, parallel);
 }

@@ -208,6 +208,7 @@ def test_any_subset_may_require_gradients(dtype):
 
 def test_what_it_does_not_take_plain_torch_does(monkeypatch):
     ran, module = [], multi_lora._module
+    monkeypatch.setattr(multi_lora.multi_lora_direct, "serves", lambda *_: False)
     monkeypatch.setattr(multi_lora, "_module", lambda backend: (ran.append(backend), module(backend))[1])
 
     def backend(**shape):

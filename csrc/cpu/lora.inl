@@ -134,6 +134,18 @@ void da_job(const Lora& l, const Job& job) {
     return;
   }
   auto live = [&](int64_t i) { return i / adapter.rank * l.rank + i % adapter.rank; };
+#if !KLOSS_BF16
+  if (l.slices * adapter.rank <= THIN && job.last - job.first <= ROW_BLOCK) {
+    Inputs x(adapter, job.first, job.last);
+    const float* rows[ROW_BLOCK];
+    for (int64_t i = 0; i < job.last - job.first; ++i) fetch(rows[i] = x[i], l.inputs);
+    const float* ds = adapter.of_s(l.ds, job.first, 0);
+    thin_product(
+        l.slices * adapter.rank, l.inputs, job.last - job.first, m, [&](int64_t i) { return ds + live(i); }, rows,
+        [&](int64_t i, int64_t c, const float* values) { put_row(da + live(i) * l.inputs + c, values, 1, COLUMNS); });
+    return;
+  }
+#endif
   reduce(
       job.first, job.last, l.slices * adapter.rank, l.inputs, 1,
       [&](int64_t first, int64_t last, auto put) {
@@ -156,6 +168,20 @@ void db_job(const Lora& l, const Job& job) {
   Scalar* db = (Scalar*)l.db + job.g * l.db_stride + (slice * adapter.outputs + from) * l.rank;
   if (job.first == job.last || adapter.rank < l.rank) std::fill_n(db, m * l.rank, Scalar(0));
   if (job.first == job.last) return;
+#if !KLOSS_BF16
+  if (adapter.rank <= THIN && job.last - job.first <= ROW_BLOCK) {  // its transpose
+    const float* rows[ROW_BLOCK];
+    for (int64_t i = job.first; i < job.last; ++i)
+      rows[i - job.first] = (const float*)l.dy + adapter.row(i) * l.outputs + slice * adapter.outputs + from;
+    const float* s = adapter.of_s(l.s, job.first, slice);
+    thin_product(
+        adapter.rank, m, job.last - job.first, l.slices * l.rank, [&](int64_t r) { return s + r; }, rows,
+        [&](int64_t r, int64_t c, const float* values) {
+          for (int w = 0; w < COLUMNS; ++w) db[(c + w) * l.rank + r] = values[w] * adapter.scaling_kept;
+        });
+    return;
+  }
+#endif
   reduce(
       job.first, job.last, m, adapter.rank, adapter.scaling_kept,
       [&](int64_t first, int64_t last, auto put) {
@@ -172,6 +198,27 @@ void db_job(const Lora& l, const Job& job) {
             put);
       },
       [&](int64_t i) { return db + i * l.rank; });
+}
+
+int64_t db_parts(const Lora& l) { return (l.outputs / l.slices + CHUNK - 1) / CHUNK * l.slices; }
+
+// All of a small adapter's backward pass, which finds dy in the cache after its first part.
+void whole_job(const Lora& l, const Job& job) {
+  if ((l.dx || l.da) && job.first < job.last) rows_job(l, job);
+  if (l.da) da_job(l, job);
+  if (l.db)
+    for (int64_t part = 0; part < db_parts(l); ++part) db_job(l, {job.g, job.first, job.last, part});
+}
+
+// Whether each adapter is one job of at most ROW_BLOCK rows, and enough of them for all threads.
+bool small_adapters(const Lora& l) {
+  int64_t active = 0;
+  for (int64_t g = 0; g < l.adapters; ++g) {
+    int64_t rows = l.ends[g] - (g ? l.ends[g - 1] : 0);
+    if (rows > ROW_BLOCK) return false;
+    active += rows > 0;
+  }
+  return active >= 16;
 }
 
 struct Batch {
@@ -211,9 +258,10 @@ std::vector<Job> adapter_jobs(const Lora& l, int64_t count) {
 void forward(const Lora& l, Parallel parallel) { run(l, row_jobs(l), forward_job, parallel); }
 
 void backward(const Lora& l, Parallel parallel) {
+  if (small_adapters(l)) return run(l, adapter_jobs(l, 1), whole_job, parallel);
   if (l.dx || l.da) run(l, row_jobs(l), rows_job, parallel);
   if (l.da) run(l, adapter_jobs(l, 1), da_job, parallel);
-  if (l.db) run(l, adapter_jobs(l, (l.outputs / l.slices + CHUNK - 1) / CHUNK * l.slices), db_job, parallel);
+  if (l.db) run(l, adapter_jobs(l, db_parts(l)), db_job, parallel);
 }
 
 }  // namespace kloss::cpu::KLOSS_NAME

@@ -10,13 +10,14 @@
 namespace kloss::cpu::KLOSS_NAME {
 namespace {
 
-// PER elements, zeros from the `left`-th on.
-inline Unit unit(const Scalar* p, int64_t left) {
-  Scalar both[PER] = {};
-  for (int i = 0; i < PER && i < left; ++i) both[i] = p[i];
-  Unit out;
-  std::memcpy(&out, both, sizeof out);
-  return out;
+// Copies n < 2 * W elements, in pieces whose sizes the compiler knows.
+inline void copy_few(const Scalar* from, int64_t n, Scalar* to) {
+#pragma GCC unroll 8
+  for (int piece = W; piece; piece /= 2)
+    if (n & piece) {
+      std::memcpy(to, from, piece * sizeof(Scalar));
+      from += piece, to += piece;
+    }
 }
 
 // One round of a transposition: lane i of v[j] and lane i ^ STEP of v[j ^ STEP] change places where i has bit STEP and j has not.
@@ -57,8 +58,15 @@ inline void pack_transposed(const Scalar* source, int64_t stride, int64_t column
     int64_t done = 0;
     for (int i = 0; i < W; ++i) rows[i] = source + std::min<int64_t>(c0 + i, columns - 1) * stride;  // the last fills the width
     for (; done + W * PER <= k; done += W * PER) transpose(rows, done / PER, b + done / PER * width + c0, width);
-    for (int64_t u = done / PER; u < all; ++u)
-      for (int i = 0; i < W; ++i) b[u * width + c0 + i] = unit(rows[i] + u * PER, k - u * PER);
+    if (done == k) continue;
+    Scalar parts[W][W * PER] = {};
+    for (int i = 0; i < W; ++i) {
+      copy_few(rows[i] + done, k - done, parts[i]);
+      rows[i] = parts[i];
+    }
+    Unit turned[W * W];
+    transpose(rows, 0, turned, W);
+    for (int64_t u = done / PER; u < all; ++u) std::copy_n(turned + (u - done / PER) * W, W, b + u * width + c0);
   }
 }
 
@@ -71,6 +79,13 @@ void pack_rows(Row row, int64_t columns, int64_t k, Unit* b, int64_t width) {
     for (int i = 0; i < PER; ++i) source[i] = u * PER + i < k ? row(u * PER + i) : nullptr;
     for (int64_t c = 0; c < width; c += W) {
       Unit* out = b + u * width + c;
+#if !KLOSS_BF16
+      if (c + W > columns || !source[0]) {
+        std::fill_n(out, W, 0.0f);
+        if (source[0] && c < columns) copy_few(source[0] + c, columns - c, out);
+        continue;
+      }
+#endif
       Scalar part[PER][W];
       const Scalar* from[PER];
       for (int i = 0; i < PER; ++i) {
@@ -98,17 +113,19 @@ inline Unit read(const Unit* p) {  // two bf16 may lie at an odd element
   return out;
 }
 
-template <int V>
-inline void tile(const Unit* const* a, int64_t step, const Unit* b, int64_t k, float (*out)[COLUMNS]) {
+// at(u): where the V vectors of row u of B lie.
+template <int V, class At>
+inline void tile(const Unit* const* a, int64_t step, At at, int64_t k, float (*out)[COLUMNS]) {
   Floats sum[ROWS][V] = {};
   for (int64_t u = 0; u < k; ++u) {
+    const Unit* b = at(u);
 #if KLOSS_BF16
     Ints column[V];
 #else
     Floats column[V];
 #endif
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) std::memcpy(&column[v], b + (u * V + v) * W, sizeof column[v]);
+    for (int v = 0; v < V; ++v) std::memcpy(&column[v], b + v * W, sizeof column[v]);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
@@ -142,14 +159,36 @@ void product(int64_t m, int64_t columns, int64_t k, int64_t step, A a, Pack pack
         int64_t width = std::min<int64_t>(last - c, COLUMNS);
         const Unit* b = packed + (c - first) * k;
         if (width > W)
-          tile<VECTORS>(rows, step, b, k, out);
+          tile<VECTORS>(rows, step, [=](int64_t u) { return b + u * COLUMNS; }, k, out);
         else
-          tile<1>(rows, step, b, k, out);
+          tile<1>(rows, step, [=](int64_t u) { return b + u * W; }, k, out);
         for (int64_t j = 0; j < std::min<int64_t>(ROWS, m - i); ++j) put(i + j, c, width, out[j]);
       }
     }
   }
 }
+
+#if !KLOSS_BF16
+// Asks for a row, front to back as memory likes it; columns of many rows would be asked for a line here and a line there.
+inline void fetch(const float* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i, 0, 2);
+}
+
+constexpr int64_t THIN = 2 * ROWS;  // rows of A, for so few of which it does not pay to pack B
+
+// `product` of a thin A with rows b[0]..b[k-1], read in place. columns: a multiple of COLUMNS. put(i, c, values): COLUMNS of them.
+template <class A, class Put>
+void thin_product(int64_t m, int64_t columns, int64_t k, int64_t step, A a, const float* const* b, Put put) {
+  alignas(64) float out[ROWS][COLUMNS];
+  for (int64_t c = 0; c < columns; c += COLUMNS)
+    for (int64_t i = 0; i < m; i += ROWS) {
+      const Unit* rows[ROWS];
+      for (int j = 0; j < ROWS; ++j) rows[j] = a(std::min(i + j, m - 1));
+      tile<VECTORS>(rows, step, [=](int64_t u) { return b[u] + c; }, k, out);
+      for (int64_t j = 0; j < std::min<int64_t>(ROWS, m - i); ++j) put(i + j, c, out[j]);
+    }
+}
+#endif
 
 // Stores `width` values, scaled and rounded.
 inline void put_row(Scalar* out, const float* values, float scale, int64_t width) {

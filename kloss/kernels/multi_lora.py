@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import multi_lora_cpu
+from . import multi_lora_cpu, multi_lora_direct
 from .checks import FLOATS, INTS
 from .dropout import Dropout, check_dropout, kept_scaling, row_dropout
 from .eager import lower, widened
@@ -74,6 +74,7 @@ def multi_lora_linear(
     _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
     wanted = exact or backend == "hopper"
     hopper = not torch.compiler.is_compiling() and _hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
+    chosen = backend is None
     backend = _fastest(x, weight, slices, hopper) if backend is None else _checked(backend, x, weight, slices, hopper)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
     scaling = scaling.contiguous()  # the kernels take vectors by their address
@@ -95,6 +96,11 @@ def multi_lora_linear(
         if dropout is not None:
             lists += row_dropout(dropout.first(segments.order.numel()), segments.row_adapter)[:2]
             scaling = kept_scaling(scaling, dropout.p)
+        eager = chosen and backend == "csrc" and not exact and into is None and not torch.compiler.is_compiling()
+        if eager and multi_lora_direct.serves(x, weight, lora_a, lora_b):
+            order, ends, *keys = lists
+            rows = multi_lora_direct.Lists(scaling, order, ends, ranks, *keys)
+            return multi_lora_direct.linear(x, weight, bias, lora_a, lora_b, rows, slices=slices).to(dtype)
     arguments = x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact, *(into or (None, None)), backend
     y = torch.ops.kloss.multi_lora(*arguments)[0]
     return y if y.dtype == dtype else y.to(dtype)

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import multi_lora_linear
+from ..kernels import multi_lora_direct, multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
 from .blocks import Arguments, Batch, RepeatedRows, Shared
 from .peft_files import fitted, read_adapter, write_adapter
@@ -96,13 +96,19 @@ class MultiAdapterLinear(nn.Module):
         Raises ValueError, with the layer's name, for another first dimension or dtype. If all batch rows have one id, x may have
         any shape [..., K].
         """
-        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
         given = traced_arguments(x, self) if torch.compiler.is_compiling() else self.arguments(x, self.training)
+        if given is not None and given.lists is not None:
+            own: Any = self._parameters.get  # an attribute of a module takes six times as long
+            weight, factors = own("weight"), (own("lora_a"), own("lora_b"))
+            if multi_lora_direct.serves(x, weight, *factors):
+                lists = given.lists if given.dropout is None else given.lists.dropping(given.dropout, given.segments)
+                return multi_lora_direct.linear(x, weight, own("bias"), *factors, lists, transposed=self.transposed)
+        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
         if given is None:
             return F.linear(x, weight, bias)
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name}: the input is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-        segments, scaling, ranks, dropout = given
+        segments, scaling, ranks, dropout, _ = given
         packed = x.reshape(-1, x.shape[-1])  # [T, K], a batch row's rows are neighbours
         adapters = self.lora_a, self.lora_b, scaling, segments
         y = multi_lora_linear(packed, weight, bias, *adapters, ranks=ranks, dropout=dropout)
@@ -113,7 +119,7 @@ class MultiAdapterLinear(nn.Module):
         batch = self.shared.blocks.batch(self.name)
         if batch is None:
             return None
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             raise UserError(FIXED.format("torch.jit.trace"))
         self._check_layout(x, batch)
         given = batch.arguments(*rows_of(x), x.device, training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..errors import UserError
-from ..kernels import Dropout, Segments, make_segments, multi_lora_cpu, row_keys
+from ..kernels import Dropout, Segments, make_segments, multi_lora_cpu, multi_lora_direct, row_keys
 from .settings import Settings
 
 PASSES = 1 << 14  # through layers, that a thread remembers for backward
@@ -41,12 +41,16 @@ class Shared(Settings):
 
 
 class Arguments(NamedTuple):
-    """Arguments of `multi_lora_linear` that all layers share: scaling fp32 [G], ranks int64 [G] or None if all are R."""
+    """Arguments of `multi_lora_linear` that all layers share: scaling fp32 [G], ranks int64 [G] or None if all are R.
+
+    lists: of `multi_lora_direct`, None where it cannot serve.
+    """
 
     segments: Segments
     scaling: Tensor
     ranks: Tensor | None
     dropout: Dropout | None
+    lists: multi_lora_direct.Lists | None = None
 
 
 class Batch:
@@ -87,7 +91,7 @@ class Batch:
         scaling = torch.tensor(shared.scaling, dtype=torch.float32, device=device)
         ranks = torch.tensor(shared.ranks, device=device) if self.mixed_ranks else None
         if not drops:
-            return Arguments(segments, scaling, ranks, None)
+            return Arguments(segments, scaling, ranks, None, multi_lora_direct.make_lists(segments, scaling, ranks, None))
         # Earlier batch rows of the same adapter.
         number = torch.arange(size) if self.alike else (ids[:, None] == ids).tril(-1).sum(1)
         most = int(number.max()) + 1 if size else 0
@@ -95,7 +99,8 @@ class Batch:
             raise UserError(f"dropout takes 65536 positions and rows of one adapter, got {length} and {most}")
         keys = row_keys(torch.full((size,), self.step, device=device), number.to(device), offsets, rows=size * length)
         chances = torch.tensor(shared.chances, dtype=torch.float32, device=device)
-        return Arguments(segments, scaling, ranks, Dropout(chances, torch.tensor(shared.dropout_seeds, device=device), keys, 0))
+        dropout = Dropout(chances, torch.tensor(shared.dropout_seeds, device=device), keys, 0)
+        return Arguments(segments, scaling, ranks, dropout, multi_lora_direct.make_lists(segments, scaling, ranks, dropout))
 
 
 _open: ContextVar[tuple[Batch, ...]] = ContextVar("kloss.use_adapters")  # of all models, the innermost last
@@ -114,13 +119,15 @@ class _Passes:
 
     def note(self, batch: Batch | None) -> None:
         """Remember a pass through a layer that begins now."""
+        if self.batches and self.batches[-1] is batch and torch.is_grad_enabled():
+            return
         number = torch.autograd._get_sequence_nr()
         if not torch.is_grad_enabled():
             self.hidden.setdefault(number, batch)
             if len(self.hidden) > PASSES:
                 self.since = max(self.since, next(iter(self.hidden)))
                 del self.hidden[next(iter(self.hidden))]
-        elif not self.batches or self.batches[-1] is not batch:
+        else:
             self.starts.append(number)
             self.batches.append(batch)
             if len(self.starts) > PASSES:
@@ -191,7 +198,10 @@ class Blocks:
 
     def innermost(self) -> Batch | None:
         """The batch of this model's innermost block in this task or thread."""
-        return next((batch for batch in reversed(_open.get(())) if batch.shared.blocks is self), None)
+        for batch in reversed(_open.get(())):
+            if batch.shared.blocks is self:
+                return batch
+        return None
 
     def _passes(self) -> _Passes:
         if not hasattr(self._own, "passes"):

@@ -89,30 +89,29 @@ class StackedRows(Rows):
 
     def zero_grad(self) -> None:
         """Forget the model's gradients."""
-        for factor, _ in self._factors():
+        for factor in self.parameters:
             factor.grad = None
 
     def collect(self) -> Tensor:
         """Copy weights and gradients of the rows whose gradients are not all zero or None. Returns which these are, bool [G]."""
-        factors = [factor for factor, _ in self._factors()]
+        factors = self.parameters
         grads = [factor.new_zeros(()).expand(factor.shape) if factor.grad is None else factor.grad for factor in factors]
         torch._foreach_copy_(self._grads, grads)
         active = nonzero(self.grad)
-        self._move(active, into_rows=True)
+        self._move(active, self._weights, factors)
         return active
 
     def spread(self, rows: Tensor) -> None:
         """Copy the weights of these rows back."""
-        self._move(rows, into_rows=False)
+        self._move(rows, self.parameters, self._weights)
 
     def _stacked(self, matrix: Tensor) -> list[Tensor]:
         """Each factor's part of a matrix [G, P], in the factor's shape."""
         return [matrix[:, slot].unflatten(1, factor.shape[1:]) for factor, slot in self._factors()]
 
-    def _move(self, rows: Tensor, *, into_rows: bool) -> None:
+    @torch.no_grad()
+    def _move(self, rows: Tensor, to: list[Tensor], source: list[Tensor]) -> None:
         """Copy the weights of these rows, bool [G], from the model, or back."""
-        model = [factor.detach() for factor, _ in self._factors()]
-        to, source = (self._weights, model) if into_rows else (model, self._weights)
         if bool(rows.all()):
             torch._foreach_copy_(to, source)
             return

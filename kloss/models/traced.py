@@ -35,7 +35,10 @@ def key_of(layer: nn.Module) -> Tensor:
 
 def rows_of(x: Tensor) -> tuple[int, int]:
     """Sequences of an input [B, ..., K], and rows of each."""
-    return (1, 1) if x.dim() < 2 else (x.shape[0], math.prod(x.shape[1:-1]))
+    shape = x.shape
+    if len(shape) == 3:
+        return shape[0], shape[1]
+    return (1, 1) if len(shape) < 2 else (shape[0], math.prod(shape[1:-1]))
 
 
 def traced_arguments(x: Tensor, layer: Any) -> Arguments | None:
@@ -69,7 +72,7 @@ def _layer_batch(x: Tensor, key: Tensor, adapters: int, training: bool, drops: b
     given = layer.arguments(x, training)
     if given is None:  # no block, or none of this task or thread
         given = layer.shared.blocks.base(layer.shared).arguments(*rows_of(x), x.device, training)
-    segments, scaling, ranks, dropout = given
+    segments, scaling, ranks, dropout, _ = given
     tensors = [*segments[:2], *segments[3:5], segments.ends, scaling]
     tensors += segments.work or ()
     tensors += [ranks] if mixed_ranks else []
