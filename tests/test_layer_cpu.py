@@ -64,10 +64,10 @@ def test_scoring_and_the_gradient_of_the_input_have_the_bits_of_the_ops(served, 
     for served.allowed in (False, True):
         x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         call = cu_seqlens, attention_lists(cu_seqlens, x), segments, step.bank, None
-        y = step.model.layers[1](x, *call)
+        y, _ = step.model.layers[1](x, x, *call)
         y.float().square().sum().backward()
         with torch.no_grad():
-            scored = step.model.layers[1](x, *call)
+            scored, _ = step.model.layers[1](x, x, *call)
         results.append([y.detach(), x.grad, scored])
     assert served.layers == 2
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
