@@ -122,7 +122,7 @@ class Layer(nn.Module):
         bank: Bank | None,
         dropout: StepDropout | None,
     ) -> tuple[Tensor, Tensor]:
-        """x [T, H], for both of its uses, to the next layer's."""
+        """x: [T, H]. residual: the same values, for x's second use (`add_norm_twice`). Returns both of the next layer."""
         adapters = None if bank is None else self._all_adapters(bank)
         if adapters is not None and segments is not None:
             call = x, self.weights, adapters, cu_seqlens, segments, dropout
