@@ -48,30 +48,24 @@ def _p(problem: Problem) -> float:
     return DROPOUT if problem.dropout else 0.0
 
 
-def _peft(timed: str, results: str | None = None, *, switched: bool = True) -> Library:
-    """peft by methods of PeftLinear."""
+def _linear(kind: Callable[[Problem, float], Any], package: str, most: int, timed: str, results: str | None = None) -> Library:
+    """A library by methods of a linear: of a PeftLinear or a HubLinear."""
 
     def made(name: str) -> Make:
-        return lambda problem: getattr(PeftLinear(problem, _p(problem), switched=switched), name)
+        return lambda problem: getattr(kind(problem, _p(problem)), name)
 
-    return Library(made(timed), made(results) if results else None, MOST_PEFT, ("peft", "transformers"))
-
-
-def _hub(timed: str, results: str | None = None) -> Library:
-    """AdapterHub by methods of HubLinear."""
-
-    def made(name: str) -> Make:
-        return lambda problem: getattr(HubLinear(problem, _p(problem)), name)
-
-    return Library(made(timed), made(results) if results else None, MOST_HUB, ("adapters", "transformers"))
+    return Library(made(timed), made(results) if results else None, most, (package, "transformers"))
 
 
+_hub = partial(_linear, HubLinear, "adapters", MOST_HUB)
+_peft = partial(_linear, PeftLinear, "peft", MOST_PEFT)
+_placed = partial(_linear, partial(PeftLinear, switched=False), "peft", MOST_PEFT)  # without set_adapter
 KLOSS, GROUPED, FLOOR = "kloss", "torch, grouped_mm", "the base alone"  # no library: what is left without adapters
 TRAINING: dict[str, Library] = {
     KLOSS: Library(partial(forward_backward, op=multi_lora_linear)),
     "peft": _peft("in_turn", "in_turn_results"),
-    "peft without set_adapter": _peft("in_turn", "in_turn_results", switched=False),
-    "peft, a mixed batch": _peft("mixed_training", "mixed_results", switched=False),
+    "peft without set_adapter": _placed("in_turn", "in_turn_results"),
+    "peft, a mixed batch": _placed("mixed_training", "mixed_results"),
     "AdapterHub, a mixed batch": _hub("training", "results"),
     "torch, a loop": Library(lambda problem: torch_loop(problem)[0]),
     GROUPED: Library(lambda problem: grouped_mm(problem, _p(problem))),

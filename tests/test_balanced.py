@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_run import SMALL
+from test_run import SMALL, interrupted
 from toy import cohorts
 
 from kloss.cl import tokenizer as training
@@ -22,7 +22,6 @@ from kloss.cl.stream import Stream
 from kloss.cl.study import plan
 from kloss.cl.summary import script
 from kloss.cl.tokenizer import load_tokenizer
-from kloss.cl.train import _Team
 from kloss.config import Config
 from kloss.console import Console
 from kloss.estimate import Machine, describe
@@ -246,21 +245,11 @@ def test_a_language_counts_where_it_was_learned_with_both():
 RUN = [*SMALL, "--experiments", "tokenizer", "--vocabulary", "150", "--checkpoint-seconds", "0"]
 
 
-def test_a_run_stopped_in_either_cohort_ends_as_one_that_was_not(cache, tmp_path, monkeypatch):
+def test_a_run_stopped_in_either_cohort_ends_as_one_that_was_not(cache, tmp_path):
     run = [*RUN, "--cache", cache, "--strategies", "shared", "--orders", "2", "--exact"]
     assert main([*run, "--out", str(tmp_path / "whole")]) == 0
     for stop in (5, 23):  # of 18 rounds of the study's learners, and as many of the others
-        calls, original = [], _Team.advance
-
-        def advance(team, calls=calls, stop=stop, original=original):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(team)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Team, "advance", advance)
-            assert main([*run, "--out", str(tmp_path / f"{stop}")]) == 130
+        interrupted([*run, "--out", str(tmp_path / f"{stop}")], stop)
         assert main([*run, "--out", str(tmp_path / f"{stop}")]) == 0
         assert (tmp_path / f"{stop}" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())

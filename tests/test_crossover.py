@@ -30,7 +30,6 @@ def problem_of(adapters, rows, counts=None):
 
 
 def test_all_tables_but_the_compiled_one(tmp_path, capsys, small):
-    pytest.importorskip("peft")
     rows = crossover.main([*SMALL, "--tables", *TIMED, "--adapters", "1", "3", "--rows", "2", "5", "--out", str(tmp_path)])
     cells = [(row["table"], row["adapters"], row["rows"]) for row in rows]
     assert cells[:6] == [("training", g, n) for g in (1, 3) for n in (2, 5)] + [("inference", g, 2) for g in (1, 3)]
@@ -104,7 +103,6 @@ def test_a_wrong_result_is_not_timed(monkeypatch, table):
 
 @pytest.mark.parametrize("counts", [None, (6, 3, 6)])
 def test_mixed_batches_give_what_adapters_in_turn_give(counts):
-    pytest.importorskip("peft")
     problem = problem_of(3, 5, counts)
     right = PeftLinear(problem, 0.0).in_turn_results()
     ours = libraries.TRAINING["kloss"].make(problem)()
@@ -117,7 +115,6 @@ def test_mixed_batches_give_what_adapters_in_turn_give(counts):
 
 
 def test_a_mixed_batch_of_peft_drops_as_in_training():
-    pytest.importorskip("peft")
     theirs = PeftLinear(problem_of(3, 4), 0.5, switched=False)
     one, other = (theirs.mixed_training()[0][0] for _ in range(2))
     assert not torch.equal(one, other)
@@ -125,7 +122,6 @@ def test_a_mixed_batch_of_peft_drops_as_in_training():
 
 def test_a_compiled_mixed_batch_is_checked(monkeypatch):
     """Through Dynamo alone: inductor takes half a minute."""
-    pytest.importorskip("peft")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: compile(module, backend="eager", **options))
     theirs = PeftLinear(problem_of(2, 3), 0.0)
@@ -138,7 +134,6 @@ def test_a_compiled_mixed_batch_is_checked(monkeypatch):
 
 def test_peft_is_scaled_to_all_adapters(monkeypatch):
     """A clock that moves on by a second at each look: every call takes one, of peft for two adapters of six."""
-    pytest.importorskip("peft")
     ticks = iter(range(10_000))
     monkeypatch.setattr(crossover.time, "perf_counter", lambda: next(ticks))
     own = {name: libraries.TRAINING[name]._replace(most=2) for name in PEFT} | {"kloss": libraries.TRAINING["kloss"]}
@@ -148,7 +143,6 @@ def test_peft_is_scaled_to_all_adapters(monkeypatch):
 
 
 def test_an_adapter_put_in_its_place_gives_what_set_adapter_gives():
-    pytest.importorskip("peft")
     switched, placed = (PeftLinear(problem_of(3, 4), 0.0, switched=way).in_turn_results() for way in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(switched, placed, strict=True))
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from pretend import GPU, pretended_gpu
+from seqeval.metrics import f1_score
+from seqeval.metrics.sequence_labeling import get_entities
 from test_graphs import LAYERS
 from toy import LABELS, ToyCorpus, toy_model
 
@@ -12,9 +14,6 @@ from kloss.cl.evaluate import evaluate
 from kloss.cl.graphs import Graphs
 from kloss.kernels import make_segments
 from kloss.models import AdapterBank
-
-seqeval = pytest.importorskip("seqeval.metrics")
-get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
 
 
 def labels_of(model, bank, corpus, row, locale):
@@ -44,7 +43,7 @@ def test_pairs_equal_seqeval_one_by_one(pass_tokens):
     for (row, locale), count in zip(pairs, counts, strict=True):
         gold, pred = labels_of(model, bank, corpus, row, locale)
         f1 = 2 * count[0] / max(count[1] + count[2], 1)
-        assert f1 == pytest.approx(seqeval.f1_score(gold, pred), abs=1e-12)
+        assert f1 == pytest.approx(f1_score(gold, pred), abs=1e-12)
 
 
 @pytest.mark.parametrize("most", [1, 5, 9, 30, 10_000])

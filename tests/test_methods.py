@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pretend import GPU, pretended_gpu
-from test_run import SMALL, one_line_error
+from test_run import SMALL, interrupted, one_line_error
 from test_train import BASE, SIX, Stop, cohort_of
 from toy import ToyCorpus
 
@@ -264,23 +264,13 @@ def test_a_method_named_twice_and_without_the_experiment(capsys, tmp_path):
     assert without_effect(Config(methods=("ia3=1",))) == ["--methods has no effect: no experiment is methods"]
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
     arguments = [*SMALL, "--cache", str(tmp_path / "cache"), "--strategies", "shared", "--experiments", "methods"]
     arguments += ["--epochs", "1", "--checkpoint-seconds", "0", "--methods", "prefix=0.01", "ia3=0.01", "fusion=0.01"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     for stop, within in ((12, "ia3"), (9, "prefix"), (12, "fusion")):
-        calls, original = [], _Team.advance
-
-        def advance(team, calls=calls, original=original, stop=stop):
-            calls.append(team.cohort.learners[0].method)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(team)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Team, "advance", advance)
-            assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 130
-        assert calls[-1] == within
+        team = interrupted([*arguments, "--out", str(tmp_path / "stopped")], stop)
+        assert team.cohort.learners[0].method == within
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
     whole = (tmp_path / "whole" / "scores.json").read_bytes()
     assert (tmp_path / "stopped" / "scores.json").read_bytes() == whole

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_run import SMALL
+from test_run import SMALL, interrupted
 from toy import ToyCorpus, cohorts, toy_model
 
 from kloss.cl.experiments import idle, parts, with_experiments
 from kloss.cl.learner import Learner
 from kloss.cl.states import KeptRow
 from kloss.cl.study import plan
-from kloss.cl.train import Cohort, _Team
+from kloss.cl.train import Cohort
 from kloss.config import Config
 from kloss.models import AdapterBank
 from kloss.run import DIVERGED, main
@@ -144,21 +144,11 @@ def test_what_was_not_learned_or_diverged_is_said_and_not_averaged():
 RUN = [*SMALL, "--experiments", "parts", "--shared-parts", "*.a", "head.*", "--checkpoint-seconds", "0", "--exact"]
 
 
-def test_a_run_stopped_at_any_link_ends_as_one_that_was_not(cache, tmp_path, monkeypatch):
+def test_a_run_stopped_at_any_link_ends_as_one_that_was_not(cache, tmp_path):
     run = [*RUN, "--cache", cache, "--strategies", "shared"]
     assert main([*run, "--out", str(tmp_path / "whole")]) == 0
     for stop in (5, 22, 28):  # 18 rounds with SHARED, then 6 for each link
-        calls, original = [], _Team.advance
-
-        def advance(team, calls=calls, stop=stop, original=original):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(team)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Team, "advance", advance)
-            assert main([*run, "--out", str(tmp_path / f"{stop}")]) == 130
+        interrupted([*run, "--out", str(tmp_path / f"{stop}")], stop)
         assert main([*run, "--out", str(tmp_path / f"{stop}")]) == 0
         assert (tmp_path / f"{stop}" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
     entries = json.loads((tmp_path / "whole" / "scores.json").read_text())["experiments"]["parts"]

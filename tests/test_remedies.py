@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_run import SMALL, one_line_error
+from test_run import SMALL, interrupted, one_line_error
 
 from kloss.cl.corpus import load_corpus
 from kloss.cl.experiments import remedies, with_experiments
@@ -13,7 +13,6 @@ from kloss.cl.learner import Experience
 from kloss.cl.results import REMEDIES as CHOICES
 from kloss.cl.rules import AGEM, EWC, L2, RULES, OLoRA
 from kloss.cl.study import plan as study_of
-from kloss.cl.train import _Team
 from kloss.config import Config
 from kloss.run import DIVERGED, main, without_effect
 
@@ -174,7 +173,7 @@ def test_a_remedy_named_twice(capsys, tmp_path):
     assert line == "--remedies has no effect: no experiment is remedies"
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
     arguments = [
         *SMALL,
         "--cache",
@@ -189,17 +188,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch):
     arguments += ["--checkpoint-seconds", "0"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     for stop in (5, 3, 7):  # within the second language, then the third, then the second of O-LoRA's cohort
-        calls, original = [], _Team.advance
-
-        def advance(team, calls=calls, original=original, stop=stop):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(team)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Team, "advance", advance)
-            assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 130
+        interrupted([*arguments, "--out", str(tmp_path / "stopped")], stop)
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
     whole = (tmp_path / "whole" / "scores.json").read_bytes()
     assert (tmp_path / "stopped" / "scores.json").read_bytes() == whole

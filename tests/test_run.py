@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,6 +36,21 @@ SMALL = [
     *("--languages", "en-US", "de-DE", "ja-JP", "--limit", "24", "--eval-limit", "8", "--epochs", "2", "--batch-size", "8"),
     *("--tiny-layers", "1", "--tiny-hidden", "32", "--pretrain-steps", "3", "--seeds", "1", "--rank", "2", "--warmup", "2"),
 ]
+
+
+def interrupted(arguments, stop):
+    """Runs the command, interrupted as step number `stop` begins; returns the team that would have taken it."""
+    teams, original = [], _Team.advance
+
+    def advance(team):
+        teams.append(team)
+        if len(teams) == stop:
+            raise KeyboardInterrupt
+        return original(team)
+
+    with mock.patch.object(_Team, "advance", advance):
+        assert main(arguments) == 130
+    return teams[-1]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +105,7 @@ def test_the_table_of_scores_has_every_cells_counts(small):
     assert units == [0, 0, 1, 2, 3]
 
 
-def test_counts_of_slot_types_sum_up_to_the_scores(small, monkeypatch):
+def test_counts_of_slot_types_sum_up_to_the_scores(small):
     """Of all strategies, stopped and continued, with probes, scores within experiences and learners of experiments beside."""
     arguments, folder = small
     arguments = [
@@ -109,17 +125,7 @@ def test_counts_of_slot_types_sum_up_to_the_scores(small, monkeypatch):
     arguments.append("--slot-counts")
     assert main([*arguments, "--out", str(folder / "whole")]) == 0
     for stop in (2, 14):
-        calls, original = [], _Team.advance
-
-        def advance(team, calls=calls, original=original, stop=stop):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return original(team)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Team, "advance", advance)
-            assert main([*arguments, "--out", str(folder / "stopped")]) == 130
+        interrupted([*arguments, "--out", str(folder / "stopped")], stop)
     assert main([*arguments, "--out", str(folder / "stopped")]) == 0
     files = ("scores.json", "scores.csv", "slots.csv")
     plain, whole, stopped = (

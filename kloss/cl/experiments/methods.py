@@ -15,7 +15,7 @@ from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import MEASURES
-from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, numbered, sequence, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, numbered, sequence, signed, with_interval
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -127,7 +127,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         for method, of in values.items():
             means = [f"{mean:.3f}" for mean in _means(of)] if of else ["diverged", "", ""]
             gaps = _gaps(of, values[LORA]) if method != LORA and of and values[LORA] else []
-            cells = [f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})" for gap, ends in gaps] or [""] * len(MEASURES)
+            cells = [with_interval(*gap, 3) for gap in gaps] or [""] * len(MEASURES)
             rows.append((method, f"{weights[method]:,}", *means, *cells))
         head = ("method", "weights", *MEASURES, *(f"{measure}: difference" for measure in MEASURES))
         tables.append(Table(f"{label}: methods, and their differences from LoRA with 95 % intervals", head, rows))

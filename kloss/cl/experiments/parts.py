@@ -18,7 +18,7 @@ from ..statistics import Floats, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, measures
 from .scripts import measured
-from .section import SEQUENCE, Bars, Needs, Section, Table, between, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, between, or_unmeasured, signed, with_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         findings += _findings(at, kinds, means, own)
         rows = []
         for name, units in kinds.items():
-            cells = [f"{value:.3f}" if value == value else "not measured" for value in means[name]]
+            cells = [*map(or_unmeasured, means[name])]
             cells[2] = "all, by construction" if name == "NON-SHARED" else cells[2]
             rows.append((name, *cells, *[_against(units, kinds.get(other)) for other in ("SHARED", "NON-SHARED")]))
         head = ("", *MEASURES, "F1 at the end − SHARED's", "− NON-SHARED's")
@@ -135,7 +135,7 @@ def _gap(units: Units, others: Units) -> tuple[float, Any]:
 
 def _against(units: Units, others: Units | None) -> str:
     gap, ends = _gap(units, others or {})
-    return "" if units is others or gap != gap else f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})"
+    return "" if units is others or gap != gap else with_interval(gap, ends, 3)
 
 
 def _findings(at: str, kinds: Mapping[str, Units], means: Mapping[str, Floats], own: Sequence[str]) -> list[str]:

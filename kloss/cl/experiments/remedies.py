@@ -18,7 +18,7 @@ from ..rules import RULES
 from ..spans import f1_from_counts
 from ..statistics import Floats, Interval, crossed_interval
 from ..study import Study, Trial, rated_label
-from .section import Bars, Needs, Section, Table, along, between, numbered, sequence, signed
+from .section import Bars, Needs, Section, Table, along, between, numbered, sequence, signed, with_interval
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -173,7 +173,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
                 continue
             measured = [{key: float(pair[m]) for key, pair in pairs.items()} for m in range(len(MEASURES))]
             gains[remedy] = [(float(np.mean(list(gaps.values()))), crossed_interval(gaps)) for gaps in measured]
-            cells = [f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})" for gap, ends in gains[remedy]]
+            cells = [with_interval(*gain, 3) for gain in gains[remedy]]
             rows.append((remedy, f"{np.mean([f1 for f1, *_ in of.values()]):.3f}", *cells, f"{costs[remedy]:.2f}"))
         rows.sort(key=lambda row: gains[row[0]][0][0] if row[0] in gains else -np.inf, reverse=True)
         head = ("remedy", MEASURES[0], *(f"{measure}: difference" for measure in MEASURES), "utterances, × plain")

@@ -111,3 +111,13 @@ def signed(value: float, digits: int = 2) -> str:
 def between(interval: Interval, digits: int = 2) -> str:
     """An interval in words; empty where there is none."""
     return f"{signed(interval.low, digits)} to {signed(interval.high, digits)}" if interval.low == interval.low else ""
+
+
+def with_interval(difference: float, interval: Interval, digits: int = 2) -> str:
+    """A difference and its interval in words."""
+    return f"{signed(difference, digits)} ({between(interval, digits) or 'no interval'})"
+
+
+def or_unmeasured(value: float) -> str:
+    """A value as a table's cell; NaN was not measured."""
+    return f"{value:.3f}" if value == value else "not measured"

@@ -19,7 +19,7 @@ from ..statistics import Floats, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, by_label, mean, script
 from .scripts import Means, difference, measured
-from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, sequence, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, or_unmeasured, sequence, signed, with_interval
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -106,7 +106,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         rows = []
         for name, group in groups.items():
             cells = [
-                (_share(one), _gap(gap, ends)) for _, one, gap, ends in (difference(over(pairs, group), m) for m in MEASURES)
+                (or_unmeasured(one), _gap(gap, ends))
+                for _, one, gap, ends in (difference(over(pairs, group), m) for m in MEASURES)
             ]
             rows.append((name, str(len(group)), cut[name], *[cell for pair in cells for cell in pair]))
         head = ("languages", "number", "subwords a word", *[text for m in MEASURES for text in (m, "difference")])
@@ -114,7 +115,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         lines = []
         for m in sorted(groups["all"], key=lambda m: (script(m) != common, script(m), m)):
             kept = measured_mean([of[m] for of in pairs.values()], axis=0)[:, KEPT]
-            lines.append((m, script(m), f"{before[m]:.2f} → {after[m]:.2f}", *map(_share, (kept[1], kept[0]))))
+            lines.append((m, script(m), f"{before[m]:.2f} → {after[m]:.2f}", *map(or_unmeasured, (kept[1], kept[0]))))
         tables.append(Table(f"{label}, by language", ("language", "script", "subwords a word", "share kept", "balanced"), lines))
         values = {
             f"{name}, {of}": [float(means[s, KEPT]) for means in over(pairs, groups[name]).values()]
@@ -182,8 +183,4 @@ def _between(label: str, common: str, groups: Mapping[str, Sequence[str]], pairs
 
 
 def _gap(gap: float, ends: Any) -> str:
-    return f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})" if gap == gap else "not measured"
-
-
-def _share(kept: float) -> str:
-    return f"{kept:.3f}" if kept == kept else "not measured"
+    return with_interval(gap, ends, 3) if gap == gap else "not measured"

@@ -19,7 +19,7 @@ from ..statistics import Floats, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, measures
 from .scripts import measured
-from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, sequence, signed
+from .section import SEQUENCE, Bars, Needs, Section, Table, along, between, or_unmeasured, sequence, signed, with_interval
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
@@ -95,13 +95,13 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         head = head_weights(scores, entries[0]["trains"])
         weights = [one - head, languages * (one - head), languages * (one - head)]
         findings += _findings(names, lr, weights[1], head, languages, means)
-        rows = [(name, f"{n:,}", *map(_number, of)) for name, n, of in zip(names, weights, mean, strict=True)]
+        rows = [(name, f"{n:,}", *map(or_unmeasured, of)) for name, n, of in zip(names, weights, mean, strict=True)]
         rows[2] = (*rows[2][:-1], "all, by construction")
         tables.append(Table(f"Means, {at}", ("", "adapter weights", *MEASURES), rows))
         rows = []
         for other, number in ((0, 3), (2, 2)):
             gaps = [_gap(means, m, other) for m in range(number)]
-            cells = [f"{signed(gap, 3)} ({between(ends, 3) or 'no interval'})" if gap == gap else "" for gap, ends in gaps]
+            cells = [with_interval(gap, ends, 3) if gap == gap else "" for gap, ends in gaps]
             rows.append((f"{names[1]} − {names[other]}", *cells, *[""] * (3 - number)))
         tables.append(Table(f"Differences, {at}, with 95 % intervals", ("", *MEASURES), rows))
         for m in (0, 1):
@@ -153,8 +153,7 @@ def _findings(names: Sequence[str], lr: float, weights: int, head: int, language
         f"{wide} and {isolated} have {weights:,} adapter weights each, {narrow} {weights // languages:,}. Heads do not count: "
         f"{head:,} weights each, {languages} of them in NON-SHARED.",
         f"At rate {lr:g} {narrow} ends at {mean[0, 1]:.2f} F1, {wide} {mean[1, 1]:.2f}, {isolated} {mean[2, 1]:.2f}. As many "
-        f"weights bring SHARED {signed(gained)} ({known}); against NON-SHARED it has {signed(left)} "
-        f"({between(lefts) or 'no interval'}).",
+        f"weights bring SHARED {signed(gained)} ({known}); against NON-SHARED it has {with_interval(left, lefts)}.",
     ]
     more, ends = _gap(means, 0, 0)
     if not ends.low <= 0 <= ends.high and ends.low == ends.low:
@@ -185,12 +184,8 @@ def _at_their_best(rank: int, rates: Mapping[float, Means]) -> str:
     texts = []
     for other in (0, 2):
         pairs = {unit: of[1] - of[other] for unit, of in sorted(three.items())}
-        texts.append(f"{signed(float(np.mean(list(pairs.values()))))} ({between(crossed_interval(pairs)) or 'no interval'})")
+        texts.append(with_interval(float(np.mean(list(pairs.values()))), crossed_interval(pairs)))
     return (
         f"Each at its best of {len(rates)} rates: SHARED r={rank} {narrow}, as many weights {wide}, NON-SHARED r={rank} "
         f"{isolated}. The weights bring {texts[0]}; against NON-SHARED it has {texts[1]}."
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == value else "not measured"
