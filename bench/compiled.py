@@ -64,7 +64,7 @@ COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10,")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 LABELS = 111
-FLAGS = {"ranks_ptr": "ranks", "keys_ptr": "dropout", "dweight_ptr": "weights"}
+FLAGS = {"ranks_ptr": "ranks", "keys_ptr": "dropout", "dweight_ptr": "weights", "of_x_ptr": "gelu"}
 
 
 class Launch(NamedTuple):
@@ -131,8 +131,10 @@ def launches_of(arch: int, **variant) -> dict[str, Launch]:
 def run_linear(
     segments: Segments, *, k: int, n: int, rank: int, slices: int = 1, dropout: bool = True, exact: bool = False,
     dtype: torch.dtype = torch.bfloat16, lora_dtype: torch.dtype | None = None, mixed: bool = False, hopper: bool = False,
+    gelu: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """lora_dtype: of A and B; None: dtype. mixed: whether adapters have ranks of their own. hopper: as `lora_hopper` launches."""
+    """lora_dtype: of A and B; None: dtype. mixed: whether adapters have ranks of their own. hopper: as `lora_hopper` launches.
+    gelu: of gelu(x), and with dy at gelu(y)."""
     G, rows = segments.num_adapters, segments.order.numel()
     x, weight, bias, dy = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
     lora_a, lora_b = (torch.randn(G, *shape).to(lora_dtype or dtype) for shape in ((slices * rank, k), (n, rank)))
@@ -141,9 +143,10 @@ def run_linear(
     lists = [segments.order, *segments.work]
     lists += [torch.full((G,), 0.5), torch.randint(99, (G,)), torch.randint(99, (rows,))] if dropout else []
     backend = lora_hopper if hopper else lora_triton
-    y, s, keys = backend.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact))
-    saved = x, weight, lora_a, lora_b, scaling, s, keys
-    return [y, *backend.backward(Backward(dy, *saved, ranks, lists, slices, exact, need_x=True, need_a=True, need_b=True))]
+    activated = torch.empty_like(x) if gelu else None
+    y, s, keys = backend.forward(Forward(x, weight, bias, lora_a, lora_b, scaling, ranks, lists, 3, slices, exact, activated))
+    settings = ranks, lists, slices, exact, True, True, True, None, None, y if gelu else None
+    return [y, *backend.backward(Backward(dy, x, weight, lora_a, lora_b, scaling, s, keys, *settings))]
 
 
 def run_attention(
@@ -221,9 +224,9 @@ def variants() -> Iterator[dict]:
     for rank in (32, 256):
         yield from (dict(qkv, rank=rank, exact=True), dict(qkv, rank=rank, hopper=True), dict(down, rank=rank, mixed=True))
     yield dict(k=768, n=768, rank=32, dtype=torch.float32)
+    yield from (dict(k=768, n=3072, rank=32, gelu=True, hopper=hopper, mixed=not hopper) for hopper in (False, True))
     yield dict(op="attention", heads=12, width=64)
-    yield dict(op="add_norm", width=768)
-    yield dict(op="embed", width=768)
+    yield from (dict(op="add_norm", width=768), dict(op="embed", width=768))
     yield from (dict(op="heads", width=768), dict(op="loss"), dict(op="dropout"))
 
 
@@ -241,21 +244,18 @@ def more_variants() -> Iterator[dict]:
     yield dict(square, rank=8, mixed=True)
     yield dict(square, rank=32, dropout=False, lora_dtype=torch.float32)
     yield dict(square, rank=256, lora_dtype=torch.float32)
-    yield dict(square, rank=32, dtype=torch.float16)
-    yield dict(square, rank=256, exact=True, **fp32)
+    yield dict(square, rank=32, dtype=torch.float16, gelu=True)
+    yield from (dict(square, rank=256, exact=True, **fp32), dict(square, rank=32, gelu=True, **fp32))
     yield dict(k=41, n=23, rank=1)
     for odd in (dict(rank=17), dict(rank=17, exact=True), dict(rank=256), dict(rank=17, exact=True, **fp32)):
         yield dict(k=1001, n=1111, mixed=True, **odd)
     yield dict(op="attention", heads=12, width=64, **fp32)
-    yield dict(op="attention", heads=12, width=64, dropout=False)
-    yield dict(op="attention", heads=4, width=32)
+    yield from (dict(op="attention", heads=12, width=64, dropout=False), dict(op="attention", heads=4, width=32))
     for width in (128, 384, 768):
         yield dict(op="add_norm", width=width, weights=True)
     yield dict(op="add_norm", width=768, dropout=False, **fp32)
-    yield dict(op="embed", width=384, dropout=False)
-    yield dict(op="embed", width=1001, **fp32)
-    yield dict(op="heads", width=128, labels=9, **fp32)
-    yield dict(op="loss", labels=9, **fp32)
+    yield from (dict(op="embed", width=384, dropout=False), dict(op="embed", width=1001, **fp32))
+    yield from (dict(op="heads", width=128, labels=9, **fp32), dict(op="loss", labels=9, **fp32))
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict, dict]:

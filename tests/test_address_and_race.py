@@ -133,6 +133,8 @@ CASES = {
     "linear, mixed ranks": (ODD, "linear", dict(k=24, n=72, rank=19, slices=3, mixed=True, **FP32)),
     "linear, exact": (ODD, "linear", dict(k=33, n=24, rank=8, slices=3, mixed=True, exact=True, **FP16)),
     "linear, chunks": (ODD, "linear", dict(k=8, n=8, rank=65, **FP16)),
+    "linear, gelu": (ODD, "linear", dict(k=72, n=24, rank=9, mixed=True, gelu=True, **FP32)),
+    "linear, gelu of nobody": (NONE, "linear", dict(k=20, n=24, rank=17, gelu=True, **FP16)),
     "linear, nobody": (NONE, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "linear, no rows": (EMPTY, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "attention": (CLASSES, "attention", dict(heads=2, width=5, **FP32)),
@@ -187,7 +189,8 @@ def test_programs_touch_their_own_elements_and_their_order_does_not_matter(name)
 BROKEN = {
     "shrink, contraction": ("lora_tiles", "m_k = o_k < K\n", "m_k = o_k < K + 1\n", "outside", "linear"),
     "shrink, rows": ("lora_tiles", "order_ptr + o_i, mask=m_t, other=0)", "order_ptr + o_i)", "outside", "linear"),
-    "shrink, ranks": ("lora_tiles", "m_c = o_c < C\n    if", "m_c = o_c < C + 1\n    if", "outside", "linear"),
+    "shrink, ranks": ("lora_tiles", "o_c < tl.where(g >= 0, C, 0)", "o_c < tl.where(g >= 0, C + 1, 0)", "outside", "linear"),
+    "shrink, gelu": ("lora_tiles", "m_x)\n        if", "m_x | True)\n        if", "another program", "linear, gelu"),
     "expand, columns": ("lora_tiles", "m_c = o_c < C\n    o_n", "m_c = o_c <= C\n    o_n", "outside", "linear"),
     "expand, rows": ("lora_tiles", "mask=m_t[:, None] & m_r[None, :]", "mask=m_r[None, :]", "outside", "linear"),
     "reduce, columns": ("lora_tiles", "m_c, m_r = o_c < C,", "m_c, m_r = o_c <= C,", "outside", "linear"),

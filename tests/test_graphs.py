@@ -152,6 +152,7 @@ def test_what_is_launched_follows_from_the_capacity(monkeypatch):
     (ops, made), (other_ops, other_made) = recorded
     assert len(made) > 30 and made == other_made
     assert len(ops) > 60 and ops == other_ops
+    assert not [op for op, _ in ops if op.startswith("aten.gelu")]  # it is computed within the linears
 
 
 def test_a_learner_that_ends_stays_as_an_idle_row(monkeypatch):

@@ -43,8 +43,9 @@ def test_a_study_takes_the_kernels_by_itself(monkeypatch, tmp_path):
     with pretended_gpu(monkeypatch) as gpu:
         assert main([*arguments, "--out", str(tmp_path / "gpu")]) == 0
     calls = Counter(gpu.calls)
-    assert calls["kloss.multi_lora_backward"] == 4 * 2, "four linears in each of two rounds"
-    assert calls["kloss.multi_lora"] == 4 * (2 + 2), "and in two passes that score"
+    of_gelu = {way: calls[f"kloss.multi_lora{way}_of_gelu"] for way in ("", "_backward")}
+    assert (calls["kloss.multi_lora_backward"], of_gelu["_backward"]) == (3 * 2, 2), "four linears in each of two rounds"
+    assert (calls["kloss.multi_lora"], of_gelu[""]) == (3 * (2 + 2), 2 + 2), "and in two passes that score"
     read = {folder: json.loads((tmp_path / folder / "env.json").read_text()) for folder in ("cpu", "gpu")}
     assert read["gpu"]["device"] == "cuda (pretended)" and read["gpu"]["lora"] == "Triton"
     assert read["cpu"]["device"].startswith("cpu") and read["cpu"]["lora"] in ("csrc", "plain torch")
@@ -77,8 +78,9 @@ def test_a_step_waits_once_and_runs_in_the_kernels(monkeypatch):
         gpu.waits.clear(), gpu.calls.clear()
         team.advance()
     assert gpu.waits == [("aten._to_copy", "train.py:advance")]
-    each = {"multi_lora": 4, "add_norm": 2, "attention": 1}
+    each = {"multi_lora": 3, "add_norm": 2, "attention": 1}
     expected = {f"kloss.{op}{way}": layers * count for op, count in each.items() for way in ("", "_backward")}
+    expected |= {f"kloss.multi_lora{way}_of_gelu": layers for way in ("", "_backward")}
     once = (
         *("adapter_linear", "adapter_linear_backward", "token_loss", "token_loss_backward", "adamw_", "embed"),
         *("work_lists_", "dropout_keys"),

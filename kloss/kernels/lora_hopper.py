@@ -46,14 +46,15 @@ def serves(
 
 def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the keys; arguments as in `lora_triton.forward`."""
-    x, weight, bias, lora_a, lora_b, scaling, _, lists, site, slices, _ = call
+    x, weight, bias, lora_a, lora_b, scaling, _, lists, site, slices, _, activated = call
     work, dropout = Work(*lists[WORK]), lists[WORK.stop :]
     (_, SR, K), R = lora_a.shape, lora_b.shape[2]
     s, keys = saved(x, SR, lists)
     a = Factor(lora_a, lora_a.stride(0), 0, lora_a.stride(1), lora_a.stride(2))
     draws = (*dropout, keys) if dropout else ()
     with torch.cuda.device_of(x):
-        shrink(x, a, s, None, work.tiles_64, None, scaling, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+        shrink(x, a, s, None, work.tiles_64, None, scaling, *draws, site=site, K=K, C=SR, R=R, blocks=1, of_x=activated)
+        x = x if activated is None else activated
     y = x.new_empty(x.shape[0], weight.shape[0])
     cuda_library.linear(x, weight, s, lora_b, bias, y, work.tiles_64, slices=slices)
     return y, s, keys

@@ -18,7 +18,10 @@ from .segments import host_runs, rows_of
 
 
 class Forward(NamedTuple):
-    """Arguments of a backend's `forward`, those of `multi_lora_linear` but for `lists`, which each backend describes."""
+    """Arguments of a backend's `forward`, those of `multi_lora_linear` but for `lists`, which each backend describes.
+
+    activated: [T, K], of the backends in Triton; gelu(x) is written there and takes x's place.
+    """
 
     x: Tensor
     weight: Tensor
@@ -31,6 +34,7 @@ class Forward(NamedTuple):
     site: int
     slices: int
     exact: bool
+    activated: Tensor | None = None
 
 
 class Backward(NamedTuple):
@@ -40,6 +44,7 @@ class Backward(NamedTuple):
     need_*: which gradients to compute.
     into_*: where those of the factors are written, in the factors' dtype and each adapter's matrix contiguous; None: they are
         returned.
+    before: [T, N], of the backends in Triton, with one slice; dy is then the gradient at gelu(before), and before is y.
     """
 
     dy: Tensor
@@ -59,6 +64,7 @@ class Backward(NamedTuple):
     need_b: bool
     into_a: Tensor | None = None
     into_b: Tensor | None = None
+    before: Tensor | None = None
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Where dA and dB go: the given tensors, or new ones; empty where not needed."""
@@ -85,7 +91,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     scaling: with dropout's 1/(1-p).
     lists: order, ends, and with dropout each row's key and threshold.
     """
-    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact = call
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, _ = call
     order, ends, *dropout = lists
     y = base_product(x, weight, bias, order, ends, exact)
     s, mask = saved(x, lora_a.shape[1], lists)

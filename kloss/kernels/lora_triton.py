@@ -40,7 +40,7 @@ def saved(x: Tensor, SR: int, lists: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """y, S and the keys. lists: order, the fields of `Work`, and with dropout p, seed and row_key."""
-    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact = call
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, slices, exact, activated = call
     order, work, dropout = lists[0], Work(*lists[WORK]), lists[WORK.stop :]
     (_, SR, K), (_, N, R), rows = lora_a.shape, lora_b.shape, order.numel()
     s, keys = saved(x, SR, lists)
@@ -49,7 +49,8 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     b = Factor(lora_b, lora_b.stride(0), 0, lora_b.stride(1), lora_b.stride(2))
     draws = (*dropout, keys) if dropout else ()
     with torch.cuda.device_of(x):
-        shrink(x, a, s, order, work.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1)
+        shrink(x, a, s, order, work.tiles_64, ranks, None, *draws, site=site, K=K, C=SR, R=R, blocks=1, of_x=activated)
+        x = x if activated is None else activated
         expand(s, b, x, weight.t(), bias, y, order, work, ranks, scaling, R=R, blocks=slices, slices=slices, fused=exact)
     _add_base(y, x, weight.t(), bias, rows, exact)
     return y, s, keys
@@ -69,25 +70,28 @@ def gradients(
     order: None where rows are in order.
     product: fills dx, given (call, dS, dx, work, p and keys).
     """
-    dy, x, _, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, _, need_x, need_a, need_b, *_ = call
+    dy, x, _, lora_a, lora_b, scaling, s, keys, ranks, lists, slices, _, need_x, need_a, need_b, _, _, before = call
     work, dropout = Work(*lists[WORK]), lists[WORK.stop :]
     (_, N, R), SR, K = lora_b.shape, s.shape[1], x.shape[1]
     C = N // slices
     p_and_keys = (dropout[0], keys) if dropout else (None, None)
     dx, (d_a, d_b) = x.new_empty(x.shape if need_x else 0), call.outputs()
     with torch.cuda.device_of(x), _beside(x) as aside:
+        if need_x or need_a or before is not None:
+            ds, given, made = torch.empty_like(s), dy, None
+            if before is not None:
+                dy = made = torch.empty_like(before)
+            b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
+            tiles = work.tiles_64
+            shrink(given, b, ds, order, tiles, ranks, scaling, K=C, C=R, R=R, blocks=slices, of_x=made, before=before)
         if need_b:
             with aside():
                 reduce(dy, s, d_b, order, work, ranks, scaling_of_s, C=C, SR=R, R=R, blocks=slices, strides=(R, 1))
-        if need_x or need_a:
-            ds = torch.empty_like(s)
-            b = Factor(lora_b, lora_b.stride(0), C * lora_b.stride(1), lora_b.stride(2), lora_b.stride(1))
-            shrink(dy, b, ds, order, work.tiles_64, ranks, scaling, K=C, C=R, R=R, blocks=slices)
         if need_a:
             with aside():
                 reduce(x, ds, d_a, order, work, ranks, None, *p_and_keys, C=K, SR=SR, R=R, blocks=1, strides=(1, K))
         if need_x:
-            product(call, ds, dx, work, p_and_keys)
+            product(call._replace(dy=dy), ds, dx, work, p_and_keys)
     return dx, *call.returned(d_a, d_b)
 
 

@@ -27,7 +27,7 @@ BACKENDS = {"triton": "lora_triton", "hopper": "lora_hopper", "csrc": "multi_lor
 
 
 @cache
-def _module(backend: str) -> ModuleType:
+def module_of(backend: str) -> ModuleType:
     return import_module(f".{BACKENDS[backend]}", __package__)  # only now: Triton need not be there for the others
 
 
@@ -71,9 +71,9 @@ def multi_lora_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     x, weight, bias = lower(x, weight, bias)
-    _check(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
+    check_linear(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
     wanted = exact or backend == "hopper"
-    hopper = not torch.compiler.is_compiling() and _hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
+    hopper = not torch.compiler.is_compiling() and hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
     chosen = backend is None
     backend = _fastest(x, weight, slices, hopper) if backend is None else _checked(backend, x, weight, slices, hopper)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
@@ -81,11 +81,7 @@ def multi_lora_linear(
     if ranks is not None:
         ranks = ranks.long().contiguous()
     if backend in ("triton", "hopper"):
-        segments = with_work(segments)
-        assert segments.work is not None
-        lists = [segments.order, *segments.work]
-        if dropout is not None:
-            lists += dropout.p.contiguous(), dropout.seed.contiguous(), dropout.row_key.contiguous()
+        lists = kernel_lists(segments, dropout)
     else:
         if not lora_a.dtype == lora_b.dtype == dtype:
             lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
@@ -129,7 +125,17 @@ def lora_linear(
     return multi_lora_linear(x, weight, bias, *adapter, segments, dropout=dropout, exact=exact, backend=backend)
 
 
-def _hopper_serves(x: Tensor, *rest: Any) -> bool:
+def kernel_lists(segments: Segments, dropout: Dropout | None) -> list[Tensor]:
+    """`lists` of the backends in Triton: order, the fields of `Work`, and with dropout p, seed and row_key."""
+    segments = with_work(segments)
+    assert segments.work is not None
+    lists = [segments.order, *segments.work]
+    if dropout is not None:
+        lists += dropout.p.contiguous(), dropout.seed.contiguous(), dropout.row_key.contiguous()
+    return lists
+
+
+def hopper_serves(x: Tensor, *rest: Any) -> bool:
     if x.device.type != "cuda":
         return False
     from .lora_hopper import serves  # only here: it needs Triton
@@ -164,7 +170,7 @@ def _checked(backend: str, x: Tensor, weight: Tensor, slices: int, hopper: bool)
     return backend
 
 
-def _check(
+def check_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -233,7 +239,7 @@ def _without_autocast(device_type: str, function: Callable, *arguments: Any) -> 
         return function(*arguments)
 
 
-def _written_directly(into: Tensor | None, factor: Tensor) -> Tensor | None:
+def written_directly(into: Tensor | None, factor: Tensor) -> Tensor | None:
     """into, if a backend that computes with this factor can write its gradient there."""
     if into is None or into.dtype != factor.dtype or into.stride()[1:] != (into.shape[2], 1):
         return None
@@ -262,7 +268,7 @@ class _MultiLora(Function):
         dx = dw = db = None
         factors: list[Tensor | None] = [None, None]
         if need_x or need_a or need_b:
-            direct = [_written_directly(*pair) for pair in zip(ctx.into, saved[2:4], strict=True)]
+            direct = [written_directly(*pair) for pair in zip(ctx.into, saved[2:4], strict=True)]
             settings = ctx.slices, ctx.exact, need_x, need_a, need_b, *direct, ctx.backend
             dx, *gradients = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
             for i, need in enumerate((need_a, need_b)):
@@ -278,16 +284,16 @@ class _MultiLora(Function):
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _without_autocast(x.device.type, _module(rest[-1]).forward, Forward(x, *rest[:-3]))
+    return _without_autocast(x.device.type, module_of(rest[-1]).forward, Forward(x, *rest[:-3]))
 
 
 def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _without_autocast(dy.device.type, _module(rest[-1]).backward, Backward(dy, *rest[:-1]))
+    return _without_autocast(dy.device.type, module_of(rest[-1]).backward, Backward(dy, *rest[:-1]))
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, _, lora_a, _, _, _, lists, *_, backend = args
-    return x.new_empty(x.shape[0], weight.shape[0]), *_module(backend).saved(x, lora_a.shape[1], lists)
+    return x.new_empty(x.shape[0], weight.shape[0]), *module_of(backend).saved(x, lora_a.shape[1], lists)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:

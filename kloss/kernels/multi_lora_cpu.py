@@ -50,7 +50,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     lists: order, ends, and with dropout each row's key and threshold.
     """
     assert built()
-    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact = call
+    x, weight, bias, lora_a, lora_b, scaling, ranks, lists, _, slices, exact, _ = call
     x = x.contiguous()
     y = base_product(x, weight, bias, lists[0], lists[1], exact).contiguous()
     s, nothing = saved(x, lora_a.shape[1], lists)

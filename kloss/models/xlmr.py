@@ -30,9 +30,11 @@ from ..kernels import (
     embed,
     gelu,
     layer_cpu,
+    multi_lora_feed_forward,
     multi_lora_linear,
     packed_attention,
 )
+from ..kernels.feed_forward import LoraLinear
 from ..kernels.layer_cpu import LayerAdapters, LayerWeights
 from ..kernels.lists import positions
 from .architecture import MODELS, XLMRConfig, from_config
@@ -154,6 +156,12 @@ class Layer(nn.Module):
                 into=bank.gradients_of(self.index, name),
             )
 
+        def adapted(name: str) -> LoraLinear | None:
+            if bank is None or segments is None or (adapters := bank.adapters_of(self.index, name)) is None:
+                return None
+            base, into = getattr(self, name), bank.gradients_of(self.index, name)
+            return LoraLinear(base.weight, base.bias, *adapters, drop("lora", name), into)
+
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> tuple[Tensor, Tensor]:
             return add_norm_twice(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
 
@@ -164,7 +172,12 @@ class Layer(nn.Module):
         if attended is None:
             attended = packed_attention(qkv, cu_seqlens, self.heads, dropout=keys, lists=tiles)
         x, residual = norm(linear(attended, "out"), residual, self.norm_1, "after_attention")
-        return norm(linear(gelu(linear(x, "up")), "down"), residual, self.norm_2, "after_feed_forward")
+        up, down = adapted("up"), adapted("down")
+        if bank is None or segments is None or up is None or down is None:
+            y = linear(gelu(linear(x, "up")), "down")
+        else:
+            y = multi_lora_feed_forward(x, up, down, bank.scaling, segments, ranks=bank.ranks_if_mixed, exact=bank.exact)
+        return norm(y, residual, self.norm_2, "after_feed_forward")
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
