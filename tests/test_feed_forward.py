@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DEVICES, Problem, assert_no_worse, problem, sub_problem
+from helpers import PLACES, Problem, assert_no_worse, on_cpu, problem, sub_problem
 
 import kloss.kernels as kernels
 from kloss.kernels import feed_forward, lora_hopper, lora_tiles, reference
@@ -55,14 +55,17 @@ def assert_as_good(up: Problem, down: Problem, **more) -> None:
     """`assert_no_worse` than the two linears with gelu between them, adapter by adapter."""
     down = down._replace(scaling=up.scaling)
     got = outputs(multi_lora_feed_forward, up, down, **more)
-    there = [
-        case._replace(**{k: v.cpu() for k, v in case._asdict().items() if isinstance(v, torch.Tensor)}) for case in (up, down)
-    ]
+    there = [on_cpu(case) for case in (up, down)]
     plain, oracle = outputs(None, *there, **more), outputs(None, *there, dtype=torch.float64, **more)
     for name in got:
         per_row = {"y": up.group, "x": up.group}.get(name)
         group = per_row if per_row is not None else torch.zeros(len(got[name])) if "weight" in name or "bias" in name else None
         assert_no_worse(got[name].cpu(), plain[name], oracle[name], group)
+
+
+@pytest.fixture(autouse=True)
+def few_rows_too(monkeypatch):
+    monkeypatch.setattr(feed_forward, "LEAST", 0)
 
 
 @pytest.fixture
@@ -89,14 +92,13 @@ def test_forward_and_gradients_on_a_gpu(name, ordered, p, dtype, monkeypatch):
     monkeypatch.setattr(feed_forward, "gelu", None)
     sizes = dict(inner=512, width=256) if ordered else {}
     up, down = two(dtype, "cuda", p=p, **sizes, **CASES[name] | ({"rank": 32, "ranks": None} if ordered else {}))
-    if ordered and name != "no order":
+    if ordered and torch.equal(up.segments.order.cpu(), torch.arange(len(up.segments.order))):
         up, down = (case._replace(segments=case.segments._replace(sorted=True)) for case in (up, down))
         monkeypatch.setattr(lora_hopper, "LEAST", 0)
     assert_as_good(up, down)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device, dtype", [place for place in PLACES if torch.float32 not in getattr(place, "values", place)])
 def test_every_value_is_rounded_as_gelu_is(device, dtype):
     """All values of 16 bits in -12..12: gelu and its slope have half a unit in the last place of error, and a little."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -117,6 +119,7 @@ def test_every_value_is_rounded_as_gelu_is(device, dtype):
         unit = finfo.eps * 2.0 ** wanted.abs().clamp(min=finfo.tiny).log2().floor()
         # The slope is a difference where it is about 0, so its error is that of its terms.
         slack = 0 if name == "gelu" else 4e-5 * (given * torch.exp(-(given**2) / 2)).abs().detach()
+        slack += finfo.tiny  # a GPU's assembly takes numbers below it for 0
         assert ((made.double() - wanted).abs() <= 0.51 * unit + 3e-5 * wanted.abs() + slack).all(), name
 
 

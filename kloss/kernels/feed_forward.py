@@ -19,6 +19,8 @@ from .multi_lora import check_linear, hopper_serves, kernel_lists, module_of, mu
 from .segments import Segments
 from .triton_ops import serves
 
+LEAST = 132 * 64  # rows: with fewer the programs that compute S are too few to compute GELU besides
+
 
 class LoraLinear(NamedTuple):
     """One of the two: arguments of `multi_lora_linear`, by name."""
@@ -69,8 +71,8 @@ def multi_lora_feed_forward(
 
 
 def _as_one(x: Tensor, *layers: LoraLinear) -> bool:
-    """Whether the kernels compute the two as one: eagerly, with frozen weights."""
-    if not serves(x) or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    """Whether the kernels compute the two as one: eagerly, with frozen weights, and many rows."""
+    if not serves(x) or len(x) < LEAST or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
     frozen = (tensor is None or not tensor.requires_grad for layer in layers for tensor in layer[:2])
     return not torch.is_grad_enabled() or all(frozen)
