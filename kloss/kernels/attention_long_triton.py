@@ -32,7 +32,7 @@ def store_rows(ptr, o_t, m_t, o_h, o_d, m_d, stride_t, b):
 
 @triton.jit
 def product(b_a, b_b, TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, HEADS: tl.constexpr):
-    """b_a b_b of each head in fp32. The blocks of several heads stand one below the other."""
+    """b_a b_b in fp32, head by head: the blocks of HEADS heads stand one below the other."""
     if HEADS == 1:
         b_a = tl.trans(b_a) if TRANS_A else b_a
         b_b = tl.trans(b_b) if TRANS_B else b_b
@@ -48,13 +48,13 @@ def product(b_a, b_b, TRANS_A: tl.constexpr, TRANS_B: tl.constexpr, HEADS: tl.co
 
 @triton.jit
 def scores(b_q, b_k, m_k, factor, HEADS: tl.constexpr = 1):
-    """q kᵀ factor, -inf for keys that are not there. Returns fp32 [queries of all heads, keys]."""
-    return tl.where(m_k[None, :], product(b_q, b_k, False, True, HEADS) * factor, float("-inf"))
+    """q kᵀ factor, -inf for keys that m_k, [1, keys] or [queries, keys], has not. Returns fp32 [queries, keys]."""
+    return tl.where(m_k, product(b_q, b_k, False, True, HEADS) * factor, float("-inf"))
 
 
 @triton.jit
 def kept(keys_ptr, threshold_ptr, start, o_q, m_q, i_h, first_key, BL: tl.constexpr):
-    """Which probabilities of a block of queries and keys are kept, int1 [queries, BL]. i_h: the head, or [queries, 1]."""
+    """Which probabilities of a block are kept, int1 [queries, BL]. i_h, first_key: numbers or [queries, 1]."""
     keys = tl.load(keys_ptr + o_q, mask=m_q, other=0).to(tl.uint64, bitcast=True)
     threshold = tl.load(threshold_ptr + start).to(tl.int32) + 32768  # the sequence's rows share one
     return keep_block(keys, threshold.to(tl.uint32), (i_h << 16) + first_key, BL)
@@ -90,7 +90,7 @@ def attend_long_kernel(
         m_k = o_k < end
         b_k = load_rows(qkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
         b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
-        b_s = scores(b_q, b_k, m_k, factor)
+        b_s = scores(b_q, b_k, m_k[None, :], factor)
         new_top = tl.maximum(top, tl.max(b_s, 1))
         b_p = tl.exp(b_s - new_top[:, None])
         rescale = tl.exp(top - new_top)
@@ -140,7 +140,7 @@ def attend_dq_kernel(
         m_k = o_k < end
         b_k = load_rows(qkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
         b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
-        b_p = tl.exp(scores(b_q, b_k, m_k, factor) - lse[:, None])
+        b_p = tl.exp(scores(b_q, b_k, m_k[None, :], factor) - lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         if keys_ptr is not None:
             scale = tl.load(scale_ptr + o_q, mask=m_q, other=0.0)[:, None]
@@ -184,7 +184,7 @@ def attend_dkv_kernel(
         b_o = load_rows(out_ptr, o_q, m_q, o_h, o_d, m_d, stride_out)
         delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
         lse = tl.load(lse_ptr + i_h.to(tl.int64) * T + o_q, mask=m_q, other=0.0)
-        b_p = tl.exp(scores(b_q, b_k, m_k, factor) - lse[:, None])
+        b_p = tl.exp(scores(b_q, b_k, m_k[None, :], factor) - lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_kept = b_p
         if keys_ptr is not None:

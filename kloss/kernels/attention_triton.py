@@ -47,10 +47,16 @@ def attend(
 ):  # fmt: skip
     """HEADS heads of a sequence of at most BL rows: out, or with dout the gradients of q, k and v."""
     if start < end:
-        o_i, o_d = tl.arange(0, HEADS * BL), tl.arange(0, BD)
+        # Low blocks are multiplied head by head in a batch, a warp for each. Others are one block of all heads, where a query has
+        # -inf for the keys of other heads: some versions of Triton would give a batch of two to one half of the warps only.
+        BATCH: tl.constexpr = HEADS if BL < 32 else 1
+        KEYS: tl.constexpr = HEADS * BL // BATCH
+        o_i, o_k, o_d = tl.arange(0, HEADS * BL), tl.arange(0, KEYS), tl.arange(0, BD)
         o_t, i_h = start + o_i % BL, head + o_i // BL  # the sequence's rows once for each head
-        m_t, m_k = (o_t < end) & (i_h < heads), start + tl.arange(0, BL) < end
-        m_d, o_h = o_d < D, i_h * D
+        m_t, m_k = (o_t < end) & (i_h < heads), (start + o_k % BL < end)[None, :]
+        m_d, o_h, first_key = o_d < D, i_h * D, o_i * 0
+        if BATCH < HEADS:
+            m_k, first_key = m_k & (o_i[:, None] // BL == o_k[None, :] // BL), -(o_i // BL * BL)
         b_q = load_rows(qkv_ptr, o_t, m_t, o_h, o_d, m_d, stride_qkv)  # [HEADS BL, BD]
         b_k = load_rows(qkv_ptr + H, o_t, m_t, o_h, o_d, m_d, stride_qkv)
         b_v = load_rows(qkv_ptr + 2 * H, o_t, m_t, o_h, o_d, m_d, stride_qkv)
@@ -58,26 +64,26 @@ def attend(
             b_do = load_rows(dout_ptr, o_t, m_t, o_h, o_d, m_d, stride_dout)
         if keys_ptr is not None:
             scale = tl.load(scale_ptr + start)
-            mask = kept(keys_ptr, threshold_ptr, start, o_t, m_t, i_h[:, None], 0, BL)
-        b_s = scores(b_q, b_k, m_k, factor, HEADS)  # [HEADS BL, BL]
+            mask = kept(keys_ptr, threshold_ptr, start, o_t, m_t, i_h[:, None], first_key[:, None], KEYS)
+        b_s = scores(b_q, b_k, m_k, factor, BATCH)  # [HEADS BL, KEYS]
         b_p = tl.exp(b_s - tl.max(b_s, 1)[:, None])
         total = tl.sum(b_p, 1)[:, None]
         if dout_ptr is None:
             if keys_ptr is not None:
                 b_p = tl.where(mask, b_p, 0.0)
-            acc = product(b_p.to(b_v.dtype), b_v, False, False, HEADS) / total
+            acc = product(b_p.to(b_v.dtype), b_v, False, False, BATCH) / total
             if keys_ptr is not None:
                 acc *= scale
             store_rows(y_ptr, o_t, m_t, o_h, o_d, m_d, stride_y, acc)
         else:
             b_p = b_p / total
-            b_dp, b_kept = product(b_do, b_v, False, True, HEADS), b_p
+            b_dp, b_kept = product(b_do, b_v, False, True, BATCH), b_p
             if keys_ptr is not None:
                 b_kept, b_dp = tl.where(mask, b_p * scale, 0.0), tl.where(mask, b_dp * scale, 0.0)
             b_ds = (b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * factor).to(b_q.dtype)
-            store_rows(y_ptr, o_t, m_t, o_h, o_d, m_d, stride_y, product(b_ds, b_k, False, False, HEADS))
-            store_rows(y_ptr + H, o_t, m_t, o_h, o_d, m_d, stride_y, product(b_ds, b_q, True, False, HEADS))
-            b_dv = product(b_kept.to(b_do.dtype), b_do, True, False, HEADS)
+            store_rows(y_ptr, o_t, m_t, o_h, o_d, m_d, stride_y, product(b_ds, b_k, False, False, BATCH))
+            store_rows(y_ptr + H, o_t, m_t, o_h, o_d, m_d, stride_y, product(b_ds, b_q, True, False, BATCH))
+            b_dv = product(b_kept.to(b_do.dtype), b_do, True, False, BATCH)
             store_rows(y_ptr + 2 * H, o_t, m_t, o_h, o_d, m_d, stride_y, b_dv)
 
 
@@ -192,7 +198,7 @@ def short_launch(qkv: Tensor, heads: int, tiles: AttentionTiles) -> tuple[tuple[
         count = entries.shape[0]
         given |= {f"tiles_{c}_ptr": entries if count else None, f"tiles_{c}": count, f"B{c}": height}
         programs.append(count * triton.cdiv(heads, max(rows // height, 1)))
-    warps = WARPS[kind] if D <= 64 and D % 8 == 0 else 8  # wider and odd heads would not fit the registers
+    warps = 8 if power_of_two(D) > (32 if D % 16 else 64) else WARPS[kind]  # wide and odd heads would not fit the registers
     given |= dict(end_ptr=tiles.cu_seqlens[-1:], ROWS=rows, BLOCK=1024, num_warps=warps, num_stages=1)
     return (max(programs),), given | FUSION
 
