@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from kloss.kernels import (
     adapter_linear_triton,
     add_norm_triton,
+    attention_long_triton,
     attention_triton,
     cuda_library,
     dropout_triton,
@@ -51,7 +52,8 @@ from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-MODULES = (lora_tiles, attention_triton, add_norm_triton, embed_triton, adapter_linear_triton, token_loss_triton, dropout_triton)
+MODULES = (lora_tiles, attention_triton, attention_long_triton, add_norm_triton, embed_triton, adapter_linear_triton)
+MODULES += (token_loss_triton, dropout_triton)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
@@ -59,7 +61,7 @@ BLOCK_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 CHIP_SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 RESERVED_SHARED, CHIP_REGISTERS, CHIP_WARPS, CHIP_BLOCKS = 1024, 65_536, 64, 32
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
-PRODUCT = re.compile(r"\b(tl\.dot|add_product|scores)\(")  # in a kernel's source
+PRODUCT = re.compile(r"\b(tl\.dot|add_product|scores|attend_short)\(")  # in a kernel's source
 COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10,")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
@@ -225,8 +227,7 @@ def variants() -> Iterator[dict]:
         yield from (dict(qkv, rank=rank, exact=True), dict(qkv, rank=rank, hopper=True), dict(down, rank=rank, mixed=True))
     yield dict(k=768, n=768, rank=32, dtype=torch.float32)
     yield from (dict(k=768, n=3072, rank=32, gelu=True, hopper=hopper, mixed=not hopper) for hopper in (False, True))
-    yield dict(op="attention", heads=12, width=64)
-    yield from (dict(op="add_norm", width=768), dict(op="embed", width=768))
+    yield from (dict(op="attention", heads=12, width=64), dict(op="add_norm", width=768), dict(op="embed", width=768))
     yield from (dict(op="heads", width=768), dict(op="loss"), dict(op="dropout"))
 
 
@@ -241,16 +242,15 @@ def more_variants() -> Iterator[dict]:
     for rank in cases.STUDY_RANKS:
         yield dict(qkv, rank=rank)
         yield dict(qkv, rank=rank, mixed=True, exact=True)
-    yield dict(square, rank=8, mixed=True)
-    yield dict(square, rank=32, dropout=False, lora_dtype=torch.float32)
+    yield from (dict(square, rank=8, mixed=True), dict(square, rank=32, dropout=False, lora_dtype=torch.float32))
     yield dict(square, rank=256, lora_dtype=torch.float32)
     yield dict(square, rank=32, dtype=torch.float16, gelu=True)
     yield from (dict(square, rank=256, exact=True, **fp32), dict(square, rank=32, gelu=True, **fp32))
     yield dict(k=41, n=23, rank=1)
     for odd in (dict(rank=17), dict(rank=17, exact=True), dict(rank=256), dict(rank=17, exact=True, **fp32)):
         yield dict(k=1001, n=1111, mixed=True, **odd)
-    yield dict(op="attention", heads=12, width=64, **fp32)
-    yield from (dict(op="attention", heads=12, width=64, dropout=False), dict(op="attention", heads=4, width=32))
+    yield from (dict(op="attention", heads=12, width=64, **more) for more in (fp32, dict(dropout=False)))
+    yield from (dict(op="attention", heads=4, width=32), dict(op="attention", heads=3, width=20))
     for width in (128, 384, 768):
         yield dict(op="add_norm", width=width, weights=True)
     yield dict(op="add_norm", width=768, dropout=False, **fp32)

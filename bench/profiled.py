@@ -26,7 +26,7 @@ PARTS = {
     "S, dS": r"^shrink_kernel",
     "y, dx": r"^expand_kernel|\blinear_kernel|gemm|nvjet|cutlass|splitK",  # LoRA's terms and the base products
     "dA, dB": r"^(reduce|sum)_kernel",
-    "attention": r"^(attend_|zero_behind)",
+    "attention": r"^attend_",
     "add_norm": r"^(add_norm|dropout_kernel)",
     "embeddings": r"^embed_",
     "heads, loss": r"^(adapter_linear|bias_gradient|token_loss)_",

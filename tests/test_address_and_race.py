@@ -137,7 +137,7 @@ CASES = {
     "linear, gelu of nobody": (NONE, "linear", dict(k=20, n=24, rank=17, gelu=True, **FP16)),
     "linear, nobody": (NONE, "linear", dict(k=20, n=24, rank=17, **FP32)),
     "linear, no rows": (EMPTY, "linear", dict(k=20, n=24, rank=17, **FP32)),
-    "attention": (CLASSES, "attention", dict(heads=2, width=5, **FP32)),
+    "attention": (CLASSES, "attention", dict(heads=3, width=5, **FP32)),
     "attention, half": (ODD, "attention", dict(heads=1, width=24, dropout=False, **FP16)),
     "attention, no rows": (EMPTY, "attention", dict(heads=2, width=5, **FP32)),
     "add_norm": (ODD, "add_norm", dict(width=23, weights=True, **FP32)),
@@ -194,8 +194,13 @@ BROKEN = {
     "expand, columns": ("lora_tiles", "m_c = o_c < C\n    o_n", "m_c = o_c <= C\n    o_n", "outside", "linear"),
     "expand, rows": ("lora_tiles", "mask=m_t[:, None] & m_r[None, :]", "mask=m_r[None, :]", "outside", "linear"),
     "reduce, columns": ("lora_tiles", "m_c, m_r = o_c < C,", "m_c, m_r = o_c <= C,", "outside", "linear"),
-    "attention, keys": ("attention_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),
+    "attention, rows": ("attention_triton", "(o_t < end)", "(o_t < end + 99)", "another program", "attention"),
+    "attention, heads": ("attention_triton", " & (i_h < heads)", "", "outside", "attention"),
     "attention, width": ("attention_triton", "m_d, o_h = o_d < D", "m_d, o_h = o_d <= D", "outside", "attention"),
+    "attention, tiles": ("attention_triton", "i_n < tiles", "i_n <= tiles", "outside", "attention"),
+    "attention, behind": ("attention_triton", "tl.load(end_ptr) + last - i", "tl.load(end_ptr)", "another program", "attention"),
+    "long attention, keys": ("attention_long_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),
+    "long attention, width": ("attention_long_triton", "o_h = o_d < D", "o_h = o_d <= D", "another program", "attention"),
     "add_norm, width": ("add_norm_triton", "o_h < H\n", "o_h <= H\n", "outside", "add_norm"),
     "embed, width": ("embed_triton", "m_t, m_h = o_t < T, o_h < H", "m_t, m_h = o_t < T, o_h <= H", "outside", "embed"),
     "embed, positions": ("embed_triton", "tl.minimum(position + first, P - 1)", "position + first", "outside", "embed"),
@@ -227,6 +232,7 @@ def test_a_mask_that_is_too_wide_is_found(name, tmp_path, monkeypatch):
         for launcher in ("shrink", "expand", "reduce"):
             monkeypatch.setattr(lora_triton, launcher, getattr(broken, launcher))
     else:
-        monkeypatch.setattr(compiled, module, broken)
+        user = compiled.attention_triton if module == "attention_long_triton" else compiled
+        monkeypatch.setattr(user, module, broken)
     with watched(), pytest.raises(InterpreterError, match=words):
         run(case)

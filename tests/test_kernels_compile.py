@@ -117,8 +117,8 @@ def test_no_faults_and_tensor_cores_in_every_product(resources):
     for index, (arch, kernel, registers, spills, _, instructions, wrong, _) in enumerate(resources):
         assert not wrong and 0 < registers <= 255
         assert spills == 0 or arch != 90
-        if kernel == "attend_backward_kernel":  # its smallest tiles are too low for wgmma
-            assert instructions == ["mma.sync"]
+        if kernel == "attend_backward_kernel":  # the products of several heads have no wgmma
+            assert sorted(instructions) == ["mma.sync", "wgmma.mma_async"]
         else:
             assert instructions == ([INSTRUCTION[arch]] if index < MULTIPLY else []), (arch, kernel)
 

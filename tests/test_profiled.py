@@ -20,7 +20,7 @@ KERNELS = {
     "S, dS": ["shrink_kernel"],
     "y, dx": ["expand_kernel", "sm90_xmma_gemm_bf16", "nvjet_tst_128x256", "void cutlass::Kernel2<x>", "splitKreduce_kernel"],
     "dA, dB": ["reduce_kernel", "sum_kernel"],
-    "attention": ["attend_kernel", "attend_backward_kernel", "attend_dq_kernel", "attend_dkv_kernel", "zero_behind_kernel"],
+    "attention": ["attend_kernel", "attend_backward_kernel", "attend_long_kernel", "attend_dq_kernel", "attend_dkv_kernel"],
     "add_norm": ["add_norm_kernel", "add_norm_backward_kernel", "dropout_kernel"],
     "embeddings": ["embed_kernel", "embed_backward_kernel"],
     "heads, loss": ["adapter_linear_kernel", "bias_gradient_kernel", "token_loss_kernel", "token_loss_backward_kernel"],

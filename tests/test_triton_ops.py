@@ -58,7 +58,7 @@ def assert_as_good(op, specified, tensors, dy, groups):
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize(("heads", "width"), [(1, 16), (2, 20)])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (5, 20)])
 def test_attention(heads, width, p, device, dtype):
     cu_seqlens, dropout, rows, _ = batch(LENGTHS, behind=5, p=p, device=device)
     tiles = attention_tiles(cu_seqlens, rows, dtype)
@@ -99,23 +99,24 @@ def test_every_row_is_in_one_tile_of_its_class(device):
         assert seen[:-5].eq(1).all() and not seen[-5:].count_nonzero(), dtype
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_attention_depends_on_the_sequence_alone(device):
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+@pytest.mark.parametrize("own", [0, 3, 4, 6], ids=lambda own: f"{LENGTHS[own]} rows")
+def test_attention_depends_on_the_sequence_alone(own, device, dtype):
     cu_seqlens, dropout, rows, row_sequence = batch(LENGTHS, device=device)
-    qkv, dy = normal(rows, 3 * 32, device=device), normal(rows, 32, device=device)
+    qkv, dy = normal(rows, 3 * 48, dtype=dtype, device=device), normal(rows, 48, dtype=dtype, device=device)
 
     def bits(order, neighbours=1.0):
         index = torch.cat([(row_sequence == s).nonzero()[:, 0] for s in order])
         offsets = torch.tensor([0, *(LENGTHS[s] for s in order)]).cumsum(0).int().to(device)
         x, d = qkv[index].clone(), dy[index].clone()
-        mine = (row_sequence[index] == 6).to(device)
+        mine = (row_sequence[index] == own).to(device)
         x[~mine] *= neighbours
         d[~mine] *= neighbours
         tiles = attention_tiles(offsets, len(index), x.dtype)
-        return [y[mine] for y in run(lambda x: triton_ops.attention(x, 2, tiles, dropout.take(index.to(device))), [x], d)]
+        return [y[mine] for y in run(lambda x: triton_ops.attention(x, 3, tiles, dropout.take(index.to(device))), [x], d)]
 
-    alone = bits([6])
-    for company in (bits([6, 3]), bits([2, 7, 6, 0, 4], torch.nan)):
+    alone = bits([own])
+    for company in (bits([own, 5]), bits([2, 7, own, 1, 5], torch.nan)):
         assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(alone, company, strict=True))
 
 

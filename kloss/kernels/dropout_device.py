@@ -43,10 +43,10 @@ def threshold_of(p):
 def keep_block(keys, threshold, first, WIDTH: tl.constexpr):
     """Which of the features first..first+WIDTH are kept.
 
-    keys: uint64 [BT]. threshold: uint32. first: even. Returns int1 [BT, WIDTH].
+    keys: uint64 [BT]. threshold: uint32. first: even, a scalar or [BT, 1]. Returns int1 [BT, WIDTH].
     """
-    counter = (first // 2 + tl.arange(0, WIDTH // 2)).to(tl.uint32)
-    h = (counter * COUNTER)[None, :] ^ keys.to(tl.uint32)[:, None]
+    counter = (first // 2 + tl.arange(0, WIDTH // 2)[None, :]).to(tl.uint32)
+    h = (counter * COUNTER) ^ keys.to(tl.uint32)[:, None]
     h = (h ^ (h >> 16)) * ROUND_1
     h ^= h >> 15
     h = (h ^ (keys >> 32).to(tl.uint32)[:, None]) * ROUND_2
