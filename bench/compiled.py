@@ -201,7 +201,7 @@ def run_heads(segments: Segments, *, width: int, labels: int = LABELS, dtype: to
 def run_loss(segments: Segments, *, labels: int = LABELS, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """The mean loss of each adapter."""
     rows = segments.order.numel()
-    logits, given = torch.randn(rows, labels).to(dtype), torch.randint(-1, labels, (rows,))
+    logits, given = torch.randn(rows, labels).to(dtype), torch.randint(labels, (rows,))
     loss, count, lse = token_loss_triton.forward(logits, given, segments.order, segments.ends)
     dlogits = token_loss_triton.backward(torch.randn_like(loss), logits, given, segments.row_adapter, count, lse)
     return [loss, count, lse, dlogits]

@@ -297,6 +297,18 @@ def test_token_loss(name, device, dtype):
     assert counts.tolist() == reference.token_loss(logits.cpu(), labels, host)[1].tolist()
 
 
+@pytest.mark.parametrize("wrong", [9, 1000, -1, -101])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_label_that_is_no_class_makes_its_adapter_nan(device, wrong):
+    segments = segments_of([4, 3, 5], [0, 1, 0], 2, device)
+    logits, labels = normal(12, 9, device=device).requires_grad_(), torch.arange(12) % 9
+    labels[5], labels[8] = wrong, -100
+    loss, count = triton_ops.token_loss(logits, labels.to(device), segments)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True] and count.tolist() == [8, 3]
+    assert logits.grad.isnan().any(1).nonzero().tolist() == [[5]]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_heads_and_loss_depend_on_the_adapter_alone(device):
     lengths, adapter = [4, 20, 7, 50, 9, 1], [0, 1, 2, 1, 3, 1]

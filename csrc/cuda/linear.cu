@@ -2,10 +2,9 @@
 // Rows lie in order, so a tile of 64 rows of one adapter is a box of memory.
 //
 // A cluster of two CTAs computes four tiles, one below the other, of COLUMNS columns. A CTA has two of them, one for each of two
-// warpgroups that multiply by wgmma. Of a third warpgroup, a thread loads by TMA, some steps of the contraction ahead, and three
-// warps help: they draw the next item's dropout and write the last one's outputs, while products run. Each CTA loads half of the
-// base weight's boxes, for both. LoRA's steps come first. There is one CTA on each multiprocessor, and a cluster walks its items.
-// Tiles start at multiples of 64 from the adapter's own first row and the order of summation is fixed: an
+// warpgroups that multiply by wgmma; a thread of a third warpgroup loads by TMA, some steps of the contraction ahead. Each CTA
+// loads half of the base weight's boxes, for both. LoRA's steps come first. There is one CTA on each multiprocessor, and a cluster
+// walks its items; while products run, the next item is looked up and its dropout drawn. Tiles start at multiples of 64 from the adapter's own first row and the order of summation is fixed: an
 // adapter's bits do not depend on who shares the batch.
 
 #include "../shared/host_device.h"
@@ -22,9 +21,9 @@ template <int N>
 using Count = std::integral_constant<int, N>;
 
 constexpr int STEP = 64, CLUSTER = 2;            // contraction of a step, CTAs of a cluster
-constexpr int GROUP = 128, THREADS = 3 * GROUP;  // threads of a warpgroup; one of three loads and helps
-[[maybe_unused]] constexpr int HELPERS = 3;  // warps
+constexpr int GROUP = 128, THREADS = 3 * GROUP;  // threads of a warpgroup; one of three loads
 constexpr int BOX = 64 * STEP * 2;               // bytes of 64 rows, or columns, of a step
+constexpr int STAGING = 16 * 64 * 2;             // bytes of a warp's 16 rows of 64 columns on their way out
 constexpr int WIDEST = 8192;                     // columns that fit beside the stages, as bias
 
 struct Linear {
@@ -40,8 +39,7 @@ struct Linear {
   int64_t stride;        // of y's rows
 };
 
-__host__ __device__ constexpr int stages_of(int columns) { return columns == 256 ? 3 : 5; }  // that fit beside what follows
-__host__ __device__ constexpr int line_of(int columns) { return 2 * columns; }  // bytes of a row on its way out
+__host__ __device__ constexpr int stages_of(int columns) { return columns == 256 ? 4 : 6; }  // that fit beside each other
 
 // Where the tensors lie. x: [T, K]. w: [N, K]. s: [T, slices R]. f: [G, N, R], or [G, slices R, K] in backward.
 struct Maps {
@@ -109,65 +107,54 @@ __device__ __forceinline__ bool find(const Linear& l, int i, uint32_t rank, Item
   return true;
 }
 
-__device__ __forceinline__ int threshold_of(const Linear& l, int g) { return min((int)rintf(l.p[g] * 65536.0f), 65535); }
-
-// Draws the bits of an item's two tiles: which LoRA features are kept, COLUMNS / 64 words for each thread that multiplies, a bit
-// for each of its accumulators. helper: this one's thread.
+// Which of a thread's LoRA features are kept, a bit for each of its accumulators. It is drawn in PIECES pieces of 16 bits.
 template <int COLUMNS>
-__device__ __forceinline__ void draw_bits(const Linear& l, const Item& item, int helper, uint32_t* bits) {
-  constexpr int WORDS = COLUMNS / 64;
-#pragma unroll 1
-  for (int i = helper; i < 2 * GROUP; i += 32 * HELPERS) {
-    const Part part(item, i / GROUP);
-    if (part.g < 0) continue;
-    int lane = i % 32, row = part.first + i % GROUP / 32 * 16 + lane / 4;
-    uint64_t key = row < part.last ? l.keys[row] : 0, below = row + 8 < part.last ? l.keys[row + 8] : 0;
-    uint32_t threshold = threshold_of(l, part.g);
-#pragma unroll 1
-    for (int word = 0; word < WORDS; ++word) {
-      uint32_t kept = 0, first = (part.column + 64 * word) / 2 + lane % 4;
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          uint32_t h = draw(first + 4 * j, r ? below : key);
-          kept |= ((h & 0xffff) >= threshold | (uint32_t)((h >> 16) >= threshold) << 1) << (4 * j + 2 * r);
-        }
-      bits[i * WORDS + word] = kept;
-    }
+struct Mask {
+  static constexpr int PIECES = COLUMNS / 32;
+  uint64_t bits[PIECES / 4], key, below;  // those of the thread's rows, 8 apart
+  uint32_t pair;                          // the first of its pairs of features
+  int threshold;
+  bool drops;
+
+  // Loads what the draws need. lane, row: the thread's lane, and the first row of its warp.
+  __device__ __forceinline__ void begin(const Linear& l, const Part& part, int lane, int row) {
+    drops = part.g >= 0, row += lane / 4, pair = part.column / 2 + lane % 4;
+    threshold = drops ? min((int)rintf(l.p[part.g] * 65536.0f), 65535) : 0;
+    key = row < part.last ? l.keys[row] : 0, below = row + 8 < part.last ? l.keys[row + 8] : 0;
   }
-}
 
-// Writes a tile that lies in shared memory, a chunk of 16 bytes where its number crossed with the row's says, to y.
-template <int COLUMNS>
-__device__ __forceinline__ void write_out(const Linear& l, const Part& part, int helper, const uint8_t* from) {
-  constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 * HELPERS / CHUNKS;  // of a row; at a time
-  int chunk = helper % CHUNKS, column = part.column + 8 * chunk, rows = part.last - part.first;
-  if (column >= l.width) return;
-  Half* to = (Half*)l.y + (int64_t)part.first * l.stride + column;
-#pragma unroll 2
-  for (int row = helper / CHUNKS; row < rows; row += ROWS)
-    *(uint4*)(to + row * l.stride) = *(const uint4*)(from + row * line_of(COLUMNS) + (chunk ^ row & 7) * 16);
-}
+  // Draws the next piece; the one before them all goes out of `bits`.
+  __device__ __forceinline__ void piece() {
+    uint32_t kept = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t h = draw(pair + 4 * j, r ? below : key);
+        kept |= (uint32_t)((int)(h & 0xffff) >= threshold | ((int)(h >> 16) >= threshold) << 1) << (4 * j + 2 * r);
+      }
+#pragma unroll
+    for (int i = 0; i + 1 < PIECES / 4; ++i) bits[i] = bits[i] >> 16 | bits[i + 1] << 48;
+    bits[PIECES / 4 - 1] = bits[PIECES / 4 - 1] >> 16 | (uint64_t)kept << 48;
+    pair += 16;
+  }
+
+  __device__ __forceinline__ bool kept(int i) const { return bits[i / 64] >> i % 64 & 1; }
+  __device__ __forceinline__ float scale() const { return __fdiv_rn(65536.0f, (float)(65536 - threshold)); }
+};
 
 template <class T, int COLUMNS, bool TURNED>
 __global__ void __launch_bounds__(THREADS, 1)
     linear_kernel(const __grid_constant__ Linear l, const __grid_constant__ Maps maps) {
   constexpr int BOXES = COLUMNS / 64, STAGE = (2 + BOXES) * BOX, STAGES = stages_of(COLUMNS);
   extern __shared__ uint8_t memory[];
-  __shared__ uint64_t barriers[2 * STAGES + 6];
-  uint8_t *base = (uint8_t*)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023), *outputs = base + STAGES * STAGE;
-  Half* bias = (Half*)(outputs + 2 * 64 * line_of(COLUMNS));
-  uint32_t* bits = (uint32_t*)bias;  // there is no bias then
+  __shared__ uint64_t barriers[2 * STAGES];
+  uint8_t* base = (uint8_t*)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
+  Half* bias = (Half*)(base + STAGES * STAGE + 8 * STAGING);
   uint32_t stages = shared(base), full = shared(barriers), empty = full + 8 * STAGES, rank = cluster_rank();
-  // Of each tile's outputs: they are there, they are written. Of the bits: likewise.
-  uint32_t made = empty + 8 * STAGES, written = made + 16, drawn = written + 16, read = drawn + 8;
-  const bool dropout = TURNED && l.p;
   int group = threadIdx.x / GROUP, begin = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, at = 0;  // at: stages used
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) init(full + 8 * s, 1), init(empty + 8 * s, 2 * CLUSTER);
-    for (int half = 0; half < 2; ++half) init(made + 8 * half, 4), init(written + 8 * half, HELPERS);
-    init(drawn, HELPERS), init(read, 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (!TURNED)
@@ -209,37 +196,12 @@ __global__ void __launch_bounds__(THREADS, 1)
           }
         }
       }
-    } else if (threadIdx.x >= 32) {
-      int helper = threadIdx.x - 32, turn = 0, outs[2] = {};  // turn: items drawn; outs: tiles written
-      auto draws = [&](const Item& item) {
-        wait(read, turn++ & 1 ^ 1);
-        draw_bits<COLUMNS>(l, item, helper, bits);
-        arrive_here(drawn);
-      };
-      Item now, next;
-      bool more = find<COLUMNS>(l, begin, rank, now);
-      if (more && dropout) draws(now);
-#pragma unroll 1
-      for (int i = begin; more; now = next) {
-        more = find<COLUMNS>(l, i += clusters, rank, next);
-        if (more && dropout) draws(next);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Part part(now, half);
-          if (part.first == part.last) continue;
-          wait(made + 8 * half, outs[half]++ & 1);
-          write_out<COLUMNS>(l, part, helper, outputs + half * 64 * line_of(COLUMNS));
-          arrive_here(written + 8 * half);
-        }
-      }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     constexpr int ALONG = TURNED ? 128 : 2;  // from 16 of the contraction to the next, in b; 2 in a
     int thread = threadIdx.x % GROUP, lane = thread % 32, warp = thread / 32, half = group - 1;
-    // The row of outputs that this lane gives to `store_matrices`.
-    uint32_t line = shared(outputs + (half * 64 + warp * 16 + lane % 16) * line_of(COLUMNS));
-    int turn = 0, outs = 0;  // turn: items begun; outs: tiles handed over
+    uint8_t* staging = base + STAGES * STAGE + (half * 4 + warp) * STAGING;
     float d[COLUMNS / 2];
     uint64_t a, b;
     auto filled = [&] {  // waits for the next stage
@@ -257,19 +219,27 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int j = 0; j < decltype(substeps)::value; ++j) multiply<T, TURNED>(d, a + 2 * j, b + ALONG * j);
       commit();
     };
+    // What is done for the next item, a step at a time: look it up, load for its mask, draw the pieces.
     Item item;
-    bool more = find<COLUMNS>(l, begin, rank, item);
-    for (int i = begin; more;) {
+    Mask<COLUMNS> mask{};
+    bool more = true;
+    int i = begin, ahead = 0, steps = TURNED && l.p ? 2 + Mask<COLUMNS>::PIECES : 1;
+    auto prepare = [&] {
+      if (ahead == 0) {
+        more = find<COLUMNS>(l, i, rank, item), i += clusters;
+        if (!more) ahead = steps;
+      } else if (ahead == 1) {
+        const Part next(item, half);
+        mask.begin(l, next, lane, next.first + warp * 16);
+      } else
+        mask.piece();
+      ++ahead;
+    };
+    while (ahead < steps) prepare();
+    while (more) {
       const Part now(item, half);
-      bool idle = now.first == now.last, drops = dropout && now.g >= 0;
-      uint32_t kept[COLUMNS / 64];  // of the LoRA term's features, a bit for each of d
-      float scale = drops ? __fdiv_rn(65536.0f, (float)(65536 - threshold_of(l, now.g))) : 1;
-      if (dropout) {
-        wait(drawn, turn++ & 1);
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 64; ++j) kept[j] = bits[(half * GROUP + thread) * (COLUMNS / 64) + j];
-        arrive_here(read);
-      }
+      int last = now.last, row = now.first + warp * 16;  // row: this warp's first
+      bool idle = now.first == last;
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; ++j) {
         float2 both = {0, 0};
@@ -293,36 +263,49 @@ __global__ void __launch_bounds__(THREADS, 1)
           }
           release(at);
         }
-      if (drops) {
+      if (TURNED && mask.drops) {
+        float scale = mask.scale();
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; ++j) d[j] = kept[j / 32] >> j % 32 & 1 ? d[j] * scale : 0;
+        for (int j = 0; j < COLUMNS / 2; ++j) d[j] = mask.kept(j) ? d[j] * scale : 0;
       }
+      ahead = 0;
       if (idle) {
 #pragma unroll 1
         for (int k = 0; k < l.steps; ++k, ++at) filled(), release(at);
-        more = find<COLUMNS>(l, i += clusters, rank, item);
+        while (ahead < steps) prepare();
         continue;
       }
       filled(), products(Count<4>()), ++at;  // apart: else the compiler runs products one after another
 #pragma unroll 1
       for (int k = 1; k < l.steps; ++k, ++at) {
         filled(), products(Count<4>());
+        if (ahead < steps) prepare();
         finish<1>();
         release(at - 1);
       }
-      more = find<COLUMNS>(l, i += clusters, rank, item);  // while the last products run
+      while (ahead < steps) prepare();
       finish<0>();
       release(at - 1);
-      wait(written + 8 * half, outs++ & 1 ^ 1);
+      // Out, 64 columns at a time: by way of shared memory, so that eight lanes write 128 neighbouring bytes.
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j += 2) {  // two blocks of 8 columns, each of 16 lines
-        const float* from = d + 4 * j;
-        uint32_t chunk = j + lane / 16 ^ lane & 7;
-        store_matrices(
-            line + chunk * 16, halves<T>(from[0], from[1]), halves<T>(from[2], from[3]), halves<T>(from[4], from[5]),
-            halves<T>(from[6], from[7]));
+      for (int part = 0; part < COLUMNS / 64; ++part) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {  // two blocks of 8 columns, each of 16 lines
+          const float* from = d + 4 * (8 * part + j);
+          int line = lane % 16, block = j + lane / 16;
+          store_matrices(
+              shared(staging + line * 128 + (block ^ line & 7) * 16), halves<T>(from[0], from[1]), halves<T>(from[2], from[3]),
+              halves<T>(from[4], from[5]), halves<T>(from[6], from[7]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          int line = 4 * r + lane / 8, chunk = lane % 8, column = now.column + part * 64 + chunk * 8;
+          uint4 eight = *(uint4*)(staging + line * 128 + (chunk ^ line & 7) * 16);
+          if (row + line < last && column < l.width) *(uint4*)((Half*)l.y + (row + line) * l.stride + column) = eight;
+        }
+        __syncwarp();
       }
-      arrive_here(made + 8 * half);
     }
   }
   __syncwarp();
@@ -338,8 +321,8 @@ __global__ void linear_kernel(const __grid_constant__ Linear, const __grid_const
 
 template <class T, int COLUMNS, bool TURNED>
 int launch(const Linear& l, const Maps& maps, int processors, cudaStream_t stream) {
-  constexpr int BYTES = 1024 + stages_of(COLUMNS) * (2 + COLUMNS / 64) * BOX + 2 * 64 * line_of(COLUMNS) + 2 * WIDEST;
-  static_assert(BYTES <= 232448 - 128, "more than a block may have");
+  constexpr int BYTES = 1024 + stages_of(COLUMNS) * (2 + COLUMNS / 64) * BOX + 8 * STAGING + 2 * WIDEST;
+  static_assert(BYTES <= 232448 - 64, "more than a block may have");
   auto* kernel = linear_kernel<T, COLUMNS, TURNED>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
   if (error) return error;

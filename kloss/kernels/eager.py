@@ -292,16 +292,17 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     labels: int64 [T], -100 for rows without a label.
     Returns loss [G] in fp32, of fp64 logits in fp64, 0 for an adapter without labelled rows, and the number of labelled rows
     int64 [G]. The sum of the losses gives every adapter the gradient of its own mean.
-    Raises ValueError for tensors that do not fit each other, on a CPU also for labels out of range.
+    Raises ValueError for tensors that do not fit each other, on a CPU also for labels out of range. On a GPU such a label makes
+    its adapter's loss and gradients NaN.
     """
     check_dim("logits", logits, "T, C")
     check("logits", logits, tuple(logits.shape), FLOATS, segments.order.device)
     check("labels", labels, (logits.shape[0],), (torch.int64,), logits.device)
     _check_covered("logits", logits, segments)
     G, total = segments.num_adapters, segments.row_adapter.numel()
-    check_ids("labels", labels[:total], 0, logits.shape[1], ignored=IGNORED)
     if triton_ops.serves(logits):
         return triton_ops.token_loss(logits, labels, segments)
+    check_ids("labels", labels[:total], 0, logits.shape[1], ignored=IGNORED)
     if rows_cpu.serves(logits):
         return heads_cpu.token_loss(logits, labels, segments)
     bins = torch.where(segments.row_adapter < 0, G, segments.row_adapter).long()

@@ -13,12 +13,13 @@ from torch import Tensor
 from .tuned import FUSION, power_of_two
 
 BLOCK = 4096  # logits of a program's block
+IGNORED = tl.constexpr(-100)
 
 
 @triton.jit
 def token_loss_kernel(
     logits_ptr,  # [T, C]
-    labels_ptr,  # [T], below 0 where there is none
+    labels_ptr,  # [T], IGNORED where there is none
     order_ptr,  # [rows]
     ends_ptr,  # [G+1]
     loss_ptr,  # [G] fp32
@@ -27,7 +28,7 @@ def token_loss_kernel(
     C, stride_logits,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """loss, count and lse of one adapter."""
+    """loss, count and lse of one adapter; NaN, loss and lse, for a label that is none of C."""
     g = tl.program_id(0)
     first, last = tl.load(ends_ptr + g - 1, mask=g > 0, other=0), tl.load(ends_ptr + g)
     o_c = tl.arange(0, BC)
@@ -36,13 +37,14 @@ def token_loss_kernel(
         o_i = i + tl.arange(0, BT)
         m_t = o_i < last
         o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
-        label = tl.load(labels_ptr + o_t, mask=m_t, other=-1)
+        label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
         p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
         b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
         top = tl.where(m_t, tl.max(b_l, 1), 0.0)
         lse = top + tl.log(tl.where(m_t, tl.sum(tl.exp(b_l - top[:, None]), 1), 1.0))
+        counted = label != IGNORED
+        lse = tl.where(counted & ((label < 0) | (label >= C)), float("nan"), lse)
         own = tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
-        counted = label >= 0
         total += tl.where(counted, lse - own, 0.0)
         count += counted.to(tl.int32)
         tl.store(lse_ptr + o_t, lse, mask=m_t)
@@ -67,8 +69,8 @@ def token_loss_backward_kernel(
     o_t, o_c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC)
     m_t, m_c = o_t < T, o_c < C
     g = tl.load(row_adapter_ptr + o_t, mask=o_t < rows, other=-1)
-    label = tl.load(labels_ptr + o_t, mask=m_t, other=-1)
-    counted = (g >= 0) & (label >= 0)
+    label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
+    counted = (g >= 0) & (label != IGNORED)
     m_l = counted[:, None] & m_c[None, :]
     b_l = tl.load(logits_ptr + o_t.to(tl.int64)[:, None] * stride_logits + o_c[None, :], mask=m_l, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + o_t, mask=counted, other=0.0)
