@@ -193,7 +193,7 @@ BROKEN = {
     "reduce, columns": ("lora_tiles", "m_c, m_r = o_c < C,", "m_c, m_r = o_c <= C,", "outside", "linear"),
     "attention, rows": ("attention_triton", "(o_t < end)", "(o_t < end + 99)", "another program", "attention"),
     "attention, heads": ("attention_triton", " & (i_h < heads)", "", "outside", "attention"),
-    "attention, width": ("attention_triton", "m_d, o_h = o_d < D", "m_d, o_h = o_d <= D", "outside", "attention"),
+    "attention, width": ("attention_triton", "= o_d < D", "= o_d <= D", "outside", "attention"),
     "attention, tiles": ("attention_triton", "i_n < tiles", "i_n <= tiles", "outside", "attention"),
     "attention, behind": ("attention_triton", "tl.load(end_ptr) + last - i", "tl.load(end_ptr)", "another program", "attention"),
     "long attention, keys": ("attention_long_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),

@@ -64,7 +64,7 @@ def attend(
             b_do = load_rows(dout_ptr, o_t, m_t, o_h, o_d, m_d, stride_dout)
         if keys_ptr is not None:
             scale = tl.load(scale_ptr + start)
-            mask = kept(keys_ptr, threshold_ptr, start, o_t, m_t, i_h[:, None], first_key[:, None], KEYS)
+            mask = kept(keys_ptr, threshold_ptr, o_t, m_t, i_h[:, None], first_key[:, None], KEYS)
         b_s = scores(b_q, b_k, m_k, factor, BATCH)  # [HEADS BL, KEYS]
         b_p = tl.exp(b_s - tl.max(b_s, 1)[:, None])
         total = tl.sum(b_p, 1)[:, None]
