@@ -195,7 +195,7 @@ BROKEN = {
     "attention, heads": ("attention_triton", " & (i_h < heads)", "", "outside", "attention"),
     "attention, width": ("attention_triton", "= o_d < D", "= o_d <= D", "outside", "attention"),
     "attention, tiles": ("attention_triton", "i_n < tiles", "i_n <= tiles", "outside", "attention"),
-    "attention, behind": ("attention_triton", "tl.load(end_ptr) + last - i", "tl.load(end_ptr)", "another program", "attention"),
+    "attention, behind": ("attention_triton", "+ S) + last - i", "+ S)", "another program", "attention"),
     "long attention, keys": ("attention_long_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),
     "long attention, width": ("attention_long_triton", "o_h = o_d < D", "o_h = o_d <= D", "another program", "attention"),
     "add_norm, width": ("add_norm_triton", "o_h < H\n", "o_h <= H\n", "outside", "add_norm"),
