@@ -19,7 +19,7 @@ from .tuned import FUSION, arch_of, bucket, power_of_two
 
 @triton.jit
 def load_rows(ptr, o_t, m_t, o_h, o_d, m_d, stride_t):
-    """Block [rows, BD] of a matrix; masked elements are 0. o_h: the head's first column, or one for each row."""
+    """Block [rows, BD] of a matrix; masked elements are 0. o_d: its columns, behind o_h, a number or [rows]."""
     p = ptr + (o_t.to(tl.int64) * stride_t + o_h)[:, None] + o_d[None, :]
     return tl.load(p, mask=m_t[:, None] & m_d[None, :], other=0.0)
 
@@ -53,10 +53,13 @@ def scores(b_q, b_k, m_k, factor, HEADS: tl.constexpr = 1):
 
 
 @triton.jit
-def kept(keys_ptr, threshold_ptr, start, o_q, m_q, i_h, first_key, BL: tl.constexpr):
-    """Which probabilities of a block are kept, int1 [queries, BL]. i_h, first_key: numbers or [queries, 1]."""
+def kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, first_key, BL: tl.constexpr):
+    """Which probabilities of a block are kept, int1 [queries, BL]; the sequence's rows share one threshold.
+
+    i_h, first_key: numbers or [queries, 1].
+    """
     keys = tl.load(keys_ptr + o_q, mask=m_q, other=0).to(tl.uint64, bitcast=True)
-    threshold = tl.load(threshold_ptr + start).to(tl.int32) + 32768  # the sequence's rows share one
+    threshold = tl.max(tl.load(threshold_ptr + o_q, mask=m_q, other=-32768).to(tl.int32)) + 32768
     return keep_block(keys, threshold.to(tl.uint32), (i_h << 16) + first_key, BL)
 
 
@@ -78,31 +81,31 @@ def attend_long_kernel(
     if start >= end:
         return
     o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D
+    m_d, o_h = o_d < D, i_h * D + o_d
     o_q = first + tl.arange(0, BL)
     m_q = o_q < end
-    b_q = load_rows(qkv_ptr, o_q, m_q, o_h, o_d, m_d, stride_qkv)  # [BL, BD]
+    b_q = load_rows(qkv_ptr, o_q, m_q, 0, o_h, m_d, stride_qkv)  # [BL, BD]
     top = tl.full((BL,), float("-inf"), tl.float32)
     total = tl.zeros((BL,), tl.float32)
     acc = tl.zeros((BL, BD), tl.float32)
     for k in range(start, end, BL):
         o_k = k + tl.arange(0, BL)
         m_k = o_k < end
-        b_k = load_rows(qkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
-        b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
+        b_k = load_rows(qkv_ptr + H, o_k, m_k, 0, o_h, m_d, stride_qkv)
+        b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, 0, o_h, m_d, stride_qkv)
         b_s = scores(b_q, b_k, m_k[None, :], factor)
         new_top = tl.maximum(top, tl.max(b_s, 1))
         b_p = tl.exp(b_s - new_top[:, None])
         rescale = tl.exp(top - new_top)
         total = total * rescale + tl.sum(b_p, 1)
         if keys_ptr is not None:
-            b_p = tl.where(kept(keys_ptr, threshold_ptr, start, o_q, m_q, i_h, k - start, BL), b_p, 0.0)
+            b_p = tl.where(kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, k - start, BL), b_p, 0.0)
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
     acc = acc / total[:, None]
     if keys_ptr is not None:
         acc *= tl.load(scale_ptr + o_q, mask=m_q, other=0.0)[:, None]
-    store_rows(out_ptr, o_q, m_q, o_h, o_d, m_d, stride_out, acc)
+    store_rows(out_ptr, o_q, m_q, 0, o_h, m_d, stride_out, acc)
     tl.store(lse_ptr + i_h.to(tl.int64) * T + o_q, top + tl.log(total), mask=m_q)
 
 
@@ -126,28 +129,28 @@ def attend_dq_kernel(
     if start >= end:
         return
     o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D
+    m_d, o_h = o_d < D, i_h * D + o_d
     o_q = first + tl.arange(0, BL)
     m_q = o_q < end
-    b_q = load_rows(qkv_ptr, o_q, m_q, o_h, o_d, m_d, stride_qkv)  # [BL, BD]
-    b_do = load_rows(dout_ptr, o_q, m_q, o_h, o_d, m_d, stride_dout)
-    b_o = load_rows(out_ptr, o_q, m_q, o_h, o_d, m_d, stride_out)
+    b_q = load_rows(qkv_ptr, o_q, m_q, 0, o_h, m_d, stride_qkv)  # [BL, BD]
+    b_do = load_rows(dout_ptr, o_q, m_q, 0, o_h, m_d, stride_dout)
+    b_o = load_rows(out_ptr, o_q, m_q, 0, o_h, m_d, stride_out)
     delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     lse = tl.load(lse_ptr + i_h.to(tl.int64) * T + o_q, mask=m_q, other=0.0)
     acc = tl.zeros((BL, BD), tl.float32)
     for k in range(start, end, BL):
         o_k = k + tl.arange(0, BL)
         m_k = o_k < end
-        b_k = load_rows(qkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
-        b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
+        b_k = load_rows(qkv_ptr + H, o_k, m_k, 0, o_h, m_d, stride_qkv)
+        b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, 0, o_h, m_d, stride_qkv)
         b_p = tl.exp(scores(b_q, b_k, m_k[None, :], factor) - lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         if keys_ptr is not None:
             scale = tl.load(scale_ptr + o_q, mask=m_q, other=0.0)[:, None]
-            b_dp = tl.where(kept(keys_ptr, threshold_ptr, start, o_q, m_q, i_h, k - start, BL), b_dp * scale, 0.0)
+            b_dp = tl.where(kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, k - start, BL), b_dp * scale, 0.0)
         b_ds = (b_p * (b_dp - delta[:, None]) * factor).to(b_k.dtype)
         acc = tl.dot(b_ds, b_k, acc, input_precision="ieee")
-    store_rows(dqkv_ptr, o_q, m_q, o_h, o_d, m_d, stride_dqkv, acc)
+    store_rows(dqkv_ptr, o_q, m_q, 0, o_h, m_d, stride_dqkv, acc)
 
 
 @triton.jit
@@ -170,32 +173,32 @@ def attend_dkv_kernel(
     if start >= end:
         return
     o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D
+    m_d, o_h = o_d < D, i_h * D + o_d
     o_k = first + tl.arange(0, BL)
     m_k = o_k < end
-    b_k = load_rows(qkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_qkv)  # [BL, BD]
-    b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_qkv)
+    b_k = load_rows(qkv_ptr + H, o_k, m_k, 0, o_h, m_d, stride_qkv)  # [BL, BD]
+    b_v = load_rows(qkv_ptr + 2 * H, o_k, m_k, 0, o_h, m_d, stride_qkv)
     b_dk, b_dv = tl.zeros((BL, BD), tl.float32), tl.zeros((BL, BD), tl.float32)
     for q in range(start, end, BL):
         o_q = q + tl.arange(0, BL)
         m_q = o_q < end
-        b_q = load_rows(qkv_ptr, o_q, m_q, o_h, o_d, m_d, stride_qkv)
-        b_do = load_rows(dout_ptr, o_q, m_q, o_h, o_d, m_d, stride_dout)
-        b_o = load_rows(out_ptr, o_q, m_q, o_h, o_d, m_d, stride_out)
+        b_q = load_rows(qkv_ptr, o_q, m_q, 0, o_h, m_d, stride_qkv)
+        b_do = load_rows(dout_ptr, o_q, m_q, 0, o_h, m_d, stride_dout)
+        b_o = load_rows(out_ptr, o_q, m_q, 0, o_h, m_d, stride_out)
         delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
         lse = tl.load(lse_ptr + i_h.to(tl.int64) * T + o_q, mask=m_q, other=0.0)
         b_p = tl.exp(scores(b_q, b_k, m_k[None, :], factor) - lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_kept = b_p
         if keys_ptr is not None:
-            mask = kept(keys_ptr, threshold_ptr, start, o_q, m_q, i_h, first - start, BL)
+            mask = kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, first - start, BL)
             scale = tl.load(scale_ptr + o_q, mask=m_q, other=0.0)[:, None]
             b_kept, b_dp = tl.where(mask, b_p * scale, 0.0), tl.where(mask, b_dp * scale, 0.0)
         b_dv = tl.dot(tl.trans(b_kept.to(b_do.dtype)), b_do, b_dv, input_precision="ieee")
         b_ds = (b_p * (b_dp - delta[:, None]) * factor).to(b_q.dtype)
         b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision="ieee")
-    store_rows(dqkv_ptr + H, o_k, m_k, o_h, o_d, m_d, stride_dqkv, b_dk)
-    store_rows(dqkv_ptr + 2 * H, o_k, m_k, o_h, o_d, m_d, stride_dqkv, b_dv)
+    store_rows(dqkv_ptr + H, o_k, m_k, 0, o_h, m_d, stride_dqkv, b_dk)
+    store_rows(dqkv_ptr + 2 * H, o_k, m_k, 0, o_h, m_d, stride_dqkv, b_dv)
 
 
 def forward(qkv: Tensor, out: Tensor, heads: int, tiles: Tensor, draws: dict[str, Tensor | None]) -> Tensor:

@@ -6,9 +6,9 @@
 A sequence's class follows from its own length: at most 16, 32 or 64 rows, or longer, which `attention_long_triton` has. A program
 takes one sequence of a short class and as many of its heads as fill ROWS rows; it has all their out, or their dq, dk and dv.
 How many sequences a class has only the device knows, and the lists are as long as they could be. So all classes share the
-programs of one launch: program i looks into each list, and few find more than one sequence, or none. There are no atomics, and
-no program reads a row of another sequence. So a sequence's values have the same bits in any batch. Sizes: T rows, H width, D
-width of a head.
+programs of one launch: a program looks into each list, and few find nothing or more than one sequence. There are no atomics, and
+no program adds up what belongs to several sequences. So a sequence's values have the same bits in any batch. Sizes: T rows, S
+sequences, H width, D width of a head.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .tuned import FUSION, bucket, power_of_two
 
 ROWS = {"half": 64, "single": 32}  # of a program's blocks
 WARPS = {"half": 4, "single": 8}
-SIZES = ("tiles_0", "tiles_1", "tiles_2", "T")  # those of a batch: one kernel for all
+SIZES = ("tiles_0", "tiles_1", "tiles_2", "S", "T")  # of a batch; all have the same kernel
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def attend(
             b_do = load_rows(dout_ptr, o_t, m_t, o_h, o_d, m_d, stride_dout)
         if keys_ptr is not None:
             scale = tl.load(scale_ptr + start)
-            mask = kept(keys_ptr, threshold_ptr, start, o_t, m_t, i_h[:, None], first_key[:, None], KEYS)
+            mask = kept(keys_ptr, threshold_ptr, o_t, m_t, i_h[:, None], first_key[:, None], KEYS)
         b_s = scores(b_q, b_k, m_k, factor, BATCH)  # [HEADS BL, KEYS]
         b_p = tl.exp(b_s - tl.max(b_s, 1)[:, None])
         total = tl.sum(b_p, 1)[:, None]
@@ -89,7 +89,7 @@ def attend(
 
 @triton.jit
 def attend_short(
-    tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, end_ptr, W, qkv_ptr, dout_ptr, y_ptr, keys_ptr,
+    tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, cu_seqlens_ptr, S, W, qkv_ptr, dout_ptr, y_ptr, keys_ptr,
     threshold_ptr, scale_ptr, T, H, D, heads, factor, stride_qkv, stride_dout, stride_y,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def attend_short(
     start_0, end_0, head_0 = entry(tiles_0_ptr, tiles_0, i, heads, max(ROWS // B0, 1))
     start_1, end_1, head_1 = entry(tiles_1_ptr, tiles_1, last - i, heads, max(ROWS // B1, 1))
     start_2, end_2, head_2 = entry(tiles_2_ptr, tiles_2, i, heads, max(ROWS // B2, 1))
-    first = tl.load(end_ptr) + last - i
+    first = tl.load(cu_seqlens_ptr + S) + last - i
     attend(
         start_0, end_0, head_0, qkv_ptr, dout_ptr, y_ptr, keys_ptr, threshold_ptr, scale_ptr, H, D, heads, factor,
         stride_qkv, stride_dout, stride_y, B0, BD, max(ROWS // B0, 1),
@@ -123,16 +123,16 @@ def attend_kernel(
     qkv_ptr,  # [T, 3H]
     out_ptr,  # [T, H]
     tiles_0_ptr, tiles_1_ptr, tiles_2_ptr,  # [tiles, 3] or None
-    end_ptr,  # [1]
+    cu_seqlens_ptr,  # [S+1]
     keys_ptr,  # [T] or None
     threshold_ptr,  # [T]
     scale_ptr,  # [T]
-    tiles_0, tiles_1, tiles_2, T, H, D, heads, factor, stride_qkv, stride_out,
+    tiles_0, tiles_1, tiles_2, S, T, H, D, heads, factor, stride_qkv, stride_out,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out of the short classes, and 0 behind the last sequence."""
     attend_short(
-        tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, end_ptr, H, qkv_ptr, None, out_ptr, keys_ptr,
+        tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, cu_seqlens_ptr, S, H, qkv_ptr, None, out_ptr, keys_ptr,
         threshold_ptr, scale_ptr, T, H, D, heads, factor, stride_qkv, 0, stride_out, B0, B1, B2, BD, ROWS, BLOCK,
     )  # fmt: skip
 
@@ -143,17 +143,18 @@ def attend_backward_kernel(
     dout_ptr,  # [T, H]
     dqkv_ptr,  # [T, 3H]
     tiles_0_ptr, tiles_1_ptr, tiles_2_ptr,  # [tiles, 3] or None
-    end_ptr,  # [1]
+    cu_seqlens_ptr,  # [S+1]
     keys_ptr,  # [T] or None
     threshold_ptr,  # [T]
     scale_ptr,  # [T]
-    tiles_0, tiles_1, tiles_2, T, H, D, heads, factor, stride_qkv, stride_dout, stride_dqkv,
+    tiles_0, tiles_1, tiles_2, S, T, H, D, heads, factor, stride_qkv, stride_dout, stride_dqkv,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of the short classes, and 0 behind the last sequence."""
     attend_short(
-        tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, end_ptr, 3 * H, qkv_ptr, dout_ptr, dqkv_ptr, keys_ptr,
-        threshold_ptr, scale_ptr, T, H, D, heads, factor, stride_qkv, stride_dout, stride_dqkv, B0, B1, B2, BD, ROWS, BLOCK,
+        tiles_0_ptr, tiles_1_ptr, tiles_2_ptr, tiles_0, tiles_1, tiles_2, cu_seqlens_ptr, S, 3 * H, qkv_ptr, dout_ptr, dqkv_ptr,
+        keys_ptr, threshold_ptr, scale_ptr, T, H, D, heads, factor, stride_qkv, stride_dout, stride_dqkv, B0, B1, B2, BD, ROWS,
+        BLOCK,
     )  # fmt: skip
 
 
@@ -199,8 +200,8 @@ def short_launch(qkv: Tensor, heads: int, tiles: AttentionTiles) -> tuple[tuple[
         given |= {f"tiles_{c}_ptr": entries if count else None, f"tiles_{c}": count, f"B{c}": height}
         programs.append(count * triton.cdiv(heads, max(rows // height, 1)))
     warps = 8 if power_of_two(D) > (32 if D % 16 else 64) else WARPS[kind]  # wide and odd heads would not fit the registers
-    given |= dict(end_ptr=tiles.cu_seqlens[-1:], ROWS=rows, BLOCK=1024, num_warps=warps, num_stages=1)
-    return (max(programs),), given | FUSION
+    given |= dict(cu_seqlens_ptr=tiles.cu_seqlens, S=tiles.cu_seqlens.shape[0] - 1, ROWS=rows, BLOCK=1024)
+    return (max(programs),), given | dict(num_warps=warps, num_stages=1, **FUSION)
 
 
 def _draws(dropout: RowDropout | None) -> dict[str, Tensor | None]:

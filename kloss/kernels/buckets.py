@@ -71,7 +71,7 @@ class AttentionTiles(NamedTuple):
 
     short: one list for each of CLASSES.
     longer: blocks of the sequences that no short class has.
-    cu_seqlens: int32 [S+1], of the sequences.
+    cu_seqlens: int32 [S+1], of the sequences, contiguous.
     """
 
     short: tuple[Tensor, ...]
@@ -88,7 +88,7 @@ def attention_tiles(cu_seqlens: Tensor, rows: int, dtype: torch.dtype) -> Attent
     Raises ValueError as `make_buckets` does.
     """
     check_offsets(cu_seqlens, rows)
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     starts, ends, classes = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), CLASSES[bucket(dtype)]
     lengths, lists, below = ends - starts, [], 0
     for size in (*classes, rows):
