@@ -12,8 +12,8 @@ from kloss.kernels.feed_forward import LoraLinear, multi_lora_feed_forward
 from kloss.kernels.segments import with_work
 
 CASES = {
-    "several": dict(lengths=[70, 30, 5, 0], adapter=[0, 1, 1, 2], adapters=3, rank=8),
-    "rows without an adapter": dict(lengths=[40, 7, 66], adapter=[1, -1, 0], adapters=2, rank=8),
+    "several": dict(lengths=[70, 30, 5, 0], adapter=[0, 1, 1, 2], adapters=3, rank=16),
+    "rows without an adapter": dict(lengths=[40, 7, 66], adapter=[0, 1, -1], adapters=2, rank=16),
     "rows behind": dict(lengths=[40, 7], adapter=[1, 0], adapters=2, rank=8, behind=5),
     "no order": dict(lengths=[9, 30, 9, 70], adapter=[1, 0, 1, 0], adapters=2, rank=8),
     "mixed ranks": dict(lengths=[9, 30, 66], adapter=[0, 1, 2], adapters=3, rank=32, ranks=[32, 3, 16]),
@@ -83,19 +83,17 @@ def test_forward_and_gradients(name, p, dtype, as_one):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients_on_a_gpu(name, ordered, p, dtype, monkeypatch):
-    """In order with wide tiles: Hopper's kernels, where there is one."""
+def test_forward_and_gradients_on_a_gpu(name, p, dtype, monkeypatch):
+    """Rows in order with 16 ranks: Hopper's kernels, where there is one."""
     monkeypatch.setattr(feed_forward, "gelu", None)
-    sizes = dict(inner=512, width=256) if ordered else {}
-    up, down = two(dtype, "cuda", p=p, **sizes, **CASES[name] | ({"rank": 32, "ranks": None} if ordered else {}))
-    if ordered and torch.equal(up.segments.order.cpu(), torch.arange(len(up.segments.order))):
-        up, down = (case._replace(segments=case.segments._replace(sorted=True)) for case in (up, down))
-        monkeypatch.setattr(lora_hopper, "LEAST", 0)
-    assert_as_good(up, down)
+    monkeypatch.setattr(lora_hopper, "LEAST", 0)
+    up, down = two(dtype, "cuda", inner=512, width=256, p=p, **CASES[name])
+    order = up.segments.order.cpu()
+    in_order = torch.equal(order, torch.arange(len(order)))
+    assert_as_good(*(case._replace(segments=case.segments._replace(sorted=in_order)) for case in (up, down)))
 
 
 @pytest.mark.parametrize("device, dtype", [place for place in PLACES if torch.float32 not in getattr(place, "values", place)])
