@@ -20,9 +20,16 @@ BLOCK = 2048  # elements of a program's block, by resource reports
 
 
 @triton.jit
+def mean_of(b, H):
+    """The mean of each row of H values, fp32 [BT]. A GPU's plain quotient would be off by two units in the last place."""
+    total = tl.sum(b, 1)
+    return tl.div_rn(total, tl.zeros_like(total) + H)
+
+
+@triton.jit
 def rstd_of(centred, H, eps):
-    """1 / √(variance + eps) of each row, fp32 [BT]. A GPU's plain quotient would be off by two units in the last place."""
-    variance = tl.sum(centred * centred, 1) / H
+    """1 / √(variance + eps) of each row, fp32 [BT]."""
+    variance = mean_of(centred * centred, H)
     return tl.div_rn(tl.zeros_like(variance) + 1.0, tl.sqrt_rn(variance + eps))
 
 
@@ -58,7 +65,7 @@ def add_norm_kernel(
     if keys_ptr is not None:
         b_z = dropped(b_z, keys_ptr, threshold_ptr, scale_ptr, o_t, m_t, BH)
     b_z += tl.load(residual_ptr + o_row * stride_residual + o_h[None, :], mask=m_x, other=0.0).to(tl.float32)
-    mean = tl.sum(b_z, 1) / H
+    mean = mean_of(b_z, H)
     centred = tl.where(m_h[None, :], b_z - mean[:, None], 0.0)
     rstd = rstd_of(centred, H, eps)
     weight = tl.load(weight_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
@@ -107,7 +114,7 @@ def add_norm_backward_kernel(
         mean, rstd = tl.load(mean_ptr + o_t, mask=m_t, other=0.0), tl.load(rstd_ptr + o_t, mask=m_t, other=0.0)
         b_n = tl.where(m_x, (b_z - mean[:, None]) * rstd[:, None], 0.0)
         b_dn = b_dy * weight
-        b_dz = (b_dn - (tl.sum(b_dn, 1) / H)[:, None] - b_n * (tl.sum(b_dn * b_n, 1) / H)[:, None]) * rstd[:, None]
+        b_dz = (b_dn - mean_of(b_dn, H)[:, None] - b_n * mean_of(b_dn * b_n, H)[:, None]) * rstd[:, None]
         if dweight_ptr is not None:
             b_dw += tl.sum(b_dy * b_n, 0)
             b_db += tl.sum(b_dy, 0)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .add_norm_triton import dropped, rstd_of, tile
+from .add_norm_triton import dropped, mean_of, rstd_of, tile
 from .dropout import RowDropout
 from .tuned import FUSION
 
@@ -54,7 +54,7 @@ def embed_kernel(
     o_t, o_h = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BH)
     m_t, m_h = o_t < T, o_h < H
     b_e = embedded(ids_ptr, position_ptr, words_ptr, positions_ptr, type_ptr, first, V, P, o_t, o_h, m_t, m_h, H)
-    mean = tl.sum(b_e, 1) / H
+    mean = mean_of(b_e, H)
     centred = tl.where(m_h[None, :], b_e - mean[:, None], 0.0)
     rstd = rstd_of(centred, H, eps)
     weight = tl.load(weight_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
@@ -106,7 +106,7 @@ def embed_backward_kernel(
         b_dw += tl.sum(b_dy * b_n, 0)
         b_db += tl.sum(b_dy, 0)
         b_dn = b_dy * weight
-        b_de = (b_dn - (tl.sum(b_dn, 1) / H)[:, None] - b_n * (tl.sum(b_dn * b_n, 1) / H)[:, None]) * rstd[:, None]
+        b_de = (b_dn - mean_of(b_dn, H)[:, None] - b_n * mean_of(b_dn * b_n, H)[:, None]) * rstd[:, None]
         tl.store(de_ptr + o_row * H + o_h[None, :], b_de.to(de_ptr.dtype.element_ty), mask=m_x)
     tl.store(dweight_ptr + pid.to(tl.int64) * H + o_h, b_dw, mask=m_h)
     tl.store(dbias_ptr + pid.to(tl.int64) * H + o_h, b_db, mask=m_h)
