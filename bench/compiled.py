@@ -40,6 +40,7 @@ from kloss.kernels import (
     dropout_triton,
     embed_triton,
     lora_hopper,
+    lora_shrink,
     lora_tiles,
     lora_triton,
     token_loss_triton,
@@ -52,8 +53,8 @@ from kloss.kernels.segments import Segments, with_work
 
 from . import cases
 
-MODULES = (lora_tiles, attention_triton, attention_long_triton, add_norm_triton, embed_triton, adapter_linear_triton)
-MODULES += (token_loss_triton, dropout_triton)
+MODULES = (lora_shrink, lora_tiles, attention_triton, attention_long_triton, add_norm_triton, embed_triton)
+MODULES += (adapter_linear_triton, token_loss_triton, dropout_triton)
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 ARCHITECTURES, MAIN_ARCHITECTURE = (80, 90, 100), 90  # the others compile less: their time is bounded
 # Bytes of shared memory a block may have, and a multiprocessor has (CUDA C++ Programming Guide, compute capabilities).
@@ -240,8 +241,7 @@ def more_variants() -> Iterator[dict]:
             for n in cases.WIDTHS:
                 yield dict(k=k, n=n, rank=rank, exact=True)
     for rank in cases.STUDY_RANKS:
-        yield dict(qkv, rank=rank)
-        yield dict(qkv, rank=rank, mixed=True, exact=True)
+        yield from (dict(qkv, rank=rank), dict(qkv, rank=rank, mixed=True, exact=True))
     yield from (dict(square, rank=8, mixed=True), dict(square, rank=32, dropout=False, lora_dtype=torch.float32))
     yield dict(square, rank=256, lora_dtype=torch.float32)
     yield dict(square, rank=32, dtype=torch.float16, gelu=True)

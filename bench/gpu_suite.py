@@ -54,7 +54,8 @@ def values(setting: str, *others: object) -> dict[str, dict[str, object]]:
 AT_32, AT_64, AT_256 = ((Shape(0, rank), Shape(2, rank)) for rank in (32, 64, 256))  # q, k, v and feed-forward up
 LONE = (Shape(0, 32, Batch(1, 384)), Shape(3, 32, Batch(1, 384)))  # q, k, v and feed-forward down
 CHUNKED = (Shape(0, 32, Batch(8, 2496)), Shape(0, 256, Batch(8, 2496)))  # adapters with several chunks
-TALL: dict[str, object] = {f"{module}.SHORT_TILE": 128 for module in ("segments", "lora_tiles", "adapter_linear_triton")}
+MODULES = "segments", "lora_shrink", "lora_tiles", "adapter_linear_triton"
+TALL: dict[str, object] = {f"{module}.SHORT_TILE": 128 for module in MODULES}
 TALL |= {"tuned.TABLE shrink": {"num_warps": 8}, "tuned.TABLE expand": {"num_warps": 8}}  # with 4 they spill
 # Every choice that waits for hardware, in order of worth. FIRST are those on which most depends. A loop that loads rows by their
 # order is pipelined from three stages on.

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import triton
 
-from kloss.kernels import lora_tiles, tuned
+from kloss.kernels import lora_shrink, lora_tiles, tuned
 from kloss.models import XLMRConfig
 
 from . import baselines, cases, profiled, whole_step
@@ -367,8 +367,9 @@ def alone(call: Callable[[], object], kernel: str) -> Callable[[], object]:
 
             return launch
 
-    real = getattr(lora_tiles, kernel)
-    with mock.patch.object(lora_tiles, kernel, Recorder()):
+    module = lora_shrink if hasattr(lora_shrink, kernel) else lora_tiles
+    real = getattr(module, kernel)
+    with mock.patch.object(module, kernel, Recorder()):
         call()
     if not listed:
         raise ValueError(f"no {kernel} was launched")

@@ -7,7 +7,7 @@ import torch
 from helpers import PLACES, Problem, assert_no_worse, on_cpu, problem, sub_problem
 
 import kloss.kernels as kernels
-from kloss.kernels import feed_forward, lora_hopper, lora_tiles, reference
+from kloss.kernels import feed_forward, lora_hopper, lora_shrink, lora_tiles, reference
 from kloss.kernels.feed_forward import LoraLinear, multi_lora_feed_forward
 from kloss.kernels.segments import with_work
 
@@ -112,7 +112,7 @@ def test_every_value_is_rounded_as_gelu_is(device, dtype):
     for name, (input, before) in {"gelu": (x, None), "slope": (torch.ones_like(x), x)}.items():
         made, s = torch.empty_like(x), torch.empty(rows, 16, dtype=dtype, device=device)
         tiles = segments.work.tiles_64
-        lora_tiles.shrink(input, of_factor, s, None, tiles, None, None, K=64, C=16, R=16, blocks=1, of_x=made, before=before)
+        lora_shrink.shrink(input, of_factor, s, None, tiles, None, None, K=64, C=16, R=16, blocks=1, of_x=made, before=before)
         wanted, finfo = exact[name], torch.finfo(dtype)
         unit = finfo.eps * 2.0 ** wanted.abs().clamp(min=finfo.tiny).log2().floor()
         # The slope is a difference where it is about 0, so its error is that of its terms.

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_as_good, on_cpu, outputs, problem, sub_problem
 
 import kloss.kernels as kernels
-from kloss.kernels import lora_hopper, lora_tiles
+from kloss.kernels import lora_hopper, lora_shrink, lora_tiles
 from kloss.kernels.segments import with_work
 
 hopper = partial(kernels.multi_lora_linear, backend="hopper")
@@ -90,7 +90,7 @@ def test_rows_in_order_need_no_order(p):
         keys = (torch.zeros(105, dtype=torch.int64),) * bool(p)
         factor = lora_tiles.Factor(case.lora_a, *(case.lora_a.stride(i) for i in (0, 0, 1, 2)))
         site = dict(site=3) if p else {}
-        lora_tiles.shrink(case.x, factor, s, rows, work.tiles_64, None, None, *draws, *keys, **site, K=40, C=8, R=8, blocks=1)
+        lora_shrink.shrink(case.x, factor, s, rows, work.tiles_64, None, None, *draws, *keys, **site, K=40, C=8, R=8, blocks=1)
         lora_tiles.reduce(case.x, s, d_a, rows, work, None, None, *draws[:1], *keys, C=40, SR=8, R=8, blocks=1, strides=(1, 40))
         made.append((s, d_a, *keys))
     for given, without in zip(*made, strict=True):

@@ -13,7 +13,7 @@ import kloss.kernels as kloss_kernels
 from bench import baselines, cases, kernels, profiled, timing, whole_step
 from bench.kernels import Decision, Shape
 from bench.timing import Times
-from kloss.kernels import lora_tiles, segments, tuned
+from kloss.kernels import lora_shrink, lora_tiles, segments, tuned
 
 
 def test_kernels_write_a_row_per_case_with_the_ratio_of_the_same_run(suite):
@@ -210,8 +210,9 @@ def test_a_kernel_is_timed_by_itself(suite, monkeypatch, timed, launches):
     kernel, exact = kernels.ALONE[timed]
     problem = small_problem()
     pass_of = cases.forward_backward(problem, exact=exact)
-    real, call, seen = getattr(lora_tiles, kernel), kernels.alone(pass_of, kernel), []
-    assert getattr(lora_tiles, kernel) is real, "the recorder is gone"
+    module = lora_shrink if timed == "shrink" else lora_tiles
+    real, call, seen = getattr(module, kernel), kernels.alone(pass_of, kernel), []
+    assert getattr(module, kernel) is real, "the recorder is gone"
     honest = type(real).__getitem__
     monkeypatch.setattr(type(real), "__getitem__", lambda self, grid: seen.append(self) or honest(self, grid))
     again = kernels.alone(pass_of, kernel)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import cuda_library
-from .lora_tiles import Factor, shrink
+from .lora_shrink import shrink
+from .lora_tiles import Factor
 from .lora_torch import Backward, Forward
 from .lora_triton import WORK, gradients, saved
 from .segments import Segments, Work

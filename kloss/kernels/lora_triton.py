@@ -24,7 +24,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .lora_tiles import Factor, expand, reduce, shrink
+from .lora_shrink import shrink
+from .lora_tiles import Factor, expand, reduce
 from .lora_torch import Backward, Forward
 from .segments import Work
 
