@@ -56,13 +56,13 @@ def lora_beside(sizes: XLMRConfig, rank: int) -> float:
 
 
 def measured(gpu: str, sizes: XLMRConfig, rank: int) -> Pace:
-    """From whole steps of XLM-R base in bf16 on one H100 (bench/LOG.md, 2026-11-26): 3.5 ms for one adapter's 32 utterances of
-    384 tokens, 29.7 ms for 52 adapters of r=32, 60.4 ms for 52 of r=256; between these ranks by interpolation.
+    """From whole steps of XLM-R base in bf16 on one H100 (bench/LOG.md, 2026-11-26): 3.3 ms for one adapter's 32 utterances of
+    384 tokens, 28.8 ms for 52 adapters of r=32, 61.6 ms for 52 of r=256; between these ranks by interpolation.
 
     Other sizes are taken in proportion to layers (a step) and weights (a token), scoring as a third of training, an H200 as an
     H100, and the update of a whole model as 26 bytes a weight at 2.5 TB/s: none of this was measured.
     """
-    one, at_32, at_256, tokens = 3.5e-3, 29.7e-3, 60.4e-3, 384
+    one, at_32, at_256, tokens = 3.3e-3, 28.8e-3, 61.6e-3, 384
     slope = [(many - one) / (51 * tokens) for many in (at_32, at_256)]
     token = slope[0] + (slope[1] - slope[0]) * min(max(rank - 32, 0), 224) / 224
     layers, weights = sizes.num_hidden_layers / BASE.num_hidden_layers, _weights(sizes) / _weights(BASE)

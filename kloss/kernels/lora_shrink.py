@@ -4,7 +4,6 @@ Equations: `lora_triton.py`. Sizes and what else the kernels share: `lora_tiles.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -112,8 +111,10 @@ def shrink(
         alone = config.BC < C  # x is read by several programs, each of which would write
         first = 0 if alone else len(s)  # rows behind those of the segments have no tile
         if first < len(x):
-            of_rows, *rows = (None if t is None else t[first:] for t in (of_x, x, before))
-            of_rows.copy_(F.gelu(rows[0]) if before is None else torch.ops.aten.gelu_backward(*rows))
+            if before is None:
+                torch.ops.aten.gelu.out(x[first:], out=of_x[first:])
+            else:
+                torch.ops.aten.gelu_backward.grad_input(x[first:], before[first:], grad_input=of_x[first:])
         x, of_x, before = (of_x, None, None) if alone else (x, of_x, before)
     grid = (tiles.shape[0] * triton.cdiv(C, config.BC) * blocks,)
     if not grid[0]:
