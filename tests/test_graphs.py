@@ -21,6 +21,8 @@ from kloss.cl.graphs import Graphs
 from kloss.cl.learner import Learner
 from kloss.cl.packing import capacity, pack
 from kloss.cl.step import StepSettings, train_step
+from kloss.kernels import Dropout, feed_forward, lora_hopper, multi_lora
+from kloss.kernels.dropout import keep, row_dropout
 from kloss.models import AdapterBank
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -153,6 +155,58 @@ def test_what_is_launched_follows_from_the_capacity(monkeypatch):
     assert len(made) > 30 and made == other_made
     assert len(ops) > 60 and ops == other_ops
     assert not [op for op, _ in ops if op.startswith("aten.gelu")]  # it is computed within the linears
+
+
+def products(x, weight, s, factor, bias, y, tiles, p=None, keys=None, *, slices=1, turned=False):
+    """`cuda_library.linear` in plain torch, a tile at a time."""
+    for g, first, last in tiles.tolist():
+        rows = slice(first, last)
+        y[rows] = torch.nn.functional.linear(x[rows], weight.t() if turned else weight, bias)
+        if g < 0 or first == last:
+            continue
+        if turned:
+            term = s[rows] @ factor[g]
+            if p is not None:
+                limits = row_dropout(Dropout(p, p.long(), keys[rows], 0), torch.full((last - first,), g))
+                kept = keep(keys[rows], limits.threshold, torch.arange(term.shape[1], dtype=torch.int32))
+                term = torch.where(kept, term * limits.scale[:, None], 0.0)
+        else:
+            own, blocks = s[rows].unflatten(1, (slices, -1)), factor[g].unflatten(0, (slices, -1))
+            term = torch.einsum("nsr,scr->nsc", own, blocks).flatten(1)
+        y[rows] += term
+
+
+def test_the_launches_of_a_step_on_a_hopper(monkeypatch):
+    """At most 400 with the 12 layers of base size, counted from one and two; its losses and gradients are a CPU's."""
+    batch, linears = batch_of([1] * 8, 2), []
+    monkeypatch.setattr(lora_hopper.cuda_library, "linear", lambda *args, **more: linears.append(1) or products(*args, **more))
+    for module in (multi_lora, feed_forward):
+        monkeypatch.setattr(module, "hopper_serves", lambda x, *rest: x.device == GPU)
+
+    def step_on(device, model):
+        bank, settings = bank_for(model, 8, device), StepSettings.of([learner(g) for g in range(8)], device)
+        return bank, partial(step._backward, model, bank, settings, 0, 8, batch.to(device))
+
+    def counted(layers):
+        model, ops, losses = toy_model(num_hidden_layers=layers).freeze_backbone(), [], []
+        bank, run = step_on(torch.device("cpu"), model)
+        wanted, gradients = run(), bank.grad
+        with pretended_gpu(monkeypatch) as gpu:
+            bank, run = step_on(GPU, model.to(GPU))
+            run()  # makes what is kept
+            linears.clear()
+            gpu.graph = type("Note", (), {"add": staticmethod(lambda func, *rest: ops.append(func))})
+            made = launches(monkeypatch, lambda: losses.append(run()))
+            gpu.graph = None
+            assert (losses[0].cpu() - wanted).norm() < 1e-5 * wanted.norm()
+            assert (bank.grad.cpu() - gradients).norm() < 1e-5 * gradients.norm()
+        assert len(linears) == 8 * layers - 1  # the first layer's input needs no gradient
+        aten = [func for func in ops if func.namespace == "aten" and not func.is_view and "empty" not in str(func)]
+        work_lists, adamw = 2, 3
+        return len(made) + len(linears) + len(aten) + work_lists + adamw
+
+    one, two = counted(1), counted(2)
+    assert one + 11 * (two - one) <= 400
 
 
 def test_a_learner_that_ends_stays_as_an_idle_row(monkeypatch):
