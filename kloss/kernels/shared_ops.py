@@ -104,15 +104,17 @@ def span_counts(
     *,
     tags: Tensor | None = None,
     types: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Counts for micro span F1 of every group, int64 [num_groups, 3]; arguments as in `eager.span_counts`, of any int dtype.
 
+    strict: on a CPU, gold's labels below 0 must be -100; else rows with any label below 0 do not count.
     Raises RuntimeError for labels, groups or offsets out of range; on a GPU the device stops.
     """
     counts = torch.zeros(num_groups, 3, dtype=torch.int64, device=pred.device)
     longs = (None if t is None else t.long().contiguous() for t in (pred, gold, group, tags, types))
     pred_, gold_, group_, tags_, types_ = longs
-    torch.ops.kloss.span_counts_(pred_, gold_, cu_seqlens.int().contiguous(), group_, tags_, types_, counts)
+    torch.ops.kloss.span_counts_(pred_, gold_, cu_seqlens.int().contiguous(), group_, tags_, types_, counts, strict)
     return counts
 
 
