@@ -143,3 +143,14 @@ def test_nothing_is_added_for_a_sequence_with_an_unknown_label():
     assert counts.tolist() == [[5, 5, 5], [8, 8, 8]]
     torch.ops.kloss.span_counts_(pred[2:], pred[2:], borders[:2], torch.tensor([0]), *named().values(), counts)
     assert counts.tolist() == [[6, 6, 6], [8, 8, 8]]
+
+
+@pytest.mark.parametrize("slots", [(0, 128, 256), (126, 127, 128), (127, 255, 383)])
+def test_slots_whose_bytes_would_be_the_same_stay_apart(slots):
+    tags, types = label_layout(NAMES)
+    far = dict(tags=torch.tensor(tags), types=torch.tensor([-1, *(slots[n] for n in types[1:])]))
+    pred, gold, borders, group, groups = batch(np.random.default_rng(5), [9] * 20, differs=0.5)
+    for seen in (range(7), (0, 1, 3, 5), (0, 3)):  # all labels; without I; one slot
+        left = torch.tensor([label if label in seen else 0 for label in range(7)])
+        arguments = left[pred], torch.where(gold < 0, gold, left[gold.clamp(min=0)]), borders, group, groups
+        assert torch.equal(all_agree(arguments, **far), all_agree(arguments, **named()))
