@@ -1,19 +1,22 @@
-// Span counts of many short sequences on a CPU: the counts of shared/spans.h, 64 rows at a time. Raw pointers, no torch.
+// Span counts of many sequences on a CPU: those of shared/spans.h, 64 rows at a time. Raw pointers, no torch.
 //
-// Rows that count stand one behind another, a bit each, bit 0 the first; p is pred's and g is gold's side.
+// Rows that count follow one another, a bit each; _p is pred's side and _g gold's.
 //
-//   goes_on = I of the slot of the row before, in the same sequence    starts = neither O nor goes_on
-//   both = goes_on_p & goes_on_g           one = goes_on_p ^ goes_on_g           met = starts_p & starts_g & same slot
-//   A span of `met` lasts as long as the rows behind it are `both`. It is a hit unless the row that ends it is `one`.
+//   goes_on = I of the slot of the row before, in the same sequence          starts = neither O nor goes_on
+//   both = goes_on_p & goes_on_g     met = starts_p & starts_g & same slot     hits = met - missed
 //
-// A carry runs through ones as a span through `both`, so an addition finds the ends of 64 rows' spans.
+// A span of `met` lasts through the rows of `both` behind it, as an addition's carry runs through ones. The row behind these ends
+// it on one side alone, and so is `missed`, if it is goes_on_p ^ goes_on_g. No span reaches another sequence, for whose first row
+// goes_on is 0: all sequences of a job are one stream.
 #pragma once
 
 #include "../shared/spans.h"
 
 namespace kloss::cpu {
 
-// Labels as bytes: 1 for O; 2k + 2 for I of slot k, 2k + 3 for B; 0 for one that has none.
+constexpr int64_t IGNORED = -100;  // gold's label of a row that does not count
+
+// Labels as bytes: 1 for O; 2k + 2 for I of slot k, 2k + 3 for B; 0 for a label that has none.
 struct SpanLabels {
   static constexpr int64_t LABELS = 256, SLOTS = 127;
   alignas(32) uint8_t code[LABELS] = {};
@@ -30,13 +33,11 @@ struct SpanLabels {
   }
 };
 
-constexpr int64_t IGNORED = -100;  // gold's label of a row that does not count
-
-// Adds the counts of sequences first..last-1. Returns false, and adds nothing, if a label that counts has no byte, or one of gold is
-// below 0 and not IGNORED.
+// Adds the counts of sequences first..last-1. Returns false, and adds nothing, if a label that counts has no byte, or one of gold
+// is below 0 and not IGNORED: then the shared body counts.
 using SpanCounter = bool (*)(const SpanCounts& c, const SpanLabels& labels, int64_t first, int64_t last);
 
-// For this processor, or null: then the shared body counts.
+// For this processor; null if it has none.
 SpanCounter span_counter();
 
 }  // namespace kloss::cpu
