@@ -80,8 +80,7 @@ struct Kept {
   bool read(const int64_t* p, const int64_t* g, int64_t rows) {
     int64_t whole = blocks - 1, kept = 0, last_p[ROWS] = {}, last_g[ROWS];
     for (int64_t& label : last_g) label = IGNORED;
-    memcpy(last_p, p + whole * ROWS, (rows - whole * ROWS) * sizeof *p);
-    memcpy(last_g, g + whole * ROWS, (rows - whole * ROWS) * sizeof *g);
+    for (int64_t t = whole * ROWS; t < rows; ++t) last_p[t % ROWS] = p[t], last_g[t % ROWS] = g[t];
     Vector any = _mm256_setzero_si256();
     auto take = [&](int64_t block, const int64_t* p, const int64_t* g) {
       Vector p0 = load(p), p1 = load(p + 4), g0 = load(g), g1 = load(g + 4);
@@ -91,7 +90,7 @@ struct Kept {
       __m128i labels = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
       labels = _mm_shuffle_epi8(labels, _mm_load_si128((const __m128i*)ORDERS.of[set]));
       _mm_storel_epi64((__m128i*)(gold + kept), labels);
-      _mm_storeh_pd((double*)(pred + kept), _mm_castsi128_pd(labels));
+      _mm_storeh_pi((__m64*)(pred + kept), _mm_castsi128_ps(labels));
       counted[block] = (uint8_t)set, before[block] = (int32_t)kept, kept += count(set);
     };
     for (int64_t block = 0; block < whole; ++block) take(block, p + block * ROWS, g + block * ROWS);
