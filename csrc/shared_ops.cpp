@@ -119,6 +119,7 @@ void span_counts(
     c.labels = tags->size(0);
     c.tags = data<int64_t>(*tags, ScalarType::Long, {c.labels}, "tags");
     c.types = data<int64_t>(*types, ScalarType::Long, {c.labels}, "types");
+    if (strict) check_range(c.tags, c.labels, 0, 2, "tags");
   }
   cpu::SpanCounter counter = shared ? nullptr : cpu::span_counter();
   const cpu::SpanLabels labels(c);

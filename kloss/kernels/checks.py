@@ -98,14 +98,15 @@ def check_labels(
         raise ValueError("tags and types are given together or not at all")
     check("tags", tags, (tags.numel(),), INTS, gold.device)
     check("types", types, (tags.numel(),), INTS, gold.device)
-    check_ids("tags", tags, 0, 3)
 
 
 def check_label_values(
     pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, num_groups: int, tags: Tensor | None
 ) -> None:
-    """What `span_counts` needs of borders, groups and labels."""
+    """What `span_counts` needs of borders, groups, tags and labels."""
     check_offsets(cu_seqlens, gold.numel())
+    if tags is not None:
+        check_ids("tags", tags, 0, 3)
     check_ids("group", group, 0, num_groups)
     labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
     if readable(gold):

@@ -108,7 +108,7 @@ def span_counts(
 ) -> Tensor:
     """Counts for micro span F1 of every group, int64 [num_groups, 3]; arguments as in `eager.span_counts`, of any int dtype.
 
-    strict: on a CPU, gold's labels below 0 must be -100; else rows with any label below 0 do not count.
+    strict: on a CPU, refuse tags outside 0..2, and labels of gold below 0 that are not -100; else no such row counts.
     Raises RuntimeError for labels, groups or offsets out of range; on a GPU the device stops.
     """
     counts = torch.zeros(num_groups, 3, dtype=torch.int64, device=pred.device)
