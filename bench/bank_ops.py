@@ -3,7 +3,7 @@
     python -m bench.bank_ops [--threads 1] [--rounds 12]
     python -m bench.bank_ops --steps [--model FOLDER] [--dtype fp32 bf16] [--rounds 3]
 
-Both sides take turns, three calls each, and the fastest call of each counts: other programs only ever make one slower. The first
+Both sides take turns of equal time, and the fastest call of each counts: other programs only ever make one slower. The first
 call of a turn finds caches full of the other side's data and code, so it has a figure of its own. A round of --steps runs the
 step, packing alone, the frozen products alone, and the step with a clock around each operator. On one thread seconds are the
 process's processor time, which other programs hardly change. Scoring is `evaluate` on eight cells of 200 utterances.
@@ -44,7 +44,7 @@ from .whole_step import DTYPES, TrainingStep, make_sentences, make_step
 
 BASE = XLMRConfig(num_labels=111)
 SMALL = XLMRConfig(hidden_size=384, intermediate_size=1536, num_labels=111)
-CALLS = 3  # of a side in its turn
+TURN = 0.2  # seconds that a side is called again and again, at least once
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 # What a step on a CPU does -> how the names of the operators that do it begin. The rest is Python, dispatch and autograd.
 GROUPS = {
@@ -336,11 +336,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         seconds: list[list[float]] = [[], []]
         for _ in range(options.rounds):
             for run, firsts, times in zip(sides, first, seconds, strict=True):
-                for _ in range(CALLS):
+                end, calls = time.perf_counter() + TURN, len(times)
+                while len(times) == calls or time.perf_counter() < end:
                     start = time.perf_counter()
                     run()
                     times.append(time.perf_counter() - start)
-                firsts.append(times[-CALLS])
+                firsts.append(times[calls])
         (ours, theirs), cold = map(min, seconds), min(first[0])
         text = f"{name}: {ours * 1e3:.3f} ms, {theirs * 1e3:.3f} ms, {theirs / ours:.2f}x"
         print(f"{text}; first call after the other side {cold * 1e3:.3f} ms, {min(first[1]) / cold:.2f}x", flush=True)
