@@ -39,7 +39,7 @@ sanitize: $(ENV)/ready-to-test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitized $(PY) -P -m pytest -q -o pythonpath=tests -o addopts= tests/test_multi_lora_cpu.py \
 	  tests/test_attention_cpu.py tests/test_multi_lora_faults.py tests/test_op_faults.py tests/test_rows_cpu.py \
-	  tests/test_shared_bodies.py
+	  tests/test_shared_bodies.py tests/test_spans_cpu.py
 
 size:
 	@git ls-files 'kloss/*.py' 'kloss/*.j2' 'kloss/*.css' 'bench/*.py' 'csrc/*' setup.py | xargs wc -l | sort -n

@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 VARIANTS = ("generic_f32", "avx2_f32", "avx512_f32", "avx512_bf16")
 BODIES = [f"csrc/cpu/{body}_{variant}.cpp" for body in ("lora", "attention", "rows", "heads") for variant in VARIANTS]
 OPS = ["ops", "attention_ops", "rows_ops", "heads_ops", "shared_ops"]
-SOURCES = [*(f"csrc/{name}.cpp" for name in OPS), "csrc/cpu/adamw.cpp", *BODIES]
+SOURCES = [*(f"csrc/{name}.cpp" for name in OPS), "csrc/cpu/adamw.cpp", "csrc/cpu/spans.cpp", *BODIES]
 HEADERS = [path for pattern in ("*.h", "*/*.h", "*/*.inl") for path in glob(f"csrc/{pattern}")]
 # Code for three chips, and PTX that later ones compile. Products and sums are not fused, so that a CPU has the same bits.
 CHIPS = (("80", "sm_80"), ("90a", "sm_90a"), ("100", "[sm_100,compute_100]"))

@@ -2,8 +2,8 @@
 
 #include "checks.h"
 #include "cpu/adamw.h"
+#include "cpu/spans.h"
 #include "shared/lists.h"
-#include "shared/spans.h"
 
 #include <vector>
 
@@ -103,7 +103,7 @@ void adamw(
 
 void span_counts(
     Tensor pred, Tensor gold, Tensor cu_seqlens, Tensor group, std::optional<Tensor> tags, std::optional<Tensor> types,
-    Tensor counts) {
+    Tensor counts, bool strict, bool shared) {
   SpanCounts c{};
   STD_TORCH_CHECK(pred.dim() == 1 && counts.dim() == 2, "pred must be [T] and counts [groups, 3]");
   STD_TORCH_CHECK(tags.has_value() == types.has_value(), "tags and types belong together");
@@ -119,14 +119,21 @@ void span_counts(
     c.labels = tags->size(0);
     c.tags = data<int64_t>(*tags, ScalarType::Long, {c.labels}, "tags");
     c.types = data<int64_t>(*types, ScalarType::Long, {c.labels}, "types");
+    if (strict) check_range(c.tags, c.labels, 0, 2, "tags");
   }
+  cpu::SpanCounter counter = shared ? nullptr : cpu::span_counter();
+  const cpu::SpanLabels labels(c);
   std::vector<int32_t> codes(c.labels);
   for (int64_t i = 0; i < c.labels; ++i) codes[i] = c.code_of(i);
   if (tags) c.codes = codes.data();
-  constexpr int64_t BLOCK = 128;  // sequences of a job
+  // Sequences of a job: some 2^15 rows, whose bytes stay in a cache.
+  const int64_t block = std::max<int64_t>(1, (c.sequences << 15) / std::max<int64_t>(1, c.rows));
   std::atomic<bool> known{true};
-  each(ceil_div(c.sequences, BLOCK), c.rows > 1 << 19, [&](int64_t job) {
-    int64_t s = job * BLOCK, last = std::min(c.sequences, s + BLOCK);
+  each(ceil_div(c.sequences, block), c.rows > 1 << 19, [&](int64_t job) {
+    int64_t s = job * block, last = std::min(c.sequences, s + block);
+    if (counter && counter(c, labels, s, last)) return;
+    for (int64_t t = c.cu_seqlens[s]; strict && t < c.cu_seqlens[last]; ++t)
+      if (c.gold[t] < 0 && c.gold[t] != cpu::IGNORED) known = false;
     while (s < last) {  // sequences of the same group together: atomic sums are slow
       int64_t sums[3] = {}, first = s;
       for (; s < last && c.group[s] == c.group[first]; ++s)
@@ -203,8 +210,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kloss, m) {
       "Tensor tail_lr, Tensor weight_decay, Tensor max_norm, Tensor active, float beta_1, float beta_2, float eps, "
       "Tensor(e!)? work, int variant, Tensor(f!) norms) -> ()");
   m.def(
-      "span_counts_(Tensor pred, Tensor gold, Tensor cu_seqlens, Tensor group, Tensor? tags, Tensor? types, Tensor(a!) counts) "
-      "-> ()");
+      "span_counts_(Tensor pred, Tensor gold, Tensor cu_seqlens, Tensor group, Tensor? tags, Tensor? types, Tensor(a!) counts, "
+      "bool strict=False, bool shared=False) -> ()");
   m.def(
       "work_lists_(Tensor cu_seqlens, Tensor adapter, Tensor? step, Tensor? sequence, bool backwards, Tensor(a!) row_adapter, "
       "Tensor(b!) order, Tensor(c!) ends, Tensor(d!) tiles_64, Tensor(e!) tiles_128, Tensor(f!) chunks, Tensor(g!) slots, "

@@ -1,6 +1,7 @@
 """Span F1 against seqeval: fuzzed, from a file of predictions, and the example seqeval publishes."""
 
 import itertools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,26 @@ def test_predictions_where_gold_is_ignored_or_behind_the_last_border_do_not_matt
 def test_no_groups():
     assert span_f1([], [], [0], group=[], num_groups=0).shape == (0,)
     assert span_f1([], [], [0], group=[], num_groups=2).tolist() == pytest.approx([np.nan] * 2, nan_ok=True)
+
+
+def test_arrays_that_torch_does_not_take_as_they_are():
+    """Read-only, backwards, of the other byte order, between other bytes; none is written to, and torch does not warn."""
+    pred, gold = (np.array([label for row in side for label in row]) for side in (GUESS, IDS))
+    fixed, packed = pred.copy(), np.zeros(len(pred), [("pad", "i1"), ("label", "i8")])
+    fixed.setflags(write=False)
+    packed["label"] = pred
+    swapped, backwards = pred.astype(pred.dtype.newbyteorder()), pred[::-1].copy()[::-1]
+    borders = [0, *itertools.accumulate(map(len, IDS))]
+    wanted = span_f1(pred.tolist(), gold, borders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for side in (fixed, packed["label"], swapped, backwards, pred.astype(np.uint8)):
+            assert span_f1(side, gold, borders) == wanted and side.tolist() == pred.tolist()
+
+
+def test_borders_beyond_32_bits_are_not_wrapped():
+    for borders in ([0, 2**32 + 2], [0, 2**32, 2], [2**32, 2**32 + 2]):
+        with pytest.raises(UserError, match="cu_seqlens must"):
+            span_f1([0, 0], [0, 0], borders)
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            span_counts(*torch.zeros(2, 2, dtype=torch.int64), torch.tensor(borders), torch.zeros(len(borders) - 1).long(), 1)

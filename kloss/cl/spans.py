@@ -93,7 +93,8 @@ def span_f1(
         borders = np.cumsum([0, *lengths])
     else:
         raise UserError("cu_seqlens is for packed rows; pred and gold have one entry per sequence")
-    S = max(0, len(borders) - 1)
+    S, narrow = max(0, len(borders) - 1), borders.astype(np.int32)
+    borders = narrow if np.array_equal(narrow, borders) else borders
     groups = np.zeros(S, np.int64) if group is None else _column("group", group)
     if len(groups) != S:
         raise UserError(f"group must be [{S}], one number a sequence, not [{len(groups)}]")
@@ -119,7 +120,8 @@ def _flat(name: str, side: Any) -> tuple[NDArray[np.int64] | list[str], list[int
     if hasattr(side, "detach"):  # a tensor
         side = side.tolist() if side.is_floating_point() else side.detach().cpu().numpy()
     if isinstance(side, np.ndarray) and side.dtype.kind in "iu" and side.ndim in (1, 2):
-        return side.reshape(-1).astype(np.int64), None if side.ndim == 1 else [side.shape[1]] * side.shape[0]
+        numbers = np.require(side.reshape(-1), np.int64, ("A", "C", "W", "E"))  # what torch takes, without a copy if it is that
+        return numbers, None if side.ndim == 1 else [side.shape[1]] * side.shape[0]
     side = _plain(side)
     if isinstance(side, str) or not isinstance(side, Iterable):
         raise UserError(f"{name} must be lists or arrays of label ids or names, not {repr(side)}")

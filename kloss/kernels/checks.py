@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORED = -100  # the label of a row without one
 INTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -81,6 +82,37 @@ def check_ids(name: str, ids: Tensor, low: int, end: int, ignored: int | None = 
         least = int(counted.min()) if counted.numel() else low
     if least < low or most >= end:
         raise ValueError(f"{allowed}, got {least}..{most}")
+
+
+def check_labels(
+    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, tags: Tensor | None, types: Tensor | None
+) -> None:
+    """What `span_counts` needs of its tensors before anybody looks at many values."""
+    check("gold", gold, (gold.numel(),), INTS, cu_seqlens.device)
+    check("pred", pred, (gold.numel(),), INTS, gold.device)
+    check("cu_seqlens", cu_seqlens, (max(1, cu_seqlens.numel()),), INTS, None)
+    check("group", group, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
+    if tags is None and types is None:
+        return
+    if tags is None or types is None:
+        raise ValueError("tags and types are given together or not at all")
+    check("tags", tags, (tags.numel(),), INTS, gold.device)
+    check("types", types, (tags.numel(),), INTS, gold.device)
+
+
+def check_label_values(
+    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, num_groups: int, tags: Tensor | None
+) -> None:
+    """What `span_counts` needs of borders, groups, tags and labels."""
+    check_offsets(cu_seqlens, gold.numel())
+    if tags is not None:
+        check_ids("tags", tags, 0, 3)
+    check_ids("group", group, 0, num_groups)
+    labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
+    if readable(gold):
+        end = int(cu_seqlens[-1])
+        check_ids("pred", pred[:end][gold[:end] != IGNORED], 0, labels)
+        check_ids("gold", gold[:end], 0, labels, ignored=IGNORED)
 
 
 def check_values(name: str, values: Iterable[float], fits: Callable[[float], bool], allowed: str) -> None:

@@ -14,12 +14,23 @@ from torch.autograd.function import once_differentiable
 
 from . import attention_cpu, heads_cpu, rows_cpu, shared_ops, triton_ops
 from .buckets import AttentionTiles, Buckets, Offsets, attention_tiles, make_buckets
-from .checks import FLOATS, INTS, check, check_dim, check_ids, check_offsets, readable, require
+from .checks import (
+    FLOATS,
+    IGNORED,
+    INTS,
+    check,
+    check_dim,
+    check_ids,
+    check_label_values,
+    check_labels,
+    check_offsets,
+    readable,
+    require,
+)
 from .dropout import Dropout, check_dropout, check_row_keys, keep_mask, row_dropout
 from .dropout import apply_dropout as plain_dropout
 from .segments import Segments
 
-IGNORED = -100  # the label of a row without one
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # a constant, since torch.compile cannot ask
 
 
@@ -315,20 +326,6 @@ def token_loss(logits: Tensor, labels: Tensor, segments: Segments) -> tuple[Tens
     return loss[:G], count[:G]
 
 
-def _check_labels(pred: Tensor, gold: Tensor, cu_seqlens: Tensor, tags: Tensor | None, types: Tensor | None) -> None:
-    """What `span_counts` needs of its tensors before it looks at labels."""
-    check("gold", gold, (gold.numel(),), INTS, cu_seqlens.device)
-    check("pred", pred, (gold.numel(),), INTS, gold.device)
-    check_offsets(cu_seqlens, gold.numel())
-    if tags is None and types is None:
-        return
-    if tags is None or types is None:
-        raise ValueError("tags and types are given together or not at all")
-    check("tags", tags, (tags.numel(),), INTS, gold.device)
-    check("types", types, (tags.numel(),), INTS, gold.device)
-    check_ids("tags", tags, 0, 3)
-
-
 def span_counts(
     pred: Tensor,
     gold: Tensor,
@@ -350,18 +347,19 @@ def span_counts(
     Raises ValueError for tensors that do not fit each other, on a CPU also for labels or groups out of range. On a GPU an
     assertion stops the device.
     """
-    _check_labels(pred, gold, cu_seqlens, tags, types)
+    check_labels(pred, gold, cu_seqlens, group, tags, types)
     if num_groups < 0:
         raise ValueError(f"num_groups must be at least 0, got {num_groups}")
-    check("group", group, (cu_seqlens.numel() - 1,), INTS, cu_seqlens.device)
-    check_ids("group", group, 0, num_groups)
-    labels = torch.iinfo(torch.int64).max if tags is None else tags.numel()
-    if readable(gold):
-        end = int(cu_seqlens[-1])
-        check_ids("pred", pred[:end][gold[:end] != IGNORED], 0, labels)
-        check_ids("gold", gold[:end], 0, labels, ignored=IGNORED)
-    if shared_ops.runs_on(gold.device):
-        return shared_ops.span_counts(pred, gold, cu_seqlens, group, num_groups, tags=tags, types=types)
+    arguments, op = (pred, gold, cu_seqlens, group, num_groups), shared_ops.runs_on(gold.device)
+    if op and readable(gold) and cu_seqlens.dtype == torch.int32:
+        try:
+            return shared_ops.span_counts(*arguments, tags=tags, types=types, strict=True)
+        except RuntimeError:  # it looked at every value, and what follows says which one is wrong
+            check_label_values(*arguments, tags)
+            raise
+    check_label_values(*arguments, tags)
+    if op:
+        return shared_ops.span_counts(*arguments, tags=tags, types=types)
     index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
     sequence = torch.repeat_interleave(index, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
     total = sequence.numel()

@@ -104,15 +104,17 @@ def span_counts(
     *,
     tags: Tensor | None = None,
     types: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Counts for micro span F1 of every group, int64 [num_groups, 3]; arguments as in `eager.span_counts`, of any int dtype.
 
+    strict: on a CPU, refuse tags outside 0..2, and labels of gold below 0 that are not -100; else no such row counts.
     Raises RuntimeError for labels, groups or offsets out of range; on a GPU the device stops.
     """
     counts = torch.zeros(num_groups, 3, dtype=torch.int64, device=pred.device)
     longs = (None if t is None else t.long().contiguous() for t in (pred, gold, group, tags, types))
     pred_, gold_, group_, tags_, types_ = longs
-    torch.ops.kloss.span_counts_(pred_, gold_, cu_seqlens.int().contiguous(), group_, tags_, types_, counts)
+    torch.ops.kloss.span_counts_(pred_, gold_, cu_seqlens.int().contiguous(), group_, tags_, types_, counts, strict)
     return counts
 
 
