@@ -62,7 +62,7 @@ def test_memory_is_measured_in_a_process_of_its_own(small):
 
 @pytest.mark.skipif(not peak._is_linux(), reason="of Linux")
 def test_peak_is_what_is_held_at_once():
-    size = 4 << 20
+    size = 16 << 20
 
     def one_after_the_other():
         first = torch.ones(size)
