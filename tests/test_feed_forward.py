@@ -157,3 +157,13 @@ def test_weights_that_are_trained_get_their_gradients(monkeypatch):
     """Then the two are linears of their own."""
     monkeypatch.setattr(feed_forward, "serves", lambda x: True)
     assert_as_good(*two(**CASES["several"]), weights=True)
+
+
+def test_a_factor_that_was_changed_since_is_noticed(as_one):
+    up, down = two(**CASES["several"])
+    layers = [LoraLinear(case.weight, case.bias, case.lora_a.clone().requires_grad_(), case.lora_b) for case in (up, down)]
+    y = multi_lora_feed_forward(up.x, *layers, up.scaling, up.segments)
+    with torch.no_grad():
+        layers[0].lora_a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(down.dy)

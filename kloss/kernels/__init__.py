@@ -16,7 +16,6 @@ from .eager import (
     token_loss,
 )
 from .embed import embed
-from .feed_forward import multi_lora_feed_forward
 from .lists import BatchLists, batch_lists
 from .multi_lora import lora_linear, multi_lora_linear
 from .segments import Segments, make_segments
@@ -40,7 +39,6 @@ __all__ = [
     "gelu",
     "lora_linear",
     "make_segments",
-    "multi_lora_feed_forward",
     "multi_lora_linear",
     "packed_attention",
     "reference",

@@ -89,7 +89,7 @@ class _FeedForward(Function):
             u, *saved_up = torch.ops.kloss.multi_lora(*arguments, None, None, of_up)
             arguments, of_down = _arguments(u, down, shared)
             y, *saved_down, activated = torch.ops.kloss.multi_lora_of_gelu(*arguments, of_down)
-        ctx.save_for_backward(x, u, activated, *saved_up, *saved_down)
+        ctx.save_for_backward(x, u, activated, up_a, up_b, down_a, down_b, *saved_up, *saved_down)
         ctx.layers, ctx.shared, ctx.backends = (up, down), shared, (of_up, of_down)
         return y
 
@@ -97,8 +97,9 @@ class _FeedForward(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, activated, *saved = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        factors, saved, need = saved[:4], saved[4:], ctx.needs_input_grad
         (up, down), shared, (of_up, of_down) = ctx.layers, ctx.shared, ctx.backends
+        up, down = up._replace(lora_a=factors[0], lora_b=factors[1]), down._replace(lora_a=factors[2], lora_b=factors[3])
         arguments, places = _backward_arguments(dy, activated, down, shared, saved[2:], (True, *need[3:5]))
         du, *of_factors = torch.ops.kloss.multi_lora_backward(*arguments, of_down)
         gradients = _handed_over(of_factors, places, down, need[3:5])

@@ -30,11 +30,10 @@ from ..kernels import (
     embed,
     gelu,
     layer_cpu,
-    multi_lora_feed_forward,
     multi_lora_linear,
     packed_attention,
 )
-from ..kernels.feed_forward import LoraLinear
+from ..kernels.feed_forward import LoraLinear, multi_lora_feed_forward
 from ..kernels.layer_cpu import LayerAdapters, LayerWeights
 from ..kernels.lists import positions
 from .architecture import MODELS, XLMRConfig, from_config
