@@ -109,7 +109,7 @@ def test_time_of_a_cohort_counts_passes_and_tokens():
     assert 0 < here.scored < here.token and here.step > 0
     h100, r256 = (measured("h100", BASE, rank) for rank in (32, 256))
     assert seconds(h100, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(28.8e-3, rel=0.01)
-    assert seconds(r256, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(61.6e-3, rel=0.01)
+    assert seconds(r256, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(61.6e-3, rel=0.02)
     assert seconds(h100, [1], [384], 1 << 20, whole=False) == pytest.approx(3.3e-3, rel=0.01)
 
 

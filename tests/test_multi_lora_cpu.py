@@ -207,9 +207,9 @@ def test_any_subset_may_require_gradients(dtype):
 
 
 def test_what_it_does_not_take_plain_torch_does(monkeypatch):
-    ran, module = [], multi_lora._module
+    ran, module = [], multi_lora.module_of
     monkeypatch.setattr(multi_lora.multi_lora_direct, "serves", lambda *_: False)
-    monkeypatch.setattr(multi_lora, "_module", lambda backend: (ran.append(backend), module(backend))[1])
+    monkeypatch.setattr(multi_lora, "module_of", lambda backend: (ran.append(backend), module(backend))[1])
 
     def backend(**shape):
         outputs(kernels.multi_lora_linear, problem([5], [0], adapters=1, **shape), grads=())
