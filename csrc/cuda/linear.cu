@@ -4,8 +4,8 @@
 // A cluster of two CTAs computes four tiles, one below the other, of COLUMNS columns. A CTA has two of them, one for each of two
 // warpgroups that multiply by wgmma; a thread of a third warpgroup loads by TMA, some steps of the contraction ahead. Each CTA
 // loads half of the base weight's boxes, for both. LoRA's steps come first. There is one CTA on each multiprocessor, and a cluster
-// walks its items; while products run, the next item is looked up and its dropout drawn. Tiles start at multiples of 64 from the adapter's own first row and the order of summation is fixed: an
-// adapter's bits do not depend on who shares the batch.
+// walks its items; while products run, the next item is looked up and its dropout drawn. Tiles start at multiples of 64 from the
+// adapter's own first row and the order of summation is fixed: an adapter's bits do not depend on who shares the batch.
 
 #include "../shared/host_device.h"
 #include "entry.cuh"
