@@ -167,3 +167,14 @@ def test_a_factor_that_was_changed_since_is_noticed(as_one):
         layers[0].lora_a.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(down.dy)
+
+
+def test_few_rows_are_two_linears(monkeypatch):
+    monkeypatch.setattr(feed_forward, "serves", lambda x: True)
+    monkeypatch.setattr(feed_forward, "LEAST", 105)
+    calls, gelu = [], feed_forward.gelu
+    monkeypatch.setattr(feed_forward, "gelu", lambda x: calls.append(len(x)) or gelu(x))
+    for behind, alone in ((0, []), (-1, [104])):
+        up, down = two(lengths=[70, 35 + behind], adapter=[0, 1], adapters=2, rank=8)
+        outputs(multi_lora_feed_forward, up, down)
+        assert calls == alone

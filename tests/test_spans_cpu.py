@@ -69,7 +69,8 @@ def test_any_lengths_around_words(seed, lengths, ends, differs, ignored, run, pa
 
 @pytest.mark.parametrize("ignored", [0, 0.6])
 def test_seqevals_own_spans_of_each_sequence(ignored):
-    get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
+    from seqeval.metrics.sequence_labeling import get_entities
+
     rng = np.random.default_rng(7)
     lengths = [*SIDES, *rng.permutation(SIDES * 6).tolist(), *rng.integers(0, 20, 200).tolist()]
     pred, gold, borders, _, _ = batch(rng, lengths, ends=0.3, ignored=ignored)

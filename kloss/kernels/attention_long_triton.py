@@ -64,6 +64,14 @@ def kept(keys_ptr, threshold_ptr, o_q, m_q, i_h, first_key, BL: tl.constexpr):
 
 
 @triton.jit
+def block_of(tiles_ptr, heads, D, BD: tl.constexpr):
+    """A program's head, its sequence's first row and end, its block's first row, and the head's columns with their mask."""
+    i_h, p_tile = tl.program_id(0) % heads, tiles_ptr + tl.program_id(0) // heads * 3
+    o_d = tl.arange(0, BD)
+    return i_h, tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), i_h * D + o_d, o_d < D
+
+
+@triton.jit
 def attend_long_kernel(
     qkv_ptr,  # [T, 3H]
     out_ptr,  # [T, H]
@@ -76,12 +84,9 @@ def attend_long_kernel(
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one head of a block of a long sequence's queries, over its keys in order."""
-    i_h, i_n = tl.program_id(0) % heads, tl.program_id(0) // heads
-    start, end, first = tl.load(tiles_ptr + i_n * 3), tl.load(tiles_ptr + i_n * 3 + 1), tl.load(tiles_ptr + i_n * 3 + 2)
+    i_h, start, end, first, o_h, m_d = block_of(tiles_ptr, heads, D, BD)
     if start >= end:
         return
-    o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D + o_d
     o_q = first + tl.arange(0, BL)
     m_q = o_q < end
     b_q = load_rows(qkv_ptr, o_q, m_q, 0, o_h, m_d, stride_qkv)  # [BL, BD]
@@ -124,12 +129,9 @@ def attend_dq_kernel(
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq of one head of a block of a long sequence's queries, over its keys in order."""
-    i_h, i_n = tl.program_id(0) % heads, tl.program_id(0) // heads
-    start, end, first = tl.load(tiles_ptr + i_n * 3), tl.load(tiles_ptr + i_n * 3 + 1), tl.load(tiles_ptr + i_n * 3 + 2)
+    i_h, start, end, first, o_h, m_d = block_of(tiles_ptr, heads, D, BD)
     if start >= end:
         return
-    o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D + o_d
     o_q = first + tl.arange(0, BL)
     m_q = o_q < end
     b_q = load_rows(qkv_ptr, o_q, m_q, 0, o_h, m_d, stride_qkv)  # [BL, BD]
@@ -168,12 +170,9 @@ def attend_dkv_kernel(
     BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one head of a block of a long sequence's keys, over its queries in order."""
-    i_h, i_n = tl.program_id(0) % heads, tl.program_id(0) // heads
-    start, end, first = tl.load(tiles_ptr + i_n * 3), tl.load(tiles_ptr + i_n * 3 + 1), tl.load(tiles_ptr + i_n * 3 + 2)
+    i_h, start, end, first, o_h, m_d = block_of(tiles_ptr, heads, D, BD)
     if start >= end:
         return
-    o_d = tl.arange(0, BD)
-    m_d, o_h = o_d < D, i_h * D + o_d
     o_k = first + tl.arange(0, BL)
     m_k = o_k < end
     b_k = load_rows(qkv_ptr + H, o_k, m_k, 0, o_h, m_d, stride_qkv)  # [BL, BD]

@@ -115,8 +115,9 @@ def _adamw(
 
 
 def _span_counts(
-    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, tags: Tensor | None, types: Tensor | None, counts: Tensor
-) -> None:
+    pred: Tensor, gold: Tensor, cu_seqlens: Tensor, group: Tensor, tags: Tensor | None, types: Tensor | None, counts: Tensor,
+    *_on_a_cpu: bool,
+) -> None:  # fmt: skip
     device, T, S = pred.device, pred.shape[0], cu_seqlens.shape[0] - 1
     labels = 0 if tags is None else tags.shape[0]
     if (tags is None) != (types is None):

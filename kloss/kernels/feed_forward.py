@@ -15,11 +15,21 @@ from torch.autograd.function import once_differentiable
 from .dropout import Dropout
 from .eager import gelu
 from .lora_torch import Backward, Forward
-from .multi_lora import check_linear, hopper_serves, kernel_lists, module_of, multi_lora_linear, written_directly
+from .multi_lora import (
+    check_linear,
+    handed_over,
+    hopper_serves,
+    kernel_lists,
+    module_of,
+    multi_lora_linear,
+    without_autocast,
+    written_directly,
+)
 from .segments import Segments
 from .triton_ops import serves
 
 LEAST = 132 * 64  # rows: with fewer the programs that compute S are too few to compute GELU besides
+NOWHERE = None, None  # `into` where autograd gets both gradients
 
 
 class LoraLinear(NamedTuple):
@@ -102,10 +112,11 @@ class _FeedForward(Function):
         up, down = up._replace(lora_a=factors[0], lora_b=factors[1]), down._replace(lora_a=factors[2], lora_b=factors[3])
         arguments, places = _backward_arguments(dy, activated, down, shared, saved[2:], (True, *need[3:5]))
         du, *of_factors = torch.ops.kloss.multi_lora_backward(*arguments, of_down)
-        gradients = _handed_over(of_factors, places, down, need[3:5])
+        gradients = handed_over(of_factors, down.into or NOWHERE, places, need[3:5])
         arguments, places = _backward_arguments(du, x, up, shared, saved[:2], need[:3])
         dx, *of_factors = torch.ops.kloss.multi_lora_backward_of_gelu(*arguments, u, of_up)
-        return dx if need[0] else None, *_handed_over(of_factors, places, up, need[1:3]), *gradients, None, None, None
+        of_factors = handed_over(of_factors, up.into or NOWHERE, places, need[1:3])
+        return dx if need[0] else None, *of_factors, *gradients, None, None, None
 
 
 def _arguments(x: Tensor, layer: LoraLinear, shared: Shared) -> tuple[tuple, str]:
@@ -123,29 +134,19 @@ def _backward_arguments(
 ) -> tuple[tuple, list[Tensor | None]]:
     """Those of the operators up to `into_b`, and where the factors' gradients are written directly."""
     weight, _, lora_a, lora_b, dropout, into = layer
-    direct = [written_directly(*pair) for pair in zip(into or (None, None), (lora_a, lora_b), strict=True)]
+    direct = [written_directly(*pair) for pair in zip(into or NOWHERE, (lora_a, lora_b), strict=True)]
     lists = kernel_lists(shared.segments, dropout)
     tensors = dy, x, weight, lora_a, lora_b, shared.scaling, *saved, shared.ranks, lists
     return (*tensors, 1, shared.exact, *need, *direct), direct
 
 
-def _handed_over(
-    gradients: Sequence[Tensor], direct: Sequence[Tensor | None], layer: LoraLinear, need: Sequence[bool]
-) -> list[Tensor | None]:
-    """What autograd gets of the factors' gradients: nothing where `into` has them."""
-    for gradient, place, written, needed in zip(gradients, layer.into or (), direct, need, strict=False):
-        if needed and written is None:
-            place.copy_(gradient)
-    return [g if needed and layer.into is None else None for g, needed in zip(gradients, need, strict=True)]
-
-
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    activated, backend = torch.empty_like(x), rest[-1]
-    return *module_of(backend).forward(Forward(x, *rest[:-1])._replace(activated=activated)), activated
+    call = Forward(x, *rest[:-1])._replace(activated=(activated := torch.empty_like(x)))
+    return *without_autocast(x.device.type, module_of(rest[-1]).forward, call), activated
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return module_of(arguments[-1]).backward(Backward(*arguments[:-1]))
+def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return without_autocast(dy.device.type, module_of(rest[-1]).backward, Backward(dy, *rest[:-1]))
 
 
 # As `multi_lora`, of gelu(x), which is the last of its results; and its gradients, with `dy` at gelu(before).

@@ -5,7 +5,7 @@ dA and dB. `saved` gives the empty tensors that forward fills for backward. `lis
 and of dropout: one list, since each argument of an operator costs the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -231,7 +231,7 @@ def check_linear(
                 raise ValueError(f"ranks must lie in 1..{R}, the last dimension of lora_b; got {low}..{high}")
 
 
-def _without_autocast(device_type: str, function: Callable, *arguments: Any) -> Any:
+def without_autocast(device_type: str, function: Callable, *arguments: Any) -> Any:
     """function(*arguments) with autocast off: the dtypes are chosen."""
     if not torch.is_autocast_enabled(device_type):
         return function(*arguments)
@@ -244,6 +244,16 @@ def written_directly(into: Tensor | None, factor: Tensor) -> Tensor | None:
     if into is None or into.dtype != factor.dtype or into.stride()[1:] != (into.shape[2], 1):
         return None
     return into
+
+
+def handed_over(
+    gradients: Sequence[Tensor], into: Sequence[Tensor | None], direct: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """What autograd gets of the factors' gradients: nothing of those that `into` takes, copied there if not written directly."""
+    for gradient, place, written, need in zip(gradients, into, direct, needed, strict=True):
+        if need and place is not None and written is None:
+            place.copy_(gradient)
+    return [gradient if need and place is None else None for gradient, place, need in zip(gradients, into, needed, strict=True)]
 
 
 class _MultiLora(Function):
@@ -271,24 +281,20 @@ class _MultiLora(Function):
             direct = [written_directly(*pair) for pair in zip(ctx.into, saved[2:4], strict=True)]
             settings = ctx.slices, ctx.exact, need_x, need_a, need_b, *direct, ctx.backend
             dx, *gradients = torch.ops.kloss.multi_lora_backward(dy, *saved[:8], saved[8:], *settings)
-            for i, need in enumerate((need_a, need_b)):
-                if need and ctx.into[i] is None:
-                    factors[i] = gradients[i]
-                elif need and direct[i] is None:
-                    ctx.into[i].copy_(gradients[i])
+            factors = handed_over(gradients, ctx.into, direct, (need_a, need_b))
         if need_w:
-            dw = _without_autocast(dy.device.type, torch.mm, dy.t(), saved[0])
+            dw = without_autocast(dy.device.type, torch.mm, dy.t(), saved[0])
         if need_bias and ctx.has_bias:
             db = dy.sum(0)
         return dx if need_x else None, dw, db, *factors, *(None,) * 9
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _without_autocast(x.device.type, module_of(rest[-1]).forward, Forward(x, *rest[:-3]))
+    return without_autocast(x.device.type, module_of(rest[-1]).forward, Forward(x, *rest[:-3]))
 
 
 def _backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _without_autocast(dy.device.type, module_of(rest[-1]).backward, Backward(dy, *rest[:-1]))
+    return without_autocast(dy.device.type, module_of(rest[-1]).backward, Backward(dy, *rest[:-1]))
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

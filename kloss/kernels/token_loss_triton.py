@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import checks
 from .tuned import FUSION, power_of_two
 
 BLOCK = 4096  # logits of a program's block
-IGNORED = tl.constexpr(-100)
+IGNORED = tl.constexpr(checks.IGNORED)
 
 
 @triton.jit

@@ -134,32 +134,30 @@ class Layer(nn.Module):
         def drop(kind: str, site: str) -> Dropout | None:
             return None if dropout is None else dropout.at(kind, len(self.SITES) * self.index + self.SITES[site])
 
-        def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
-            base = getattr(self, name)
-            if bank is None or segments is None:
-                return F.linear(x, base.weight, base.bias)
-            whole, adapters = bank.linear(self.index, name, x, base, segments), bank.adapters_of(self.index, name)
-            if whole is not None or adapters is None:
-                return F.linear(x, base.weight, base.bias) if whole is None else whole
-            return multi_lora_linear(
-                x,
-                base.weight,
-                base.bias,
-                *adapters,
-                bank.scaling,
-                segments,
-                slices=slices,
-                ranks=bank.ranks_if_mixed,
-                dropout=drop("lora", name),
-                exact=bank.exact,
-                into=bank.gradients_of(self.index, name),
-            )
-
         def adapted(name: str) -> LoraLinear | None:
             if bank is None or segments is None or (adapters := bank.adapters_of(self.index, name)) is None:
                 return None
             base, into = getattr(self, name), bank.gradients_of(self.index, name)
             return LoraLinear(base.weight, base.bias, *adapters, drop("lora", name), into)
+
+        def linear(x: Tensor, name: str, slices: int = 1) -> Tensor:
+            base = getattr(self, name)
+            if bank is None or segments is None:
+                return F.linear(x, base.weight, base.bias)
+            whole, layer = bank.linear(self.index, name, x, base, segments), adapted(name)
+            if whole is not None or layer is None:
+                return F.linear(x, base.weight, base.bias) if whole is None else whole
+            return multi_lora_linear(
+                x,
+                *layer[:4],
+                bank.scaling,
+                segments,
+                slices=slices,
+                ranks=bank.ranks_if_mixed,
+                dropout=layer.dropout,
+                exact=bank.exact,
+                into=layer.into,
+            )
 
         def norm(y: Tensor, residual: Tensor, norm: nn.LayerNorm, site: str) -> tuple[Tensor, Tensor]:
             return add_norm_twice(y, residual, norm.weight, norm.bias, self.eps, dropout=drop("hidden", site))
