@@ -201,7 +201,7 @@ BROKEN = {
     "attention, tiles": ("attention_triton", "i_n < tiles", "i_n <= tiles", "outside", "attention"),
     "attention, behind": ("attention_triton", "+ S) + last - i", "+ S)", "another program", "attention"),
     "long attention, keys": ("attention_long_triton", "m_k = o_k < end", "m_k = o_k < end + 99", "outside", "attention"),
-    "long attention, width": ("attention_long_triton", "i_h * D + o_d, o_d < D", "i_h * D + o_d, o_d <= D", "another program", "attention"),
+    "long attention, width": ("attention_long_triton", "o_d, o_d < D", "o_d, o_d <= D", "another program", "attention"),
     "add_norm, width": ("add_norm_triton", "o_h < H\n", "o_h <= H\n", "outside", "add_norm"),
     "embed, width": ("embed_triton", "m_t, m_h = o_t < T, o_h < H", "m_t, m_h = o_t < T, o_h <= H", "outside", "embed"),
     "embed, positions": ("embed_triton", "tl.minimum(position + first, P - 1)", "position + first", "outside", "embed"),
