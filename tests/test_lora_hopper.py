@@ -1,5 +1,6 @@
 """The multi-adapter linear on a Hopper GPU, where rows lie in order: values, gradients, isolation to the bit, who is served."""
 
+import time
 from functools import partial
 
 import pytest
@@ -76,6 +77,24 @@ def test_many_tiles_and_few_have_the_same_bits(p, gpu):
         assert torch.equal(got[name][rows], alone[name]), name
     for name in ("lora_a", "lora_b"):
         assert torch.equal(got[name][17], alone[name][17]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[5], [70], [330] * 40 + [5]])
+def test_thousands_of_launches_end(lengths, gpu):
+    """Most warps of a last cluster have no rows: they have nothing that keeps them together, and must not be left behind."""
+    case = ordered(problem(lengths, list(range(len(lengths))), adapters=len(lengths), k=3072, n=768, rank=32, p=0.5,
+                           dtype=torch.bfloat16, device="cuda"))  # fmt: skip
+    run, ended = partial(outputs, hopper, case, grads=()), torch.cuda.Event()
+    first = run()["y"]
+    for _ in range(20):
+        for _ in range(100):
+            last = run()["y"]
+        ended.record()
+        deadline = time.monotonic() + 20
+        while not ended.query():
+            assert time.monotonic() < deadline, "a launch has not ended"
+    assert torch.equal(first, last)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

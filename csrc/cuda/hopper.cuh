@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cuda.h>
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <type_traits>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -39,6 +38,9 @@ __device__ __forceinline__ void arrive(uint32_t barrier, uint32_t rank) {
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 
+// A barrier of some warps of a block. name: 1 to 15. threads: how many of them there are in all.
+__device__ __forceinline__ void sync(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -68,6 +70,13 @@ __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t to, uint32
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// Eight halves of shared memory.
+__device__ __forceinline__ uint4 read(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
 }
 
 // A matrix in shared memory as wgmma addresses it: boxes of 128 bytes a row, swizzled. across: bytes from one 64 of the outer

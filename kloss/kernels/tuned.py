@@ -48,15 +48,15 @@ DEFAULT = {
 }
 
 # "wide" entries serve more ranks (of all slices) than WIDE says: x is then read, and its mask drawn, once and not per block.
-WIDE = {"shrink": 128, "reduce": 64}
+WIDE = {"shrink": 128, "reduce": 128}
 TABLE: dict[tuple[str, int, str], Launch] = {
     ("fused", 80, "half"): Launch(BK=64, BC=128, BR=32, num_warps=8, num_stages=2),
     ("reduce", 80, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=2),
     ("fused", 90, "half"): Launch(BK=64, BC=128, BR=64, num_warps=8, num_stages=3),  # BC=256 is 25 % faster, but spills at rank 8
-    ("reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=3),
+    ("reduce", 90, "half"): Launch(BK=64, BC=64, BR=128, num_warps=4, num_stages=3),
     ("wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=3),
     # "gathered" ones load rows by an order that is loaded too. Such a loop is pipelined deeper.
-    ("gathered reduce", 90, "half"): Launch(BK=64, BC=64, BR=64, num_warps=4, num_stages=5),
+    ("gathered reduce", 90, "half"): Launch(BK=64, BC=64, BR=128, num_warps=4, num_stages=5),
     ("gathered wide reduce", 90, "half"): Launch(BK=64, BC=128, BR=256, num_warps=8, num_stages=5),
 }
 
