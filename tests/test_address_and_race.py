@@ -214,7 +214,8 @@ BROKEN = {
         "dropout",
     ),
     "dropout, adapters": ("dropout_triton", "(g >= 0) & (g < G)", "g < G", "outside", "dropout"),
-    "loss, rows": ("token_loss_triton", "m_t = o_i < last", "m_t = o_i <= last", "another program", "loss"),
+    "loss, rows": ("token_loss_triton", "o_i < tl.load(ends_ptr + G - 1)", "o_i >= 0", "outside", "loss"),
+    "loss, sums": ("token_loss_triton", "m_t = o_i < last", "m_t = o_i >= 0", "outside", "loss"),
     "loss, labels": ("token_loss_triton", "(o_c < C)", "(o_c <= C)", "outside", "loss"),
 }
 

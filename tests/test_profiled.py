@@ -23,7 +23,7 @@ KERNELS = {
     "attention": ["attend_kernel", "attend_backward_kernel", "attend_long_kernel", "attend_dq_kernel", "attend_dkv_kernel"],
     "add_norm": ["add_norm_kernel", "add_norm_backward_kernel", "dropout_kernel"],
     "embeddings": ["embed_kernel", "embed_backward_kernel"],
-    "heads, loss": ["adapter_linear_kernel", "bias_gradient_kernel", "token_loss_kernel", "token_loss_backward_kernel"],
+    "heads, loss": ["adapter_linear_kernel", "bias_gradient_kernel", "token_loss_rows_kernel", "token_loss_backward_kernel"],
     "AdamW": ["void (anonymous namespace)::squares_kernel<float>(AdamW)", "(anonymous namespace)::finish_kernel(AdamW)",
               "void (anonymous namespace)::update_kernel<c10::BFloat16, 4>(AdamW)"],
     "lists, keys": ["keys_kernel", "limits_kernel", "(anonymous namespace)::phases_kernel(Lists)",

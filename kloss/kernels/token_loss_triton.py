@@ -1,4 +1,4 @@
-"""Mean cross-entropy of each adapter's labelled rows, in Triton. A program owns one adapter and sums its rows in order.
+"""Mean cross-entropy of each adapter's labelled rows, in Triton: that of rows in blocks, and a program that adds an adapter's up.
 
     loss_g = Σ_t (log Σ_c exp l_tc - l_t,label) / count_g        dl_tc = (softmax(l_t)_c - [c = label]) dloss_g / count_g
 
@@ -13,42 +13,58 @@ from torch import Tensor
 from . import checks
 from .tuned import FUSION, power_of_two
 
-BLOCK = 4096  # logits of a program's block
+BLOCK = 2048  # logits of a program's block
+ROWS = 512  # that are added up together
 IGNORED = tl.constexpr(checks.IGNORED)
 
 
 @triton.jit
-def token_loss_kernel(
+def token_loss_rows_kernel(
     logits_ptr,  # [T, C]
+    labels_ptr,  # [T], IGNORED where there is none
+    order_ptr,  # [rows]
+    ends_ptr,  # [G+1]
+    of_row_ptr,  # [T] fp32, in order
+    lse_ptr,  # [T] fp32, log Σ exp of the adapters' rows
+    G, C, stride_logits,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The loss of BT rows, 0 without a label, and lse. Both are NaN for a label that is none of C."""
+    o_i, o_c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC)
+    m_t = o_i < tl.load(ends_ptr + G - 1)
+    o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
+    label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
+    p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
+    b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
+    top = tl.where(m_t, tl.max(b_l, 1), 0.0)
+    lse = top + tl.log(tl.where(m_t, tl.sum(tl.exp(b_l - top[:, None]), 1), 1.0))
+    counted = label != IGNORED
+    lse = tl.where(counted & ((label < 0) | (label >= C)), float("nan"), lse)
+    own = tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
+    tl.store(of_row_ptr + o_i, tl.where(counted, lse - own, 0.0), mask=m_t)
+    tl.store(lse_ptr + o_t, lse, mask=m_t)
+
+
+@triton.jit
+def token_loss_kernel(
+    of_row_ptr,  # [T] fp32, in order
     labels_ptr,  # [T], IGNORED where there is none
     order_ptr,  # [rows]
     ends_ptr,  # [G+1]
     loss_ptr,  # [G] fp32
     count_ptr,  # [G]
-    lse_ptr,  # [T] fp32, log Σ exp of the adapters' rows
-    C, stride_logits,
-    BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """loss, count and lse of one adapter; NaN, loss and lse, for a label that is none of C."""
+    BT: tl.constexpr,
+):
+    """loss and count of one adapter."""
     g = tl.program_id(0)
     first, last = tl.load(ends_ptr + g - 1, mask=g > 0, other=0), tl.load(ends_ptr + g)
-    o_c = tl.arange(0, BC)
     total, count = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.int32)
     for i in range(first, last, BT):
         o_i = i + tl.arange(0, BT)
         m_t = o_i < last
         o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
-        label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
-        p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
-        b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
-        top = tl.where(m_t, tl.max(b_l, 1), 0.0)
-        lse = top + tl.log(tl.where(m_t, tl.sum(tl.exp(b_l - top[:, None]), 1), 1.0))
-        counted = label != IGNORED
-        lse = tl.where(counted & ((label < 0) | (label >= C)), float("nan"), lse)
-        own = tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
-        total += tl.where(counted, lse - own, 0.0)
-        count += counted.to(tl.int32)
-        tl.store(lse_ptr + o_t, lse, mask=m_t)
+        total += tl.load(of_row_ptr + o_i, mask=m_t, other=0.0)
+        count += (tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED) != IGNORED).to(tl.int32)
     labelled = tl.sum(count)
     tl.store(loss_ptr + g, tl.sum(total) / tl.maximum(labelled, 1).to(tl.float32))
     tl.store(count_ptr + g, labelled.to(tl.int64))
@@ -88,10 +104,15 @@ def forward(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor) -> tupl
     loss, count = logits.new_empty(G, dtype=torch.float32), labels.new_empty(G, dtype=torch.int64)
     lse = logits.new_zeros(T, dtype=torch.float32)
     if G:
-        BT, BC = tile(C)
+        (BT, BC), rows, of_row = tile(C), order.numel(), torch.empty_like(lse)
+        if rows:
+            token_loss_rows_kernel[(triton.cdiv(rows, BT),)](
+                logits_ptr=logits, labels_ptr=labels, order_ptr=order, ends_ptr=ends, of_row_ptr=of_row, lse_ptr=lse,
+                G=G, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, **FUSION,
+            )  # fmt: skip
         token_loss_kernel[(G,)](
-            logits_ptr=logits, labels_ptr=labels, order_ptr=order, ends_ptr=ends, loss_ptr=loss, count_ptr=count,
-            lse_ptr=lse, C=C, stride_logits=logits.stride(0), BT=BT, BC=BC, num_warps=8, **FUSION,
+            of_row_ptr=of_row, labels_ptr=labels, order_ptr=order, ends_ptr=ends, loss_ptr=loss, count_ptr=count,
+            BT=ROWS, **FUSION,
         )  # fmt: skip
     return loss, count, lse
 
