@@ -40,52 +40,16 @@ def threshold_of(p):
 
 
 @triton.jit
-def _drawn(keys, first, WIDTH: tl.constexpr):
-    """uint32 [BT, WIDTH / 2]: what pairs of features draw. h ^ (h >> 16) has the even one's 16 bits below the odd one's."""
-    counter = (first // 2 + tl.arange(0, WIDTH // 2)[None, :]).to(tl.uint32)
-    h = (counter * COUNTER) ^ keys.to(tl.uint32)[:, None]
-    h = (h ^ (h >> 16)) * ROUND_1
-    h ^= h >> 15
-    return (h ^ (keys >> 32).to(tl.uint32)[:, None]) * ROUND_2
-
-
-@triton.jit
 def keep_block(keys, threshold, first, WIDTH: tl.constexpr):
     """Which of the features first..first+WIDTH are kept.
 
     keys: uint64 [BT]. threshold: uint32. first: even, a scalar or [BT, 1]. Returns int1 [BT, WIDTH].
     """
-    h = _drawn(keys, first, WIDTH)
+    counter = (first // 2 + tl.arange(0, WIDTH // 2)[None, :]).to(tl.uint32)
+    h = (counter * COUNTER) ^ keys.to(tl.uint32)[:, None]
+    h = (h ^ (h >> 16)) * ROUND_1
+    h ^= h >> 15
+    h = (h ^ (keys >> 32).to(tl.uint32)[:, None]) * ROUND_2
     h ^= h >> 16
     even, odd = (h & 0xFFFF) >= threshold, (h >> 16) >= threshold
     return tl.reshape(tl.join(even, odd), (keys.shape[0], WIDTH))
-
-
-@triton.jit
-def drop_block(x, keys, threshold, first, WIDTH: tl.constexpr, ASM: tl.constexpr):
-    """x [BT, WIDTH] of the features first..first+WIDTH, 0 where they are not kept.
-
-    ASM: whether it may hold assembly (`tuned.assembly`): for a pair of 16 bits two integer instructions less than are compiled.
-    """
-    if ASM and x.dtype != tl.float32:
-        h = _drawn(keys, first, WIDTH)
-        x = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 even, odd, dropped;
-            shr.u32 odd, $2, 16;
-            xor.b32 even, $2, odd;
-            and.b32 even, even, 0xffff;
-            sub.u32 odd, odd, $4;
-            sub.u32 even, even, $4;
-            prmt.b32 dropped, even, odd, 0xffbb;
-            lop3.b32 $0, $1, dropped, 0, 0x30;
-            }
-            """,
-            "=r,r,r,r,r,r",
-            [x, tl.reshape(tl.join(h, h), (keys.shape[0], WIDTH)), threshold],
-            dtype=x.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        x = tl.where(keep_block(keys, threshold, first, WIDTH), x, 0.0)
-    return x

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .dropout_device import drop_block, stream_keys, threshold_of
+from .dropout_device import keep_block, stream_keys, threshold_of
 from .gelu_device import normal, once
 from .lora_tiles import SMALL, Factor, add_product, own_rank, rows_of
 from .segments import SHORT_TILE
@@ -85,7 +85,7 @@ def shrink_kernel(
             b_x = once(of_x.to(b_x.dtype), ASM)
             tl.store(of_x_ptr + o_x, b_x, mask=m_x)
         if DROPOUT:
-            b_x = drop_block(b_x, keys, threshold, k, BK, ASM & (BC <= 64))  # with more columns an H100 is slower by it
+            b_x = tl.where(keep_block(keys, threshold, k, BK), b_x, 0.0)
         p_f = f_ptr + o_k.to(tl.int64)[:, None] * stride_fk + o_c.to(tl.int64)[None, :] * stride_fc
         b_f = tl.load(p_f, mask=m_k[:, None] & m_c[None, :], other=0.0)  # [BK, BC]
         acc = add_product(acc, b_x, b_f.to(b_x.dtype))
@@ -124,5 +124,5 @@ def shrink(
         p_ptr=p, seed_ptr=seed, row_key_ptr=row_key, keys_ptr=keys, of_x_ptr=of_x, before_ptr=before,
         site=site, K=K, C=C, R=R, blocks=blocks, stride_xt=x.stride(0), stride_xk=x.stride(1),
         stride_fg=factor.adapter, stride_fs=factor.slice, stride_fc=factor.column, stride_fk=factor.summand,
-        ASM=tuned.assembly(arch), DROPOUT=p is not None, BT=SHORT_TILE, BC=config.BC, BK=config.BK, **config.options,
+        ASM=80 <= arch < 100, DROPOUT=p is not None, BT=SHORT_TILE, BC=config.BC, BK=config.BK, **config.options,
     )  # fmt: skip

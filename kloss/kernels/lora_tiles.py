@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .dropout_device import drop_block, keep_block, threshold_of
+from .dropout_device import keep_block, threshold_of
 from .segments import LONG_TILE, SHORT_TILE, Work, slot_capacity
 
 # Small tensors are often slices of others: a binary for each alignment of theirs would be compiled in mid-run.
@@ -138,7 +138,7 @@ def reduce_kernel(
     keys_ptr,  # [T], rows in order
     C, SR, R, blocks,
     stride_xt, stride_xk, stride_og, stride_pg, stride_oc, stride_or,
-    ASM: tl.constexpr, SPAN: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    SPAN: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[g, i_s*C + c, r] = scaling_g Σ_i drop(x[order[i], i_s*C + c]) S[i, i_s*SR + r] over the adapter's rows, in order.
 
@@ -177,7 +177,7 @@ def reduce_kernel(
         b_x = tl.load(p_x, mask=m_t[:, None] & m_c[None, :], other=0.0)  # [BT, BC]
         if DROPOUT:
             keys = tl.load(keys_ptr + o_i, mask=m_t, other=0).to(tl.uint64, bitcast=True)
-            b_x = drop_block(b_x, keys, threshold, i_c * BC, BC, ASM)
+            b_x = tl.where(keep_block(keys, threshold, i_c * BC, BC), b_x, 0.0)
         p_s = s_ptr + o_i.to(tl.int64)[:, None] * (blocks * SR) + (i_s * SR + o_r)[None, :]
         b_s = tl.load(p_s, mask=m_t[:, None] & m_r[None, :], other=0.0)  # [BT, BR]
         acc = tl.dot(tl.trans(b_x), b_s.to(b_x.dtype), acc, input_precision="ieee")
@@ -262,8 +262,7 @@ def reduce(
     order: None where rows are in order.
     strides: elements of the gradient from one column and one rank to the next.
     """
-    arch = tuned.arch_of(x.device)
-    config = tuned.launch("reduce", arch, x.dtype, C, SR, (C,), gathered=order is not None)
+    config = tuned.launch("reduce", tuned.arch_of(x.device), x.dtype, C, SR, (C,), gathered=order is not None)
     per_adapter, span = out[:1].numel(), tuned.span(R)
     grid = (work.chunks.shape[0] * triton.cdiv(C, config.BC) * blocks * triton.cdiv(SR, config.BR),)
     if not grid[0]:
@@ -275,7 +274,7 @@ def reduce(
         slots_ptr=work.slots, ranks_ptr=ranks, scaling_ptr=scaling, p_ptr=p, keys_ptr=keys, C=C, SR=SR, R=R, blocks=blocks,
         stride_xt=x.stride(0), stride_xk=x.stride(1), stride_og=out.stride(0), stride_pg=per_adapter,
         stride_oc=strides[0], stride_or=strides[1],
-        ASM=tuned.assembly(arch), SPAN=span, DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=config.BR, **config.options,
+        SPAN=span, DROPOUT=p is not None, BT=config.BK, BC=config.BC, BR=config.BR, **config.options,
     )  # fmt: skip
     if part.shape[0]:
         step = min(out.shape[0], SUM_STEP)

@@ -108,11 +108,6 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def assembly(arch: int) -> bool:
-    """Whether kernels may hold assembly: the interpreter knows none, nor Triton's pipeliner for sm_100."""
-    return 80 <= arch < 100
-
-
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size` and 16, the smallest side of a tensor-core product."""
     return max(16, 1 << (size - 1).bit_length())
