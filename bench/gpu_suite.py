@@ -83,7 +83,7 @@ LATER = (
              values("add_norm_triton.BLOCK", 1024, 4096, 8192)),
     Decision("tuned.TABLE fused", "tile of the base product with the LoRA term, r=32", "fused", AT_32,
              entries("fused", dict(BC=256, BR=16), dict(num_stages=4))),
-    Decision("token_loss_triton.BLOCK", "logits of a block", "loss", (), values("token_loss_triton.BLOCK", 1024, 2048)),
+    Decision("token_loss_triton.BLOCK", "logits of a block", "loss", (), values("token_loss_triton.BLOCK", 1024, 4096)),
     Decision("lora_tiles.SUM_STEP", "programs of a sum that finds nothing to add", "sum", AT_32 + AT_256,
              values("lora_tiles.SUM_STEP", 1, 52)),
     Decision("segments.CHUNK", "rows of a chunk of dA and dB; csrc/shared/lists.h has it too", "reduce", CHUNKED,
