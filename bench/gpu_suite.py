@@ -72,7 +72,7 @@ FIRST = (
     Decision("tuned.TABLE wide shrink", "tile of S and dS, r=256", "shrink", AT_256,
              entries("wide shrink", dict(BK=32, num_stages=4), dict(num_warps=8))),
     Decision("tuned.WIDE reduce", "ranks of all slices above which dA and dB have the wide tile", "reduce", AT_64,
-             values("tuned.WIDE reduce", 64, 256)),
+             values("tuned.WIDE reduce", 32, 256)),
 )  # fmt: skip
 LATER = (
     Decision("lora_hopper.LEAST", "outputs below which the vendor has the base product on Hopper", "chosen",

@@ -91,12 +91,12 @@ __device__ __forceinline__ void multiply_items(const Linear& l, const Block<COLU
     if (thread < CLUSTER) arrive(block.empty(used), thread);
     __syncwarp();
   };
-  // Stages that others multiply. One warp looks at them for all: nothing else holds the four together, and one that had lost two
-  // rounds of a barrier would wait for ever.
+  // Stages that others multiply. Nothing else holds the warps together here, and one that came when a stage had been filled a
+  // second time would wait for ever: so one warp looks at them for all, and releases them when each of its threads has seen them.
   auto skip = [&](int count) {
     if (count == 0) return;
     if (warp == 0)
-      for (int s = at; s < at + count; ++s) wait(block.full(s), s / B::STAGES & 1), release(s);
+      for (int s = at; s < at + count; ++s) wait(block.full(s), s / B::STAGES & 1), __syncwarp(), release(s);
     at += count;
     sync(1 + half, GROUP);
   };
@@ -210,17 +210,17 @@ __global__ void __launch_bounds__(THREADS, 1)
   int group = threadIdx.x / GROUP;
   if (threadIdx.x == 0) {
     for (int s = 0; s < B::STAGES; ++s) init(block.full(s), 1), init(block.empty(s), 2 * CLUSTER);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
   }
   if (!TURNED)
     for (int c = threadIdx.x; c < l.blocks * COLUMNS; c += THREADS)
       ((Half*)(base + B::BIAS))[c] = l.bias && c < l.width ? ((const Half*)l.bias)[c] : 0;
   cluster_sync();
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    fewer_registers<56>();
     if (threadIdx.x == 0) load_items<COLUMNS, TURNED>(l, maps, block);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    more_registers<224>();
     multiply_items<T, COLUMNS, TURNED>(l, block, base, group - 1);
   }
   __syncwarp();
