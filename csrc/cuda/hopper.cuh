@@ -23,7 +23,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Of the registers that a block has been given, for all threads of a warpgroup.
+// A warpgroup gives registers back to its block, or takes what others have given: N for each of its threads from now on.
 template <int N>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
