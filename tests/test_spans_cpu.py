@@ -1,6 +1,7 @@
 """Span counts on a CPU, 64 rows at a time, beside the shared body, the reference and seqeval."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -155,3 +156,16 @@ def test_slots_whose_bytes_would_be_the_same_stay_apart(slots):
         left = torch.tensor([label if label in seen else 0 for label in range(7)])
         arguments = left[pred], torch.where(gold < 0, gold, left[gold.clamp(min=0)]), borders, group, groups
         assert torch.equal(all_agree(arguments, **far), all_agree(arguments, **named()))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="a processor without AVX2")
+def test_the_fast_body_counts():
+    """It takes a quarter of the time of the shared body here."""
+    arguments = batch(np.random.default_rng(0), [12] * 10_400, groups=52)
+    best = dict.fromkeys((shared_ops.span_counts, shared_body), float("inf"))
+    for _ in range(15):
+        for count in best:
+            start = time.perf_counter()
+            count(*arguments)
+            best[count] = min(best[count], time.perf_counter() - start)
+    assert best[shared_ops.span_counts] < best[shared_body] / 2
