@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_no_worse
+from helpers import assert_no_worse, fuzz_examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kloss.kernels import Dropout, cuda_library, make_segments, row_keys
 from kloss.kernels.dropout import keep_mask, stream_keys
@@ -146,6 +148,23 @@ def test_any_order_of_threads_gives_the_same_bits(late, slow, kernel, monkeypatc
             again = case.run(kernel, monkeypatch, seed=seed, late=late, slow=slow)
             assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
         case.check(made)
+
+
+@settings(max_examples=fuzz_examples(12), deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1, 2, -1]), st.sampled_from([1, 63, 64, 65, 130])), min_size=1, max_size=5),
+    st.sampled_from([8, 72, 200, 320]), st.sampled_from([(1, 8), (1, 136), (1, 512), (3, 384), (3, 768)]),
+    st.sampled_from([16, 48, 80, 128]), st.sampled_from([0.0, 0.5]), st.integers(1, 4), st.booleans(), st.integers(0, 2**12 - 1),
+)  # fmt: skip
+def test_any_shape_and_order(kernel, sequences, k, widths, rank, p, clusters, late, slow):
+    """slow: warps."""
+    adapter, lengths = zip(*sorted(sequences, key=lambda pair: pair[0] % 4), strict=True)
+    case = Case(lengths, adapter, 3, k, widths[1], rank, widths[0], p)
+    with pytest.MonkeyPatch.context() as patch:
+        made = case.run(kernel, patch)
+        again = case.run(kernel, patch, seed=1, clusters=clusters, late=late, slow=slow)
+    case.check(made)
+    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
 
 
 def test_a_neighbour_that_is_nan_changes_no_bit(kernel, monkeypatch):
