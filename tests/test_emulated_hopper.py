@@ -115,9 +115,13 @@ class Case:
             assert_no_worse(mine, plain, oracle, self.adapter % (int(self.adapter.max()) + 2))
 
 
+def same_bits(made, again):
+    return all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+
+
 CASES = {
     "one tile": dict(lengths=[5], adapter=[0], adapters=1, k=64, n=128, rank=16),
-    "two adapters in a block": dict(lengths=[70, 30], adapter=[0, 1], adapters=3, k=128, n=256, rank=32, p=0.5),
+    "two adapters in a block": dict(lengths=[40, 100], adapter=[0, 1], adapters=3, k=128, n=256, rank=32, p=0.5),
     "rows without an adapter": dict(lengths=[66, 20], adapter=[1, -1], adapters=2, k=192, n=256, rank=48),
     "slices": dict(lengths=[40, 100], adapter=[0, 1], adapters=2, k=128, n=384, rank=32, slices=3, p=0.5, dtype=torch.float16),
     "more ranks than a step": dict(lengths=[64, 10], adapter=[0, 1], adapters=2, k=72, n=136, rank=80, p=0.1),
@@ -131,7 +135,7 @@ def test_values(name, kernel, monkeypatch):
     made = case.run(kernel, monkeypatch)
     case.check(made)
     again = case.run(kernel, monkeypatch, seed=1, clusters=3, late=True)
-    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+    assert same_bits(made, again)
 
 
 # Two of four warpgroups have no rows, and many steps to wait for the others.
@@ -146,7 +150,7 @@ def test_any_order_of_threads_gives_the_same_bits(late, slow, kernel, monkeypatc
         made = case.run(kernel, monkeypatch)
         for seed in (1, 2) if shape is LAST else (1,):
             again = case.run(kernel, monkeypatch, seed=seed, late=late, slow=slow)
-            assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+            assert same_bits(made, again)
         case.check(made)
 
 
@@ -164,7 +168,7 @@ def test_any_shape_and_order(kernel, sequences, k, widths, rank, p, clusters, la
         made = case.run(kernel, patch)
         again = case.run(kernel, patch, seed=1, clusters=clusters, late=late, slow=slow)
     case.check(made)
-    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+    assert same_bits(made, again)
 
 
 def test_a_neighbour_that_is_nan_changes_no_bit(kernel, monkeypatch):

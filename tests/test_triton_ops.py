@@ -8,7 +8,7 @@ from helpers import DEVICES, PLACES, assert_no_worse
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from kloss.kernels import Dropout, make_segments, reference, row_keys, triton_ops
+from kloss.kernels import Dropout, make_segments, reference, row_keys, token_loss_triton, triton_ops
 from kloss.kernels.buckets import CLASSES, attention_tiles
 from kloss.kernels.dropout import row_dropout
 from kloss.kernels.tuned import bucket
@@ -295,6 +295,22 @@ def test_token_loss(name, device, dtype):
         lambda x: triton_ops.token_loss(x, labels.to(device), segments)[0],
         lambda x: reference.token_loss(x, labels, host)[0],
         [logits], dloss, [torch.zeros(adapters), torch.arange(rows)],
+    )  # fmt: skip
+    counts = triton_ops.token_loss(logits, labels.to(device), segments)[1]
+    assert counts.tolist() == reference.token_loss(logits.cpu(), labels, host)[1].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_loss_of_more_rows_than_are_added_up_together(device):
+    lengths, adapter = [600, 20, 500], [0, 1, 0]
+    segments, host = (segments_of(lengths, adapter, 2, d) for d in (device, "cpu"))
+    assert sum(lengths[::2]) > 2 * token_loss_triton.ROWS
+    logits, labels = normal(1120, 5, device=device), torch.arange(1120) % 5
+    labels[::7] = -100
+    assert_as_good(
+        lambda x: triton_ops.token_loss(x, labels.to(device), segments)[0],
+        lambda x: reference.token_loss(x, labels, host)[0],
+        [logits], normal(2, device=device), [torch.zeros(2), host.row_adapter],
     )  # fmt: skip
     counts = triton_ops.token_loss(logits, labels.to(device), segments)[1]
     assert counts.tolist() == reference.token_loss(logits.cpu(), labels, host)[1].tolist()

@@ -37,17 +37,6 @@ __device__ __forceinline__ uint32_t draw(uint32_t pair, uint64_t key) {
   return h ^ h >> 16;
 }
 
-__device__ __forceinline__ uint64_t mix(uint64_t z) {
-  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-  return z ^ z >> 31;
-}
-
-// A row's key at a site.
-__device__ __forceinline__ uint64_t stream_key(uint64_t seed, uint64_t row_key, uint64_t site) {
-  return mix(mix(seed + (site + 1) * 0x9E3779B97F4A7C15u) + row_key * 0xD1B54A32D192ED03u);
-}
-
 // A draw keeps its feature if it is at least this.
 __device__ __forceinline__ uint32_t threshold_of(float p) { return (uint32_t)min((int)rintf(p * 65536.0f), 65535); }
 __device__ __forceinline__ float scale_of(uint32_t threshold) { return __fdiv_rn(65536.0f, (float)(65536 - threshold)); }

@@ -127,9 +127,9 @@ __device__ __forceinline__ void multiply_items(const Linear& l, const Block<COLU
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {  // two blocks of 8 columns, each of 16 lines
       const float* from = d + 4 * (8 * part + j);
-      int line = lane % 16, block = j + lane / 16;
+      int line = lane % 16, eighth = j + lane / 16;
       store_matrices(
-          staging + line * 128 + (block ^ line & 7) * 16, halves<T>(from[0], from[1]), halves<T>(from[2], from[3]),
+          staging + line * 128 + (eighth ^ line & 7) * 16, halves<T>(from[0], from[1]), halves<T>(from[2], from[3]),
           halves<T>(from[4], from[5]), halves<T>(from[6], from[7]));
     }
     __syncwarp();

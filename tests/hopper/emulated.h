@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -265,21 +264,15 @@ inline void run_cluster() {
 
 }  // namespace emulated
 
-inline struct {
+struct Index {
   struct {
-    operator unsigned() const { return (unsigned)emulated::fiber().thread; }
+    unsigned (*now)();
+    operator unsigned() const { return now(); }
   } x;
-} threadIdx;
-inline struct {
-  struct {
-    operator unsigned() const { return (unsigned)(emulated::machine.first + emulated::fiber().block); }
-  } x;
-} blockIdx;
-inline struct {
-  struct {
-    operator unsigned() const { return (unsigned)emulated::machine.grid; }
-  } x;
-} gridDim;
+};
+inline const Index threadIdx{{[] { return (unsigned)emulated::fiber().thread; }}};
+inline const Index blockIdx{{[] { return (unsigned)(emulated::machine.first + emulated::fiber().block); }}};
+inline const Index gridDim{{[] { return (unsigned)emulated::machine.grid; }}};
 inline void __syncwarp() {
   auto& f = emulated::fiber();
   emulated::meet(emulated::block().warps[f.thread / emulated::WARP], emulated::WARP, "the warp");
