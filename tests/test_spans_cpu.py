@@ -1,6 +1,7 @@
 """Span counts on a CPU, 64 rows at a time, beside the shared body, the reference and seqeval."""
 
 import itertools
+import os
 import time
 
 import numpy as np
@@ -159,6 +160,7 @@ def test_slots_whose_bytes_would_be_the_same_stay_apart(slots):
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="a processor without AVX2")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers slow the fast body more than the other")
 def test_the_fast_body_counts():
     """It takes a quarter of the time of the shared body here."""
     arguments = batch(np.random.default_rng(0), [12] * 10_400, groups=52)
