@@ -258,7 +258,7 @@ def with_pass_tokens(config: Config, study: Study, plan: Sequence[Stage], sizes:
     for members, rank in cohorts_of(plan):
         learners = [study.learners[g] for g in members]
         width = row_of(sizes, learners[0], rank) if rank else sum(p.numel() for p in _parameters(sizes))
-        state = len(members) * width * (12 + 2 * item)  # master and moments in fp32, working copy and gradient
+        state = len(members) * width * _state_bytes(item)
         kept = sum(kept_per_token(sizes, _kept_rank(learners, rank), item).values())
         rooms.append(0.6 * (machine.memory - state) / kept)
     return replace(config, pass_tokens=max(1024, int(min(rooms))))

@@ -11,6 +11,9 @@ from .models import BASE, XLMRConfig
 
 CALLS = 1200  # host cost of one layer per step, in units of one tiny `add`; measured 4 ms / 3.4 µs
 GPUS = {"h100": 78, "h200": 139}  # GiB of memory
+# Seconds of a step of XLM-R base in bf16, 32 utterances an adapter (bench/LOG.md, 2026-11-26): one adapter, 333 tokens;
+# 52 of r=32, 19,480 tokens; 52 of r=256.
+STEPS = {"h100": (3.3e-3, 28.8e-3, 61.6e-3), "h200": (3.3e-3, 25.7e-3, 52.1e-3)}
 
 
 class Pace(NamedTuple):
@@ -56,20 +59,18 @@ def lora_beside(sizes: XLMRConfig, rank: int) -> float:
 
 
 def measured(gpu: str, sizes: XLMRConfig, rank: int) -> Pace:
-    """From whole steps of XLM-R base in bf16 on one H100 (bench/LOG.md, 2026-11-26): 3.3 ms for one adapter's 32 utterances of
-    384 tokens, 28.8 ms for 52 adapters of r=32, 61.6 ms for 52 of r=256; between these ranks by interpolation.
+    """From whole steps of XLM-R base in bf16 on one such GPU: `STEPS`; between their ranks by interpolation.
 
-    Other sizes are taken in proportion to layers (a step) and weights (a token), scoring as a third of training, an H200 as an
-    H100, and the update of a whole model as 26 bytes a weight at 2.5 TB/s: none of this was measured.
+    Other sizes are taken in proportion to layers (a step) and weights (a token), scoring as a third of training, and the update
+    of a whole model as 26 bytes a weight at 2.5 TB/s: none of this was measured.
     """
-    one, at_32, at_256, tokens = 3.3e-3, 28.8e-3, 61.6e-3, 384
-    slope = [(many - one) / (51 * tokens) for many in (at_32, at_256)]
+    (one, at_32, at_256), tokens, all_tokens = STEPS[gpu], 333, 19_480
+    slope = [(many - one) / (all_tokens - tokens) for many in (at_32, at_256)]
     token = slope[0] + (slope[1] - slope[0]) * min(max(rank - 32, 0), 224) / 224
     layers, weights = sizes.num_hidden_layers / BASE.num_hidden_layers, _weights(sizes) / _weights(BASE)
     whole = 26 * (_weights(sizes) + sizes.vocab_size * sizes.hidden_size) / 2.5e12
     step = layers * (one - tokens * slope[0])
-    as_what = "an H100" if gpu == "h100" else "an H100, as which an H200 is taken"
-    return Pace(step, weights * token, weights * token / 3, whole, f"steps of base size measured on {as_what}")
+    return Pace(step, weights * token, weights * token / 3, whole, f"steps of base size measured on an {gpu.upper()}")
 
 
 def _weights(sizes: XLMRConfig) -> int:

@@ -79,6 +79,9 @@ def test_passes_fill_a_gpus_memory_and_no_more():
     assert tokens(config, 80 << 30, "cpu") == Config.pass_tokens
     assert tokens(replace(config, pass_tokens=7), 80 << 30) == 7
     assert tokens(replace(config, strategies=("vanilla",)), 20 << 30) > 1024
+    single, number = replace(config, dtype="fp32"), len(study.learners) * AdapterBank.width_of(sizes, 32)
+    state_single, kept_single = number * 16, sum(kept_per_token(sizes, 32, 4).values())  # the master copy is the working copy
+    assert tokens(single, 80 << 30) == int(0.6 * ((80 << 30) - state_single) / kept_single)
 
 
 def test_cohorts_fit_the_memory_and_hold_like_ranks():
@@ -107,10 +110,16 @@ def test_time_of_a_cohort_counts_passes_and_tokens():
     assert seconds(pace, [10], [1000], 150, whole=True) == pytest.approx(10 * 4 + 15)
     here = timed_here(replace(BASE, num_labels=111))
     assert 0 < here.scored < here.token and here.step > 0
-    h100, r256 = (measured("h100", BASE, rank) for rank in (32, 256))
-    assert seconds(h100, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(28.8e-3, rel=0.01)
-    assert seconds(r256, [1] * 52, [384] * 52, 1 << 20, whole=False) == pytest.approx(61.6e-3, rel=0.02)
-    assert seconds(h100, [1], [384], 1 << 20, whole=False) == pytest.approx(3.3e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(("gpu", "one", "at_32", "at_256"), [("h100", 3.3, 28.8, 61.6), ("h200", 3.3, 25.7, 52.1)])
+def test_a_gpu_s_pace_gives_the_steps_that_were_measured_on_it(gpu, one, at_32, at_256):
+    r32, r144, r256 = (measured(gpu, BASE, rank) for rank in (32, 144, 256))
+    batches = [19_480 / 52] * 52
+    assert seconds(r32, [1] * 52, batches, 1 << 20, whole=False) == pytest.approx(at_32 / 1000, rel=0.01)
+    assert seconds(r256, [1] * 52, batches, 1 << 20, whole=False) == pytest.approx(at_256 / 1000, rel=0.02)
+    assert seconds(r32, [1], [333], 1 << 20, whole=False) == pytest.approx(one / 1000, rel=0.01)
+    assert r144.token == pytest.approx((r32.token + r256.token) / 2) and gpu.upper() in r32.source
 
 
 def test_the_plan_of_a_job_says_how_long_it_idles():
