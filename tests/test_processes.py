@@ -162,6 +162,26 @@ def test_a_checkpoint_of_other_learners_is_not_taken_for_that_of_ones_own(tmp_pa
     assert trained("run", 0, 1, Silent()).scores[1] == alone.scores[1] != {}
 
 
+def test_what_another_process_finished_is_read_while_it_writes_the_next_checkpoint(tmp_path, monkeypatch):
+    """Tensors are read from a file that is opened again by its name, which may be another one by then."""
+    study = Study([], [STUDY.learners[2], replace(STUDY.learners[2], seed=8)], TO_SCORE[2:3] * 2)
+
+    def trained(process):
+        with open_run(tmp_path / "run", {}, process, 2) as run:
+            plan = [Stage(False, [Share([[0]], [3]), Share([[1]], [3])])]
+            others = Config(checkpoint_seconds=0), ToyCorpus(), study, lambda _: toy_model(), run, Silent(), Lone(process, 2), plan
+            return train_study(*others)
+
+    theirs, opened = trained(1), torch.UntypedStorage.from_file
+
+    def replaced(file, *arguments, **more):
+        assert "checkpoint-1-of-2" not in str(file)
+        return opened(file, *arguments, **more)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    assert trained(0).scores[1] == theirs.scores[1] != {}
+
+
 TOGETHER = """
 import sys
 from jobs import ends, start

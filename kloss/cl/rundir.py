@@ -137,7 +137,7 @@ class RunFolder:
     def load_checkpoint(self, of: tuple[int, int] | None = None, *, whole: bool = True) -> Checkpoint | None:
         """Return the last checkpoint of a process of so many, by default of this one; None without it.
 
-        whole: with its tensors, without which it is not verified.
+        whole: with its tensors, without which it is not verified. Then nobody may replace it meanwhile: it is opened twice.
         Raises UserError for a damaged one.
         """
         from safetensors import safe_open
@@ -148,7 +148,7 @@ class RunFolder:
                 return None
             with opened(file):  # safe_open hangs at a FIFO, and says of a file without permission that it does not exist
                 pass
-            with self.reading_checkpoint(of), safe_open(file, "pt") as stored:
+            with self.reading_checkpoint(of), safe_open(file, "pt" if whole else "np") as stored:
                 metadata = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()} if whole else {}  # noqa: SIM118
                 text = metadata.get("state", "")

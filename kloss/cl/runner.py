@@ -232,7 +232,7 @@ class _Job:
         """Wait until all processes come here, and take over what the others have finished."""
         self.processes.wait(self._look)
         for process in range(self.processes.number):
-            saved = None if process == self.processes.rank else self._read(process, self.processes.number)
+            saved = None if process == self.processes.rank else self._read(process, self.processes.number, whole=False)
             if saved is not None:
                 for number, result in saved.checkpoint.state["finished"].items():
                     self._enter(saved.share.cohorts[int(number)], result)
@@ -251,7 +251,7 @@ class _Job:
         done = score_probes(own, self.study.learners, self.load(self.corpus), self.corpus, *rest)
         self.processes.wait(self._look)
         for process in range(number):
-            saved = None if process == rank else self._read(process, number)
+            saved = None if process == rank else self._read(process, number, whole=False)
             self.outcome.probed.extend(done if saved is None else saved.checkpoint.state.get("probed", []))
 
 
