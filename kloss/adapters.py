@@ -172,8 +172,10 @@ def _take(model: nn.Module, rows: Sequence[int]) -> None:
     """Adapter j becomes what rows[j] was, in all layers and settings."""
     for layer in adapted_layers(model):
         for factor in (layer.lora_a, layer.lora_b):
-            grad, factor.grad = factor.grad, None
-            factor.data = factor.data[rows]
+            grad, factor.grad, taken = factor.grad, None, factor.data[rows]
+            # A graph of before keeps what adds gradients of the old shape, until a change of dtype makes torch drop that.
+            factor.data = taken.new_empty(0, dtype=torch.float16)
+            factor.data = taken
             factor.grad = None if grad is None else grad[rows]
     shared = adapted_layers(model)[0].shared
     shared.take(rows)

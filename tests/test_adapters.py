@@ -169,6 +169,44 @@ def test_gradients_stay_with_their_adapters():
         assert torch.equal(f.grad[:2], wanted[name][1:]) and not f.grad[2].any()
 
 
+@pytest.mark.parametrize("width", [8, 32])
+def test_adapters_change_while_a_loss_of_before_is_kept(width):
+    """As the variable of a training loop keeps it, and with it what adds up gradients."""
+    model = randomised(kloss.attach(nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)), ["a", "b"], 2))
+    optimizer, x = AdapterAdamW(model, lr=1e-2), torch.ones(2, width)
+
+    def step():
+        optimizer.zero_grad()
+        with kloss.use_adapters(model, ["b", "b"]):
+            loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    loss = step()
+    changes = [
+        lambda: adapters.add(model, "c"),
+        lambda: adapters.fork(model, "b", "d"),
+        lambda: adapters.remove(model, "a"),
+    ]
+    for change in changes:
+        change()
+        before, loss = loss, step()
+        assert loss < before
+    assert optimizer.rows.steps.tolist() == [4, 0, 2]
+
+
+def test_an_adapter_that_is_loaded_between_forward_and_backward_is_refused(tmp_path):
+    """Its gradients would be of weights that its outputs were not computed with."""
+    model = named()
+    save_peft(model, tmp_path, 1)
+    with kloss.use_adapters(model, [0] * 5):
+        loss = logits(model).square().sum()
+    load_peft(model, tmp_path, 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_graph_of_before_is_refused():
     model, x = named(lambda: nn.Sequential(nn.Linear(8, 8)), targets="0"), torch.randn(3, 2, 8, requires_grad=True)
     for reentrant in (False, True):

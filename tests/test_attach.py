@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -492,6 +493,12 @@ def test_mistakes_in_a_block():
     for ids in ([0, 3], [-2, 0], [0.0, 1.0], [[0, 1]], [], torch.tensor([True, False])):
         with pytest.raises(UserError, match=r"one whole number in \[-1, 3\)"), kloss.use_adapters(ours, ids):
             pass
+    for ids in ("x", ["0", None], None, {0, 1}, [[0], [1, 0]], [1 << 70], np.array(["0", "1"]), np.array([2**64 - 1] * 2)):
+        with pytest.raises(UserError, match=r"one whole number in \[-1, 3\)"), kloss.use_adapters(ours, ids):
+            pass
+    for kind in (np.uint16, np.uint32, np.uint64, np.int8):
+        with kloss.use_adapters(ours, np.array([0, 2, 1], dtype=kind)) as ids:
+            assert ids == [0, 2, 1]
     with pytest.raises(UserError, match=r"step must be .* got -1"), kloss.use_adapters(ours, MIXED, step=-1):
         pass
     for model in (xlmr(), nn.ModuleList([ours, attached(xlmr)])):
@@ -508,6 +515,29 @@ def test_mistakes_in_a_block():
     with kloss.use_adapters(long, [0]), pytest.raises(UserError, match="dropout takes 65536 positions"):
         long(torch.ones(1, 65537, 64))
     assert torch.equal(logits(ours), logits(xlmr()))
+
+
+def test_numbers_of_numpy_are_saved_as_numbers():
+    numbers = dict(rank=np.array([2, 4]), alpha=np.float32(3), dropout=np.array([0.25, 0.5], np.float32), seed=np.int64(3))
+    model = kloss.attach(nn.Sequential(nn.Linear(8, 8)), 2, **numbers, dropout_seed=np.int32(5))
+    with kloss.use_adapters(model, [0], step=np.int64(7)):
+        pass
+    other = kloss.attach(nn.Sequential(nn.Linear(8, 8)), 2, 4)
+    other.load_state_dict(model.state_dict())
+    shared = other[0].shared
+    assert (shared.ranks, shared.alphas, shared.chances) == ([2, 4], [3.0, 3.0], [0.25, 0.5])
+    assert (shared.seed, shared.dropout_seed, shared.step) == (3, 5, 8)
+
+
+@pytest.mark.parametrize("width", [24, 32])
+@pytest.mark.parametrize("shape", [(2,), (2, 4), (2, 3, 4)])
+def test_outputs_may_be_written_to(shape, width):
+    """As by nn.ReLU(inplace=True)."""
+    model, x = randomised(kloss.attach(nn.Sequential(nn.Linear(width, width)), 3, 2)), torch.ones(*shape, width)
+    with kloss.use_adapters(model, [0, 2]):
+        wanted, y = model(x).relu(), model(x).relu_()
+    y.sum().backward()
+    assert torch.equal(y, wanted) and model[0].lora_b.grad.any()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")

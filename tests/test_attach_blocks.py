@@ -1,9 +1,11 @@
 """What a block of `use_adapters` reaches: tasks, threads, generators, backward passes that compute layers again, generate."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -155,6 +157,161 @@ def test_nested_checkpoints_and_a_graph_that_is_kept(inner, outer):
         assert_same(gradients(model), wanted)
 
 
+def two_blocks(model, x, steps=(None, None)):
+    with kloss.use_adapters(model, [0, 1, 2, -1], step=steps[0]):
+        y = model(x)
+    with kloss.use_adapters(model, [-1, 2, 2, 0], step=steps[1]):
+        return y * model(x)
+
+
+def nested_blocks(model, x, steps=(None, None)):
+    with kloss.use_adapters(model, [0, 1, 2, -1], step=steps[0]):
+        y = model[0](x).tanh()
+        with kloss.use_adapters(model, [-1, 2, 2, 0], step=steps[1]):
+            return model[2](y) * model[2](y.sin())
+
+
+def reference_beside(model, x, steps=(None, None)):
+    """A block within a checkpoint within a block."""
+    y = model[0](x).tanh()
+    with kloss.use_adapters(model, [-1] * 4, step=steps[1]):
+        base = model[2](y)
+    return model[2](y) - base
+
+
+OUTER = {reference_beside: [0, 1, 2, -1]}
+
+
+def run_in_checkpoint(function, model, reentrant, steps=(None, None)):
+    """Gradients of a function, in a checkpoint unless reentrant is None, with its outer block if it has one."""
+    x, outer = X.clone().requires_grad_(), OUTER.get(function)
+    with kloss.use_adapters(model, outer, step=steps[0]) if outer else contextlib.nullcontext():
+        y = function(model, x, steps) if reentrant is None else checkpoint(function, model, x, steps, use_reentrant=reentrant)
+    y.square().sum().backward()
+    return gradients(model) | {"x": x.grad}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("function", [two_blocks, nested_blocks, reference_beside])
+def test_blocks_within_a_checkpoint_are_opened_again(function, reentrant):
+    model = small()
+    assert_same(run_in_checkpoint(function, model, reentrant), run_in_checkpoint(function, model, None))
+    model, steps = small(dropout=0.4).train(), (5, 9)
+    wanted = run_in_checkpoint(function, model, None, steps)
+    assert_same(run_in_checkpoint(function, model, reentrant, steps), wanted)
+    other = run_in_checkpoint(function, model, None, (6, 8))
+    assert not torch.equal(other["0.lora_a"], wanted["0.lora_a"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_of_dropout_within_a_checkpoint_has_its_step_again_or_is_refused(reentrant):
+    model, x = small(dropout=0.4).train(), X.clone().requires_grad_()
+
+    def one(x, ids=(0, 1, 2, 0)):
+        with kloss.use_adapters(model, [*ids]):
+            return model(x)
+
+    def equal_ones(x):
+        return one(x) * one(x)
+
+    def different_ones(x):
+        return one(x) * one(x, (1, 1, 1, 1))
+
+    shared = layers(model)["0"].shared
+    one(x).square().sum().backward()
+    wanted, shared.step = gradients(model), 0
+    checkpoint(one, x, use_reentrant=reentrant).square().sum().backward()
+    assert_same(gradients(model), wanted)
+    assert shared.step == 1  # what was opened again took no step
+    for several in (equal_ones, different_ones):
+        y = checkpoint(several, x, use_reentrant=reentrant).sum()
+        with pytest.raises(UserError, match="one of several in a checkpoint.* give it as use_adapters"):
+            y.backward()
+
+
+@pytest.mark.parametrize("around", [None, [0, 1, 2, 0]])
+def test_a_checkpoint_that_leaves_its_last_block_out_is_refused(around):
+    """Its layers outside of the block would get that block's adapters; a reentrant one knows both."""
+    model, x = small(), X.clone().requires_grad_()
+
+    def last(x):
+        y = model[0](x).tanh()
+        with kloss.use_adapters(model, [2] * 4):
+            return model[2](y)
+
+    got = {}
+    for reentrant in (None, True, False):
+        with kloss.use_adapters(model, around) if around else contextlib.nullcontext():
+            y = last(x) if reentrant is None else checkpoint(last, x, use_reentrant=reentrant)
+        if reentrant is False:
+            with pytest.raises(UserError, match="once within a block of use_adapters and once outside"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+            got[reentrant] = gradients(model)
+    assert got[True].keys() == got[None].keys()
+    for name, grad in got[None].items():
+        assert grad is got[True][name] is None or torch.equal(grad, got[True][name])
+
+
+def test_a_block_within_a_checkpoint_keeps_nothing_of_it():
+    model = small()
+
+    def inside(x):
+        with kloss.use_adapters(model, [1] * 4):
+            return model(x)
+
+    x = X.clone().requires_grad_()
+    there = weakref.ref(x)
+    checkpoint(inside, x, use_reentrant=False).sum().backward()
+    del x
+    assert there() is None
+
+
+def test_a_checkpoint_in_a_block_whose_tensors_lie_elsewhere_is_not_refused():
+    model, x = small(), X.clone().requires_grad_()
+    with kloss.use_adapters(model, [1] * 4):
+        model(x).square().sum().backward()
+    wanted = gradients(model)
+    with torch.autograd.graph.save_on_cpu(), kloss.use_adapters(model, [1] * 4):
+        y = model(x) * checkpoint(model, x, use_reentrant=False)
+    y.sum().backward()
+    assert_same(gradients(model), wanted)
+
+
+def test_a_hook_of_backward_computes_with_its_own_block():
+    model, x, seen = small(), X.clone().requires_grad_(), []
+    wanted = with_ids(model, [2] * 4, X)
+
+    def evaluate(grad):
+        with torch.no_grad(), kloss.use_adapters(model, [2] * 4):
+            seen.append(model(X))
+
+    with kloss.use_adapters(model, [0, 1, 0, 1]):
+        y = model(x)
+        y.register_hook(evaluate)
+        y.square().sum().backward()
+    assert torch.equal(seen[0], wanted)
+
+
+def test_a_task_that_outlives_its_block_does_not_compute_with_other_adapters():
+    model, seen = small(), []
+
+    async def late():
+        await asyncio.sleep(0)
+        seen.append(model(X))
+
+    async def main():
+        with kloss.use_adapters(model, [1] * 4):
+            task = asyncio.create_task(late())
+        kloss.adapters.remove(model, 0)
+        await task
+
+    with pytest.raises(UserError, match="^0: adapters were added, removed or copied since this block of use_adapters began"):
+        asyncio.run(main())
+    assert not seen
+
+
 def test_a_pass_of_long_ago_is_refused(monkeypatch):
     monkeypatch.setattr("kloss.models.blocks.PASSES", 8)
     for has_gradients in (False, True):
@@ -206,7 +363,7 @@ def test_what_was_computed_again_is_kept_for_one_batch():
         with kloss.use_adapters(model, [g] * 4):
             losses.append(checkpoint(model, x, use_reentrant=False).sum())
     sum(losses).backward()
-    assert sum(len(batch.cache) for batch in {*model[0].shared.blocks._own.passes.batches}) == 1
+    assert sum(len(batch.cache) for batch, _ in {*model[0].shared.blocks._own.passes.hits}) == 1
 
 
 def test_a_new_thread_must_say_whose_adapters_it_wants():
@@ -312,6 +469,22 @@ def test_generate_repeats_the_ids_by_itself(make, way):
     assert mixed.shape[0] == 5 * rows and torch.equal(mixed, torch.cat(alone))
     base = tokens(torch.arange(5), [-1] * 5)
     assert not torch.equal(base, mixed)
+
+
+def test_an_interrupted_generate_leaves_no_block_behind(monkeypatch):
+    """Ctrl-C is no Exception, and torch does not run hooks after it."""
+    model, settings = randomised(kloss.attach(llama(), 3, 4)), dict(num_beams=2, max_new_tokens=6, pad_token_id=1)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    layer = next(iter(layers(model).values()))
+    with pytest.raises(KeyboardInterrupt), kloss.use_adapters(model, MIXED), monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupted)
+        model.generate(PROMPTS, **settings)
+    assert not layer.shared.blocks.open and not layer.shared.blocks.repeating
+    assert torch.autograd.is_multithreading_enabled()
+    kloss.adapters.add(model, "more")
 
 
 def test_only_generate_repeats_ids():

@@ -1,7 +1,9 @@
 """The bank: one adapter is one row, whatever else the bank holds; files that peft and kloss exchange."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -597,6 +599,25 @@ def test_an_adapter_that_is_not_there(tmp_path):
         for g in (2, -1):
             with pytest.raises(UserError, match=f"no adapter {g}, the bank has 0 to 1"):
                 call(tmp_path, g)
-    for alpha in (float("nan"), float("inf"), 10**400, [1, 2]):
-        with pytest.raises(UserError, match="alpha must be a finite number"):
-            AdapterBank(CONFIG, 1, 1, alpha=alpha)
+    with pytest.raises(UserError, match="no adapter a, the bank has 0 to 1"):
+        bank.save_peft(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        *((dict(adapters=1, alpha=alpha), "alpha must be a finite number") for alpha in (math.nan, math.inf, 10**400, [1, 2])),
+        *((dict(adapters=given), "adapters must be a whole number of at least 1") for given in (0, -1, True, ["a", "b"])),
+        *((dict(adapters=2, rank=given), "rank must be a whole number of at least 1") for given in (0, 4.0, None, "4", [1] * 3)),
+        (dict(adapters=3, seeds=[1]), "seeds must be one for each of the 3 adapters, got 1"),
+        *((dict(targets=given), "unknown LoRA targets") for given in ((), ("qkv", "qkv"), "qkv", ["query"])),
+    ],
+)
+def test_a_bank_that_cannot_be(options, match):
+    with pytest.raises(UserError, match=match):
+        AdapterBank(CONFIG, **options)
+
+
+def test_numbers_of_numpy_make_a_bank():
+    bank = AdapterBank(CONFIG, np.int64(2), np.array([4, 2]), alpha=np.float32(3))
+    assert bank.ranks.tolist() == [4, 2] and bank.scaling.tolist() == [0.75, 1.5]

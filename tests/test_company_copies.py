@@ -11,6 +11,7 @@ from test_optim import NORMS, RATES, ROWS, factors, trained
 from toy import toy_model
 
 import kloss
+from kloss.kernels import make_segments
 from kloss.models import AdapterBank
 from kloss.optim import AdapterAdamW
 
@@ -50,6 +51,30 @@ def test_a_copy_of_both_goes_on_to_the_same_bits(way, make):
     kloss.adapters.remove(twin, "1")
     twins.step()
     assert len(twins.norms) == 2 and len(optimizer.norms) == 3
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_a_bank_learns_as_the_original_does(way, dtype):
+    model = toy_model().to(dtype).freeze_backbone()
+    segments = make_segments(*(torch.tensor(each, dtype=torch.int32) for each in ([0, 5, 9], [0, 2])), 3)
+
+    def losses(bank):
+        optimizer, found = AdapterAdamW(bank, RATES), []
+        for _ in range(4):
+            loss = model(torch.arange(9), torch.tensor([0, 5, 9], dtype=torch.int32), segments, bank).float().square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    bank = AdapterBank(model, adapters=3, rank=[4, 2, 4], dtype=dtype)
+    twin = way(bank)
+    assert (twin.work is twin.param) == (dtype == torch.float32)
+    wanted = losses(twin)
+    assert bank.steps.tolist() == [0, 0, 0] and twin.steps.tolist() == [4, 0, 4] and len({*wanted}) == 4
+    assert losses(bank) == wanted
 
 
 @WAYS

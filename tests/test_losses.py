@@ -73,6 +73,7 @@ def test_an_adapters_gradient_has_the_same_bits_whoever_is_beside_it():
         (torch.zeros(2, 3), torch.tensor([0, 1]), [0], "one whole number of at least -1 for each of .2. rows, got .0."),
         (torch.zeros(2, 3), torch.tensor([0, 1]), [0, -2], "at least -1"),
         (torch.zeros(2, 3), torch.tensor([0, 1]), [0.0, 1.0], "whole number"),
+        (torch.zeros(2, 3), torch.tensor([0, 1]), ["a", "b"], "whole number"),
         (torch.zeros(2, 4, 3), torch.tensor([0, 1]), [0, 1], r"labels must be .*int64 \[2\] and \[2, 4, 3\]"),
         (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), [0, 1], "labels must be whole numbers"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from pretend import GPU, pretended_gpu
@@ -255,6 +256,25 @@ def test_mistakes():
     with pytest.raises(ValueError, match="lr"):
         optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_became_bf16_is_refused():
+    """A step of 1e-3 would be lost in its rounding."""
+    model = randomised(kloss.attach(nn.Sequential(nn.Linear(8, 8)), 2, 2))
+    optimizer = AdapterAdamW(model, 1e-3)
+    model.bfloat16()
+    with kloss.use_adapters(model, [0, 1]):
+        model(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+    with pytest.raises(UserError, match="0.lora_a is torch.bfloat16, adapters are trained in float32"):
+        optimizer.step()
+
+
+def test_rates_of_numpy_are_read_back():
+    model = kloss.attach(nn.Sequential(nn.Linear(8, 8)), 2, 2)
+    saved = io.BytesIO()
+    torch.save(AdapterAdamW(model, np.geomspace(1e-4, 1e-3, 2), weight_decay=np.float32(0.5)).state_dict(), saved)
+    groups = torch.load(io.BytesIO(saved.getvalue()))["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-3]) and groups[1]["weight_decay"] == 0.5
 
 
 def test_frozen_factors_are_left_alone():

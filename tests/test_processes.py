@@ -169,8 +169,8 @@ def test_what_another_process_finished_is_read_while_it_writes_the_next_checkpoi
     def trained(process):
         with open_run(tmp_path / "run", {}, process, 2) as run:
             plan = [Stage(False, [Share([[0]], [3]), Share([[1]], [3])])]
-            others = Config(checkpoint_seconds=0), ToyCorpus(), study, lambda _: toy_model(), run, Silent(), Lone(process, 2), plan
-            return train_study(*others)
+            of_both = Config(checkpoint_seconds=0), ToyCorpus(), study, lambda _: toy_model(), run, Silent()
+            return train_study(*of_both, Lone(process, 2), plan)
 
     theirs, opened = trained(1), torch.UntypedStorage.from_file
 

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -93,7 +92,13 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, weight, bias, lora_a, lora_b, lists, slices, transposed = args
-        y = F.linear(x, weight.t() if transposed else weight, bias)
+        rows, w = x.view(-1, x.shape[-1]), weight if transposed else weight.t()
+        y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view, as F.linear's may be, so that it can be written to
+        out = y.view(-1, w.shape[1])
+        if bias is None:
+            torch.mm(rows, w, out=out)
+        else:
+            torch.addmm(bias, rows, w, out=out)
         s = x.new_empty(lists.order.shape[0], lora_a.shape[1])
         _op("cpu_lora_")(x, lora_a, lora_b, *lists, slices, multi_lora_cpu.VARIANT, y, s)
         ctx.save_for_backward(x, weight, lora_a, lora_b, s)

@@ -28,7 +28,7 @@ from ..kernels import multi_lora_direct, multi_lora_linear
 from ..kernels.dropout import draws, stream_keys
 from .blocks import Arguments, Batch, RepeatedRows, Shared
 from .peft_files import fitted, read_adapter, write_adapter
-from .settings import check_names
+from .settings import check_names, whole_numbers
 from .targets import find_targets, is_transposed, named, plain_modules, routed, time_first
 from .traced import FIXED, key_of, rows_of, traced_arguments
 
@@ -116,7 +116,7 @@ class MultiAdapterLinear(nn.Module):
 
     def arguments(self, x: Tensor, training: bool) -> Arguments | None:
         """What the block's batch says of the rows of x, None for the base model. Errors as in `forward`."""
-        batch = self.shared.blocks.batch(self.name)
+        batch = self.shared.blocks.batch(self.name, training)
         if batch is None:
             return None
         if torch._C._is_tracing():
@@ -215,6 +215,7 @@ def attach(
     for name, number in zip(("seed", "dropout_seed"), seeds, strict=True):
         if not isinstance(number, Integral) or not -(1 << 63) <= number < 1 << 63:
             raise UserError(f"{name} must be a whole number in [-2^63, 2^63), got {number!r}")
+    seeds = int(seeds[0]), int(seeds[1])
     ends = None if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
     linears, shared = find_targets(model, ends), Shared(names, rank, alpha, dropout, seeds, ends)
     layers = {linear: MultiAdapterLinear(linear, shared, name, i) for i, (name, linear) in enumerate(linears.items())}
@@ -243,13 +244,14 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
 
     adapter_ids: int [B] on any device, the adapter of each batch row, -1 for the base model alone; a list may hold names. If they
         differ, every adapted layer must get an input [B, ..., K]; if they are all alike, any input [..., K] will do.
-    step: the dropout's, below 2^31. None: each block entered while model.training takes the next, counted from 0 or from the
-        last step given. Give it to resume a training run.
+    step: the dropout's, below 2^31. None: each block entered while model.training, but not within backward, takes the next,
+        counted from 0 or from the last step given. Give it to resume a training run.
     Blocks may be nested, and each task of asyncio and each thread has its own. A generator must not yield inside one. Outside of
     all blocks a model is the base model; a new thread has to say so, by a block of ids -1, since it may have been started to see
     the block of another.
-    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. On a GPU
-    reentrant checkpoints within checkpoints want it inside a block, where it stays in this thread.
+    Backward may run anywhere. Layers that gradient checkpointing computes again get the batch of their forward pass. A checkpoint
+    lies in one block, or opens all of its blocks itself; of several with dropout in one checkpoint each wants its step. On a GPU
+    reentrant checkpoints within checkpoints want backward inside a block, where it stays in this thread.
     `generate` may repeat rows, for beams or several sequences: its calls repeat the ids alike.
     What torch.compile makes of the model serves all blocks. torch.export and torch.jit.trace inside one are refused.
     The dropout mask of a row depends on (attach's dropout_seed, adapter, step, earlier batch rows of that adapter, position,
@@ -264,17 +266,17 @@ def use_adapters(model: nn.Module, adapter_ids: Sequence[int | str] | Tensor, *,
     adapters = len(shared.names)
     if isinstance(adapter_ids, list | tuple):
         adapter_ids = [shared.index(g) if isinstance(g, str) else g for g in adapter_ids]
-    ids = torch.as_tensor(adapter_ids)
-    integers = ids.dim() == 1 and ids.numel() and not ids.dtype.is_floating_point and ids.dtype != torch.bool
-    if not integers or int(ids.min()) < -1 or int(ids.max()) >= adapters:
+    ids = whole_numbers(adapter_ids)
+    if ids is None or not ids.numel() or int(ids.min()) < -1 or int(ids.max()) >= adapters:
         raise UserError(f"adapter_ids must be one whole number in [-1, {adapters}) for each batch row, got {adapter_ids}")
-    step = shared.step if step is None else step
+    given, step = step is not None, shared.step if step is None else step
     if not isinstance(step, Integral) or not 0 <= step < 1 << 31:
         raise UserError(f"step must be a whole number in [0, 2^31), got {step!r}")
-    if model.training:
-        shared.step = step + 1
-    with shared.blocks.within(Batch(shared, numbers := ids.tolist(), step)):
-        yield numbers
+    batch = Batch(shared, ids.tolist(), int(step), given=given)
+    if model.training and batch.opened.task == -1:
+        shared.step = int(step) + 1
+    with shared.blocks.within(batch):
+        yield batch.ids
 
 
 def adapted_layers(model: nn.Module) -> list[MultiAdapterLinear]:
@@ -304,12 +306,15 @@ def whole_layers(model: nn.Module, *parts: str) -> list[MultiAdapterLinear]:
 
 
 def _tensors(model: nn.Module, g: int, rank: int | None = None) -> dict[str, Tensor]:
-    """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own."""
+    """Views of adapter g's A [rank, K] and B [N, rank] under peft's names. rank: None for the adapter's own.
+
+    Backward sees it if they are written to after its forward pass.
+    """
     layers, tensors = whole_layers(model), {}
     rank = layers[0].shared.ranks[g] if rank is None else rank
     for layer in layers:
-        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.data[g, :rank]
-        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.data[g, :, :rank]
+        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = layer.lora_a.detach()[g, :rank]
+        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = layer.lora_b.detach()[g, :, :rank]
     return tensors
 
 

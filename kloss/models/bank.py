@@ -6,7 +6,7 @@ Saving, forking or loading an adapter is a row copy; the optimiser is elementwis
 
 import math
 from collections.abc import Sequence
-from copy import copy
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from .convert import LINEARS, QKV
-from .peft_files import LARGEST_ALPHA, fitted, read_adapter, write_adapter
+from .peft_files import fitted, read_adapter, write_adapter
 from .rows import Rows
+from .settings import ALPHA, RANK, one_each
 from .slots import HEAD, Slot, SlotRows, laid_out, matching, row_width
 from .xlmr import XLMRConfig, XLMRForTokenClassification
 
@@ -36,7 +37,7 @@ class AdapterBank(SlotRows):
     exact: the base products under the adapters have the same bits whichever adapters share the batch.
     largest: R, if it is to be larger than the largest rank.
     Attributes beside those of `Rows`: ranks int64 [G] and alphas fp64 [G] on the host; scaling fp32 [G].
-    Raises UserError for a rank below 1, an alpha that is not finite, or an unknown target.
+    Raises UserError for a rank below 1, an alpha that is not finite, another number of seeds, or an unknown target.
     """
 
     PER_ROW = ("ranks", "alphas", "scaling")
@@ -57,16 +58,18 @@ class AdapterBank(SlotRows):
         largest: int = 0,
     ):
         self.config = model_or_config if isinstance(model_or_config, XLMRConfig) else model_or_config.config
+        whole = isinstance(adapters, Integral) and not isinstance(adapters, bool)
+        if not whole or adapters < 1:
+            raise UserError(f"adapters must be a whole number of at least 1, got {adapters!r}")
+        adapters = int(adapters)
         self.targets = TARGETS if targets == "all-linear" else tuple(targets)
-        unknown = set(self.targets) - set(TARGETS)
-        if unknown or isinstance(targets, str) and targets != "all-linear":
+        fit = {*self.targets} <= {*TARGETS} and 0 < len(self.targets) == len({*self.targets})
+        if not fit or isinstance(targets, str) and targets != "all-linear":
             raise UserError(f"unknown LoRA targets {targets!r}; allowed: all-linear, or some of {', '.join(TARGETS)}")
-        ranks = [rank] * adapters if isinstance(rank, int) else list(rank)
-        if len(ranks) != adapters or any(r < 1 for r in ranks):
-            raise UserError(f"rank must be a positive number, or one for each of the {adapters} adapters; got {rank}")
-        alphas = ranks if alpha is None else [alpha] * adapters if isinstance(alpha, int | float) else list(alpha)
-        if len(alphas) != adapters or not all(abs(a) <= LARGEST_ALPHA for a in alphas):
-            raise UserError(f"alpha must be a finite number, or one for each of the {adapters} adapters; got {alpha}")
+        ranks = one_each("rank", rank, adapters, *RANK)
+        alphas = ranks if alpha is None else one_each("alpha", alpha, adapters, *ALPHA)
+        if seeds is not None and len(seeds) != adapters:
+            raise UserError(f"seeds must be one for each of the {adapters} adapters, got {len(seeds)}")
         self.rank, self.has_head, self.exact = max(*ranks, largest), head, exact
         self.ranks, self.alphas = torch.tensor(ranks), torch.tensor([float(a) for a in alphas], dtype=torch.float64)
         self.scaling = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], dtype=torch.float32, device=device)
@@ -195,7 +198,7 @@ class AdapterBank(SlotRows):
     def fresh(self, start: int, end: int) -> "AdapterBank":
         """`span` for one backward pass through the whole model, which sets the gradients of its rows: nothing need be zeroed."""
         if (start, end) not in self._fresh:
-            self._fresh[start, end] = bank = copy(self.span(start, end))
+            self._fresh[start, end] = bank = self.span(start, end)._twin()
             bank._writes = {name: bank.view(bank.grad, name) for name in self.slots}
             # Of the factors without a hook; the heads' gradients are still added.
             bank._leaves = {n: x if n in HEAD else x.detach().requires_grad_() for n, x in bank._leaves.items()}
@@ -214,7 +217,8 @@ class AdapterBank(SlotRows):
 
     def _peft_tensors(self, g: int, rank: int | None = None) -> dict[str, Tensor]:
         """Views into row g under peft's names. rank: None for the adapter's own."""
-        if not 0 <= g < self.adapters:
+        whole = isinstance(g, Integral)
+        if not whole or not 0 <= g < self.adapters:
             raise UserError(f"there is no adapter {g}, the bank has 0 to {self.adapters - 1}")
         rank, tensors = int(self.ranks[g]) if rank is None else rank, {}
         for layer in range(self.config.num_hidden_layers):

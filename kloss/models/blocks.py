@@ -2,10 +2,12 @@
 
 Blocks are a stack in a context variable, so tasks of asyncio and threads have their own. Gradient checkpointing computes layers
 again during backward, when their block may have ended. So each pass notes its batch under the number that autograd gives the next
-node. The node that asks for the layers again has such a number too.
+node. The node that asks for the layers again has such a number too. A block that is opened within what is computed again, or by a
+hook of backward, is opened again, and counts there.
 """
 
 import threading
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -54,12 +56,14 @@ class Arguments(NamedTuple):
 
 
 class Batch:
-    """The batch of a block. ids: the adapter of each batch row, or -1. step: of dropout."""
+    """The batch of a block. ids: the adapter of each batch row, or -1. step: of dropout. given: whether by the user."""
 
     is_repeated = False
 
-    def __init__(self, shared: Shared, ids: list[int], step: int):
-        self.shared, self.ids, self.step = shared, ids, step
+    def __init__(self, shared: Shared, ids: list[int], step: int, *, given: bool = False):
+        self.shared, self.ids, self.step, self.given = shared, ids, step, given
+        self.opened = _Place.here()
+        self.changes = shared.blocks.changes
         self.alike = all(g == ids[0] for g in ids)
         self.drops, self.mixed_ranks = any(shared.chances), min(shared.ranks) < shared.rank
         self.cache: dict[tuple[int, int, torch.device, bool], Arguments] = {}
@@ -105,7 +109,34 @@ class Batch:
 
 _open: ContextVar[tuple[Batch, ...]] = ContextVar("kloss.use_adapters")  # of all models, the innermost last
 _thread = threading.local()  # blocks: that it began and did not end; many: whether its backward ran in several threads before
-_Hit = tuple[Batch | None]  # of a pass that was noted, None: the base model's
+
+
+class _Place(NamedTuple):
+    """Where in a program one is: in which backward pass, or in which checkpoint's forward."""
+
+    task: int  # of a backward pass, -1 outside
+    number: int  # that autograd gives the next node, which within a reentrant checkpoint stays; -1 with gradients
+    pack: (
+        weakref.ref | None
+    )  # what is done with tensors that are saved for backward, as any other checkpoint has it; None: nothing
+
+    @classmethod
+    def here(cls) -> "_Place":
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        number = -1 if torch.is_grad_enabled() else torch.autograd._get_sequence_nr()
+        return cls(torch._C._current_graph_task_id(), number, hooks and weakref.ref(hooks[0]))
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether this may be within a checkpoint's forward pass."""
+        return self.number >= 0 or self.pack is not None
+
+
+class _Hit(NamedTuple):
+    """What was noted of a pass. batch: None is the base model. within: whether its block began within the same checkpoint."""
+
+    batch: Batch | None
+    within: bool
 
 
 class _Passes:
@@ -114,28 +145,34 @@ class _Passes:
     def __init__(self) -> None:
         self.since = -1  # older ones are forgotten
         self.starts: list[int] = []  # with gradients: the first number of each run of passes of a batch
-        self.batches: list[Batch | None] = []
-        self.hidden: dict[int, Batch | None] = {}  # without: within the node before, a checkpoint if it asks
+        self.hits: list[_Hit] = []
+        self.hidden: dict[int, list[_Hit]] = {}  # without: within the node before, a checkpoint if it asks
 
     def note(self, batch: Batch | None) -> None:
         """Remember a pass through a layer that begins now."""
-        if self.batches and self.batches[-1] is batch and torch.is_grad_enabled():
+        hit = _Hit(batch, batch is not None and batch.opened.in_checkpoint and batch.opened == _Place.here())
+        if self.hits and self.hits[-1] == hit and torch.is_grad_enabled():
             return
         number = torch.autograd._get_sequence_nr()
         if not torch.is_grad_enabled():
-            self.hidden.setdefault(number, batch)
+            hits = self.hidden.setdefault(number, [])
+            if all(other.within != hit.within for other in hits):
+                hits.append(hit)
             if len(self.hidden) > PASSES:
                 self.since = max(self.since, next(iter(self.hidden)))
                 del self.hidden[next(iter(self.hidden))]
         else:
             self.starts.append(number)
-            self.batches.append(batch)
+            self.hits.append(hit)
             if len(self.starts) > PASSES:
                 self.since = max(self.since, self.starts[1] - 1)
-                del self.starts[0], self.batches[0]
+                del self.starts[0], self.hits[0]
 
-    def of(self, node: Any) -> _Hit | None:
-        """The batch of the pass that a node of a running backward pass computes again; None: it is not here."""
+    def of(self, node: Any, within: bool) -> _Hit | None:
+        """What was noted of the pass that a node of a running backward pass computes again; None: it is not here.
+
+        within: whether its block is opened again, which decides between passes that a reentrant checkpoint does not tell apart.
+        """
         number = node._sequence_nr()
         if number < self.since:
             return None
@@ -146,9 +183,9 @@ class _Passes:
                 # Other nodes came first, as where it was the first to call what torch compiles.
                 inside = next((hidden for hidden in self.hidden if hidden > number), inside)
             if inside in self.hidden:
-                return (self.hidden[inside],)
+                return min(self.hidden[inside], key=lambda hit: hit.within != within)
         i = bisect_right(self.starts, number)
-        return (self.batches[i - 1],) if i else None
+        return self.hits[i - 1] if i else None
 
 
 class Blocks:
@@ -158,6 +195,7 @@ class Blocks:
         # What graphs of torch.compile can read: whether any block is open, in any thread or task, or ever was; whether any is of
         # repeated rows; two of the last one's batch.
         self.open = self.used = self.repeating = self.drops = self.mixed_ranks = False
+        self.changes = 0  # of the adapters' rows, so far
         self._count, self._repeating, self._lock = 0, 0, threading.Lock()
         self._own, self._of_threads = threading.local(), deque[_Passes](maxlen=64)
         self._again: Batch | None = None
@@ -166,14 +204,20 @@ class Blocks:
     def __reduce__(self) -> tuple:
         return Blocks, ()
 
-    def batch(self, name: str) -> Batch | None:
-        """The batch to compute with, None for the base model. name: of the layer.
+    def batch(self, name: str, training: bool) -> Batch | None:
+        """The batch to compute with, None for the base model. name: of the layer. training: whether adapters drop.
 
-        Raises UserError in a thread that said nothing of adapters, and for a pass whose batch nobody knows any more.
+        Raises UserError in a thread that said nothing of adapters, for a pass whose batch nobody knows any more, and for a block
+        that adapters did not outlive.
         """
         batch, again = self.innermost(), torch._C._current_graph_task_id() != -1
+        if batch is not None and batch.changes != self.changes:
+            raise UserError(
+                f"{name}: adapters were added, removed or copied since this block of use_adapters began; what a task or thread "
+                "computes with adapters has to end before the block that it was started in"
+            )
         if again and self.used:
-            return self._remembered(batch, name)
+            return self._remembered(batch, name, training)
         if batch is None and not again and _open.get(None) is None and threading.current_thread() is not threading.main_thread():
             raise UserError(
                 f"{name}: this thread ({threading.current_thread().name}) is in no block of use_adapters, for a new thread does "
@@ -186,6 +230,7 @@ class Blocks:
 
     def forget(self) -> None:
         """Forget all passes: their batches' rows are not these adapters' any more."""
+        self.changes += 1
         self._own, self._again, self._base = threading.local(), None, None
         self._of_threads.clear()
 
@@ -209,26 +254,50 @@ class Blocks:
             self._of_threads.append(self._own.passes)
         return self._own.passes
 
-    def _remembered(self, innermost: Batch | None, name: str) -> Batch | None:
-        """The batch of the pass that is computed again. It is this thread's, or of the one thread that can have made it."""
-        node, own = torch._C._current_autograd_node(), getattr(self._own, "passes", None)
-        mine = own and own.of(node)
-        others = [hit for passes in [*self._of_threads] if passes is not own and (hit := passes.of(node))]
-        if mine is None or innermost is None and any(hit[0] is not mine[0] for hit in others):
-            others += [mine] if mine else []
-            if len({id(hit[0]) for hit in others}) != 1:
+    def _remembered(self, innermost: Batch | None, name: str, training: bool) -> Batch | None:
+        """The batch of a pass within backward. A block that began there counts, but for a dropout's step that nobody gave it."""
+        task = torch._C._current_graph_task_id()
+        opened = innermost if innermost is not None and innermost.opened.task == task else None
+        if opened and (opened.given or not (training and opened.drops)):
+            self._passes().note(opened)  # for checkpoints within this one
+            return opened
+        hit = self._hit(innermost, opened is not None, name)
+        if opened:
+            key = task, torch._C._current_autograd_node()._sequence_nr()
+            first = getattr(self._own, "first", (None, None))
+            if hit.batch is None or hit.batch.ids != opened.ids or first[0] == key and first[1] is not opened:
                 raise UserError(
-                    f"{name} is computed again for backward (gradient checkpointing), and its batch is not known: "
-                    "call backward inside use_adapters, in the forward pass's thread"
+                    f"{name}: the step of dropout that this block of use_adapters had in its forward pass is not known, for it "
+                    "is one of several in a checkpoint, or of a hook: give it as use_adapters(..., step=...)"
                 )
-        batch = (mine or others[0])[0]
-        if mine:
-            self._passes().note(batch)  # for checkpoints within this one
+            self._own.first = key, opened
+        elif hit.within:
+            raise UserError(
+                f"{name} is computed again for backward (gradient checkpointing), once within a block of use_adapters and once "
+                "outside of it: a checkpoint must lie in one block, or open all of its blocks"
+            )
+        batch = hit.batch
         if batch is not self._again:
             if self._again is not None:
                 self._again.cache.clear()
             self._again = batch
         return batch
+
+    def _hit(self, innermost: Batch | None, opened: bool, name: str) -> _Hit:
+        """What was noted of the pass that is computed again. It is this thread's, or of the one thread that can have made it."""
+        node, own = torch._C._current_autograd_node(), getattr(self._own, "passes", None)
+        mine = own and own.of(node, opened)
+        others = [hit for passes in [*self._of_threads] if passes is not own and (hit := passes.of(node, opened))]
+        if mine is None or innermost is None and any(hit.batch is not mine.batch for hit in others):
+            others += [mine] if mine else []
+            if len({id(hit.batch) for hit in others}) != 1:
+                raise UserError(
+                    f"{name} is computed again for backward (gradient checkpointing), and its batch is not known: "
+                    "call backward inside use_adapters, in the forward pass's thread"
+                )
+        if mine:
+            self._passes().note(mine.batch)  # for checkpoints within this one
+        return mine or others[0]
 
     @contextmanager
     def within(self, batch: Batch) -> Iterator[None]:
@@ -251,13 +320,17 @@ class Blocks:
 
     def leave(self, batch: Batch) -> None:
         """End a block, and those within it that were left open. Raises UserError where it is not the innermost."""
-        with self._lock:
-            self._count_block(batch, -1)
-        _count_in_thread(-1)
-        batch.cache.clear()
         stack = _open.get(())
-        _open.set(stack[: stack.index(batch)] if batch in stack else stack)
-        if not stack or stack[-1] is not batch:
+        place = stack.index(batch) if batch in stack else len(stack)
+        # Hooks that end blocks of repeated rows run after an Exception, but not after Ctrl-C.
+        interrupted = [other for other in stack[place + 1 :] if other.is_repeated and other.shared.blocks is self]
+        for ended in (*interrupted, batch):
+            with self._lock:
+                self._count_block(ended, -1)
+            _count_in_thread(-1)
+            ended.cache.clear()
+        _open.set(stack[:place])
+        if len(stack) - len(interrupted) != place + 1:
             raise UserError(
                 "a block of use_adapters ended out of order: blocks end innermost first, in the task or thread they began in. "
                 "A generator must not yield inside one"

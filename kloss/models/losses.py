@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from .settings import whole_numbers
 
 IGNORED = -100  # transformers' label of what does not count
 
@@ -23,9 +24,8 @@ def adapter_losses(logits: Tensor, labels: Tensor | None, adapter_ids: Sequence[
     Returns fp32 or fp64 [highest id + 1]; 0 for an adapter of whose labels none counts.
     Raises UserError for tensors that do not fit each other.
     """
-    ids = torch.as_tensor(adapter_ids)
-    rows, integers = logits.shape[:1], not ids.dtype.is_floating_point and ids.dtype != torch.bool
-    if ids.shape != rows or not integers or not ids.numel() or int(ids.min()) < -1:
+    ids, rows = whole_numbers(adapter_ids), logits.shape[:1]
+    if ids is None or ids.shape != rows or not ids.numel() or int(ids.min()) < -1:
         raise UserError(f"adapter_ids must be one whole number of at least -1 for each of {[*rows]} rows, got {adapter_ids}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels is None:

@@ -114,8 +114,23 @@ def check_names(names: Any) -> list[str]:
 
 
 def one_each(name: str, given: Any, adapters: int, allowed: str, is_allowed: Callable[[Any], bool]) -> list:
-    """One value per adapter, from one for all or from a sequence. Raises UserError for another number or what is not allowed."""
+    """One value per adapter, an int or a float, from one for all or from a sequence.
+
+    Raises UserError for another number or what is not allowed.
+    """
     values = [given] * adapters if isinstance(given, Real) else [*given] if isinstance(given, Iterable) else []
     if len(values) != adapters or not all(isinstance(v, Real) and not isinstance(v, bool) and is_allowed(v) for v in values):
         raise UserError(f"{name} must be {allowed}, one for all or one for each of the {adapters} adapters; got {given!r}")
-    return values
+    return [int(v) if isinstance(v, Integral) else float(v) for v in values]  # not numpy's, which JSON and torch.load refuse
+
+
+def whole_numbers(given: Any) -> Tensor | None:
+    """int64 [B] from a sequence or a tensor of whole numbers; None for anything else."""
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    if numbers.dim() != 1 or numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex():
+        return None
+    whole = numbers.long()
+    return None if not numbers.dtype.is_signed and bool((whole < 0).any()) else whole

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Self
 
@@ -15,6 +14,8 @@ from .rows import Rows
 
 HEAD = ("head.weight", "head.bias")
 ALIGNMENT = 32  # elements, 64 bytes in 16-bit types: slots and rows start there, so that a row's address never changes its bits
+
+UNCOPIED = ("_leaves", "_spans", "_fresh", "_writes")  # of a bank's attributes
 
 
 class Slot(NamedTuple):
@@ -47,6 +48,20 @@ class SlotRows(Rows):
         self._leaves = {name: self.view(self.work, name).detach().requires_grad_() for name in self.slots}
         for name, leaf in self._leaves.items():
             leaf.register_post_accumulate_grad_hook(_adder(self.view(self.grad, name)))
+
+    def __getstate__(self) -> dict:
+        """What a copy has. Leaves are made anew, since no copy takes their hooks along."""
+        return {name: value for name, value in vars(self).items() if name not in UNCOPIED}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._make_leaves()
+
+    def _twin(self) -> Self:
+        """A bank with all that this one has, itself not copied."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
 
     @property
     def layout(self) -> dict[str, list[int]]:
@@ -83,7 +98,7 @@ class SlotRows(Rows):
 
     def _like(self, rows: slice | Tensor, param: Tensor, *arguments: Tensor | None) -> Self:
         """A bank of the same layout over other rows. param, arguments: of `Rows`."""
-        other = copy(self)
+        other = self._twin()
         for name in self.PER_ROW:
             setattr(other, name, getattr(self, name)[rows])
         Rows.__init__(other, param, *arguments)

@@ -25,12 +25,11 @@ class StackedRows(Rows):
             for kind in ("lora_a", "lora_b"):
                 factor = getattr(layer, kind)
                 if factor.requires_grad:
-                    if factor.dtype != torch.float32:
-                        raise UserError(f"{layer.name}.{kind} is {factor.dtype}, adapters are trained in float32")
                     self.slots[i, kind] = slice(width, width + factor[0].numel())
                     width = aligned(width + factor[0].numel())
         if not self.slots:
             raise UserError("no adapter of this model requires gradients")
+        self._check_dtypes()
         super().__init__(self._layers[0].lora_a.new_zeros(len(self.names), width, requires_grad=False))
         self._births = [*self._layers[0].shared.births]
         self._weights, self._grads = self._stacked(self.param), self._stacked(self.grad)
@@ -93,7 +92,11 @@ class StackedRows(Rows):
             factor.grad = None
 
     def collect(self) -> Tensor:
-        """Copy weights and gradients of the rows whose gradients are not all zero or None. Returns which these are, bool [G]."""
+        """Copy weights and gradients of the rows whose gradients are not all zero or None. Returns which these are, bool [G].
+
+        Raises UserError where a factor is not fp32 any more.
+        """
+        self._check_dtypes()
         factors = self.parameters
         grads = [factor.new_zeros(()).expand(factor.shape) if factor.grad is None else factor.grad for factor in factors]
         torch._foreach_copy_(self._grads, grads)
@@ -104,6 +107,11 @@ class StackedRows(Rows):
     def spread(self, rows: Tensor) -> None:
         """Copy the weights of these rows back."""
         self._move(rows, self.parameters, self._weights)
+
+    def _check_dtypes(self) -> None:
+        for i, kind in self.slots:
+            if (dtype := getattr(self._layers[i], kind).dtype) != torch.float32:
+                raise UserError(f"{self._layers[i].name}.{kind} is {dtype}, adapters are trained in float32")
 
     def _stacked(self, matrix: Tensor) -> list[Tensor]:
         """Each factor's part of a matrix [G, P], in the factor's shape."""
