@@ -134,6 +134,20 @@ def test_an_adapter_has_the_same_bits_alone(p, as_one):
         assert torch.equal(got[name][rows] if name in ("x", "y") else got[name][2], value if name in ("x", "y") else value[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_exact_bits_do_not_depend_on_the_number_of_rows(dtype, monkeypatch):
+    """Together there are as many rows as GELU within the kernels of S begins with, alone there are fewer."""
+    monkeypatch.setattr(feed_forward, "LEAST", 100)
+    monkeypatch.setattr(feed_forward, "serves", lambda x: True)
+    exact = partial(multi_lora_feed_forward, exact=True)
+    up, down = two(dtype, lengths=[70, 30, 65], adapter=[0, 1, 2], adapters=3, rank=8, p=0.5)
+    together = outputs(exact, up, down)
+    (up, rows), (down, _) = (sub_problem(case, [2], "cpu") for case in (up, down))
+    for name, value in outputs(exact, up, down).items():
+        own = together[name][rows] if name in ("x", "y") else together[name][2]
+        assert torch.equal(own, value if name in ("x", "y") else value[2]), name
+
+
 def test_gradients_written_where_they_are_wanted(as_one):
     up, down = two(**CASES["several"])
     wanted = outputs(multi_lora_feed_forward, up, down)

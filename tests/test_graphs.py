@@ -209,6 +209,21 @@ def test_the_launches_of_a_step_on_a_hopper(monkeypatch):
     assert one + 11 * (two - one) <= 400
 
 
+def test_exact_is_not_for_hopper_whose_service_depends_on_the_others(monkeypatch):
+    """Its products have other bits than Triton's, and it serves one rank, rows in order."""
+    batch, asked = batch_of([1] * 8, 2), []
+    for module in (multi_lora, feed_forward):
+        monkeypatch.setattr(module, "hopper_serves", lambda *rest: asked.append(1) or False)
+    for exact in (False, True):
+        asked.clear()
+        model = toy_model(num_hidden_layers=1).freeze_backbone()
+        with pretended_gpu(monkeypatch):
+            settings = StepSettings.of([learner(g) for g in range(8)], GPU, exact=exact)
+            bank = AdapterBank(model.to(GPU), 8, 2, device=GPU, exact=exact)
+            step._backward(model, bank, settings, 0, 8, batch.to(GPU))
+        assert bool(asked) is not exact
+
+
 def test_a_learner_that_ends_stays_as_an_idle_row(monkeypatch):
     """Its row is as it was when it ended, the graphs are those of before, and all is as on a CPU."""
     learners = [learner(g, epochs=epochs, batch_size=4) for g, epochs in enumerate((2, 5, 3, 5))]

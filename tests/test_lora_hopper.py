@@ -1,14 +1,17 @@
 """The multi-adapter linear on a Hopper GPU, where rows lie in order: values, gradients, isolation to the bit, who is served."""
 
+import contextlib
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_as_good, on_cpu, outputs, problem, sub_problem
 
 import kloss.kernels as kernels
-from kloss.kernels import lora_hopper, lora_shrink, lora_tiles
+from kloss.kernels import cuda_library, lora_hopper, lora_shrink, lora_tiles, lora_triton
+from kloss.kernels.lora_torch import Backward, Forward
 from kloss.kernels.segments import with_work
 
 hopper = partial(kernels.multi_lora_linear, backend="hopper")
@@ -95,6 +98,45 @@ def test_thousands_of_launches_end(lengths, gpu):
         while not ended.query():
             assert time.monotonic() < deadline, "a launch has not ended"
     assert torch.equal(first, last)
+
+
+def test_a_gradient_that_begins_at_any_address(monkeypatch):
+    """As that of a part of torch.cat; the products read from multiples of 16 bytes."""
+    seen, flat = [], torch.randn(1 + 70 * 128, generator=torch.Generator().manual_seed(0)).half()
+    dy = flat[1:].view(70, 128)
+    assert dy.is_contiguous() and not cuda_library.walks(dy)
+    monkeypatch.setattr(lora_hopper, "gradients", lambda call, *rest: seen.append(call.dy))
+    lora_hopper.backward(Backward(dy, *[None] * 7, None, [], 1, False, True, True, True))
+    assert cuda_library.walks(seen[0]) and torch.equal(seen[0], dy)
+
+
+class Stream:
+    """As CUDA has it: what is captured cannot wait for a stream that is not."""
+
+    def __init__(self, captured):
+        self.captured = captured
+
+    def wait_stream(self, other):
+        assert other.captured or not self.captured, "cudaErrorStreamCaptureIsolation"
+        self.captured |= other.captured
+
+
+@pytest.mark.parametrize("need", [(True, True, True), (True, False, True), (True, False, False), (False, False, False)])
+def test_gradients_that_nobody_wants_fork_no_capture(need, monkeypatch):
+    here, other = Stream(True), Stream(False)
+    case = problem([70, 30], [0, 1], adapters=2, k=32, n=32, rank=8)
+    lists = [case.segments.order, *with_work(case.segments).work]
+    tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.scaling, None
+    y, s, keys = lora_triton.forward(Forward(*tensors, lists, 0, 1, False))
+    beside = lora_triton._beside
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(lora_triton, "_other_stream", lambda device: other)
+    monkeypatch.setattr(lora_triton, "_beside", lambda x: beside(SimpleNamespace(is_cuda=True, device=x.device)))
+    lora_triton.backward(Backward(case.dy, *tensors[:2], *tensors[3:6], s, keys, None, lists, 1, False, *need))
+    assert other.captured == any(need[1:])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

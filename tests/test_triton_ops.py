@@ -301,6 +301,21 @@ def test_token_loss(name, device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_loss_of_more_labels_than_a_block_has(device):
+    """As many as a language model's; some blocks have no finite logit, and one row's only finite one is its label's."""
+    labels = 2 * token_loss_triton.BLOCK + 900
+    segments, host = (segments_of([3, 2, 2], [0, 1, 0], 2, d) for d in (device, "cpu"))
+    logits, label = 4 * normal(7, labels, device=device), torch.tensor([0, labels - 1, -100, 2048, 5, 4000, 2047])
+    logits[3, :2048] = logits[4, 2048:] = -torch.inf
+    logits[5, :4000] = logits[5, 4001:] = -torch.inf
+    assert_as_good(
+        lambda x: triton_ops.token_loss(x, label.to(device), segments)[0],
+        lambda x: reference.token_loss(x, label, host)[0],
+        [logits], normal(2, device=device), [torch.zeros(2), torch.arange(7)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_loss_of_more_rows_than_are_added_up_together(device):
     lengths, adapter = [600, 20, 500], [0, 1, 0]
     segments, host = (segments_of(lengths, adapter, 2, d) for d in (device, "cpu"))

@@ -68,7 +68,7 @@ def multi_lora_feed_forward(
     Returns [T, rows of down.weight] in x's dtype.
     Raises ValueError for tensors that do not fit each other.
     """
-    if _as_one(x, up, down):
+    if _as_one(x, exact, up, down):
         ranks = None if ranks is None else ranks.long().contiguous()
         shared = Shared(scaling.contiguous(), segments, ranks, exact)
         return _FeedForward.apply(x, up.lora_a, up.lora_b, down.lora_a, down.lora_b, up, down, shared)
@@ -80,9 +80,13 @@ def multi_lora_feed_forward(
     return linear(gelu(linear(x, up)), down)
 
 
-def _as_one(x: Tensor, *layers: LoraLinear) -> bool:
-    """Whether the kernels compute the two as one: eagerly, with frozen weights, and many rows."""
-    if not serves(x) or len(x) < LEAST or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+def _as_one(x: Tensor, exact: bool, *layers: LoraLinear) -> bool:
+    """Whether the kernels compute the two as one: eagerly, with frozen weights, and many rows.
+
+    exact: as one whatever the number of rows, on which GELU's last bits would depend.
+    """
+    many = exact or len(x) >= LEAST
+    if not serves(x) or not many or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
     frozen = (tensor is None or not tensor.requires_grad for layer in layers for tensor in layer[:2])
     return not torch.is_grad_enabled() or all(frozen)
@@ -124,9 +128,9 @@ def _arguments(x: Tensor, layer: LoraLinear, shared: Shared) -> tuple[tuple, str
     weight, bias, lora_a, lora_b, dropout, into = layer
     scaling, segments, ranks, exact = shared
     check_linear(x, weight, bias, lora_a, lora_b, scaling, segments, 1, ranks, dropout, into)
-    backend = "hopper" if hopper_serves(x, weight, lora_a, lora_b, segments, ranks, exact) else "triton"
+    hopper = not exact and hopper_serves(x, weight, lora_a, lora_b, segments, ranks, False)
     lists, site = kernel_lists(segments, dropout), 0 if dropout is None else dropout.site
-    return (x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, 1, exact), backend
+    return (x, weight, bias, lora_a, lora_b, scaling, ranks, lists, site, 1, exact), "hopper" if hopper else "triton"
 
 
 def _backward_arguments(

@@ -7,7 +7,7 @@
     dA_g = dSᵀ drop(x)                 reduce   [slices*R, K]               dB_g = dyᵀ S   [N, R]
 
 S holds its scaling, so that LoRA's term is nothing but further steps of the base product's contraction, and no sum is rounded
-before the last. Tiles are fixed, so it is exact always: an adapter's bits do not depend on who shares the batch.
+before the last. Tiles are fixed: an adapter's bits do not depend on who shares the batch, as long as it serves that batch.
 """
 
 import torch
@@ -63,7 +63,8 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB, empty where not needed."""
-    return gradients(call._replace(dy=call.dy.contiguous()), None, _product, None)
+    dy = call.dy.contiguous()
+    return gradients(call._replace(dy=dy if cuda_library.walks(dy) else dy.clone()), None, _product, None)
 
 
 def _product(call: Backward, ds: Tensor, dx: Tensor, work: Work, p_and_keys: tuple) -> None:

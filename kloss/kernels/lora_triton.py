@@ -116,16 +116,19 @@ def _beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]
         yield nullcontext
         return
     here = torch.cuda.current_stream(x.device)
-    other = _other_stream(x.device)
+    other, forked = _other_stream(x.device), False
 
     @contextmanager
     def aside() -> Iterator[None]:
+        nonlocal forked
         other.wait_stream(here)
+        forked = True
         with torch.cuda.stream(other):
             yield
 
     yield aside
-    here.wait_stream(other)
+    if forked:  # else it is no part of the graph
+        here.wait_stream(other)
 
 
 @cache

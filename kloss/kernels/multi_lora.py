@@ -64,17 +64,17 @@ def multi_lora_linear(
     into: tensors of lora_a's and lora_b's shapes and dtypes. Backward writes the two gradients there, over what they held, and
         gives autograd none; adapters without rows get zeros.
     backend: "triton", "hopper" (on such a GPU, `lora_hopper.serves`), "csrc" (on a CPU, K and N / slices multiples of 32) or
-        "torch". None: on a GPU hopper where it serves and is faster, or with `exact`, else Triton; on a CPU csrc where it fits,
-        else plain torch; fp64 is always plain torch.
+        "torch". None: on a GPU hopper where it serves and is faster, else Triton, and Triton with `exact`, since whether hopper
+        serves depends on the others' ranks and places; on a CPU csrc where it fits, else plain torch, as fp64 is always.
     Returns [T, N] in x's dtype, under autocast in autocast's. Differentiable once in x, weight, bias, lora_a, lora_b.
     Raises ValueError for tensors that do not fit each other.
     Source: Hu et al. 2021, arXiv 2106.09685, equation 3, for many adapters at once.
     """
     x, weight, bias = lower(x, weight, bias)
     check_linear(x, weight, bias, lora_a, lora_b, scaling, segments, slices, ranks, dropout, into)
-    wanted = exact or backend == "hopper"
-    hopper = not torch.compiler.is_compiling() and hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
-    chosen = backend is None
+    chosen, wanted = backend is None, backend == "hopper"
+    free = not torch.compiler.is_compiling() and (wanted or not exact)
+    hopper = free and hopper_serves(x, weight, lora_a, lora_b, segments, ranks, wanted)
     backend = _fastest(x, weight, slices, hopper) if backend is None else _checked(backend, x, weight, slices, hopper)
     dtype, site = x.dtype, 0 if dropout is None else dropout.site
     scaling = scaling.contiguous()  # the kernels take vectors by their address

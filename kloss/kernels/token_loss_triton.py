@@ -30,17 +30,23 @@ def token_loss_rows_kernel(
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The loss of BT rows, 0 without a label, and lse. Both are NaN for a label that is none of C."""
-    o_i, o_c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC)
+    o_i = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_i < tl.load(ends_ptr + G - 1)
     o_t = tl.load(order_ptr + o_i, mask=m_t, other=0)
     label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
-    p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
-    b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
-    top = tl.where(m_t, tl.max(b_l, 1), 0.0)
-    lse = top + tl.log(tl.where(m_t, tl.sum(tl.exp(b_l - top[:, None]), 1), 1.0))
+    top, total, own = tl.full((BT,), float("-inf"), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
+    shift = total
+    for c in range(0, C, BC):
+        o_c = c + tl.arange(0, BC)
+        p_l = logits_ptr + o_t[:, None] * stride_logits + o_c[None, :]
+        b_l = tl.load(p_l, mask=m_t[:, None] & (o_c < C)[None, :], other=float("-inf")).to(tl.float32)  # [BT, BC]
+        before, top = top, tl.maximum(top, tl.max(b_l, 1))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = total * tl.exp(before - shift) + tl.sum(tl.exp(b_l - shift[:, None]), 1)
+        own += tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
+    lse = shift + tl.log(tl.where(m_t, total, 1.0))
     counted = label != IGNORED
     lse = tl.where(counted & ((label < 0) | (label >= C)), float("nan"), lse)
-    own = tl.sum(tl.where(o_c[None, :] == label[:, None], b_l, 0.0), 1)
     tl.store(of_row_ptr + o_i, tl.where(counted, lse - own, 0.0), mask=m_t)
     tl.store(lse_ptr + o_t, lse, mask=m_t)
 
@@ -83,19 +89,22 @@ def token_loss_backward_kernel(
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dlogits of BT rows; 0 for rows without an adapter or a label."""
-    o_t, o_c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC)
-    m_t, m_c = o_t < T, o_c < C
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_t = o_t < T
     g = tl.load(row_adapter_ptr + o_t, mask=o_t < rows, other=-1)
     label = tl.load(labels_ptr + o_t, mask=m_t, other=IGNORED)
     counted = (g >= 0) & (label != IGNORED)
-    m_l = counted[:, None] & m_c[None, :]
-    b_l = tl.load(logits_ptr + o_t.to(tl.int64)[:, None] * stride_logits + o_c[None, :], mask=m_l, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + o_t, mask=counted, other=0.0)
     count = tl.load(count_ptr + g, mask=counted, other=1).to(tl.float32)
     each = tl.load(dloss_ptr + g, mask=counted, other=0.0) / count
-    b_d = (tl.exp(b_l - lse[:, None]) - (o_c[None, :] == label[:, None]).to(tl.float32)) * each[:, None]
-    p_d = dlogits_ptr + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
-    tl.store(p_d, tl.where(m_l, b_d, 0.0).to(dlogits_ptr.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
+    for c in range(0, C, BC):
+        o_c = c + tl.arange(0, BC)
+        m_c = o_c < C
+        m_l = counted[:, None] & m_c[None, :]
+        b_l = tl.load(logits_ptr + o_t.to(tl.int64)[:, None] * stride_logits + o_c[None, :], mask=m_l, other=0.0).to(tl.float32)
+        b_d = (tl.exp(b_l - lse[:, None]) - (o_c[None, :] == label[:, None]).to(tl.float32)) * each[:, None]
+        p_d = dlogits_ptr + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
+        tl.store(p_d, tl.where(m_l, b_d, 0.0).to(dlogits_ptr.dtype.element_ty), mask=m_t[:, None] & m_c[None, :])
 
 
 def forward(logits: Tensor, labels: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,6 +140,6 @@ def backward(dloss: Tensor, logits: Tensor, labels: Tensor, row_adapter: Tensor,
 
 
 def tile(C: int) -> tuple[int, int]:
-    """Rows of a program's block and its width, which is the whole row."""
-    BC = power_of_two(C)
-    return max(1, BLOCK // BC), BC
+    """Rows of a program's block and its width, which is the whole row unless there are very many labels."""
+    BC = min(power_of_two(C), BLOCK)
+    return BLOCK // BC, BC

@@ -116,9 +116,7 @@ class _Place(NamedTuple):
 
     task: int  # of a backward pass, -1 outside
     number: int  # that autograd gives the next node, which within a reentrant checkpoint stays; -1 with gradients
-    pack: (
-        weakref.ref | None
-    )  # what is done with tensors that are saved for backward, as any other checkpoint has it; None: nothing
+    pack: weakref.ref | None  # what is done with tensors saved for backward, as any other checkpoint has it; None: nothing
 
     @classmethod
     def here(cls) -> "_Place":
