@@ -145,6 +145,20 @@ def test_effects_of_donors_and_receivers_are_found():
     assert np.allclose(pairs.additive(F)[1], donors)
 
 
+def test_a_language_whose_learner_diverged_has_no_effect_and_is_in_no_table():
+    F = transfer(6, donors=0.05, receivers=0.02)
+    _, donors, receivers = pairs.additive(F)
+    F[2] = np.nan
+    _, others, same = pairs.additive(F)
+    assert np.isnan(others[2]) and np.allclose(np.delete(others, 2), np.delete(donors, 2) - np.delete(donors, 2).mean())
+    assert np.allclose(same, receivers)
+    locales = list("abcdef")
+    for largest in (True, False):
+        rows = pairs.ranking(others, same, locales, largest=largest)
+        assert sorted(row[0] for row in rows) == ["", *"abdef"] and sorted(row[2] for row in rows) == locales
+        assert rows[-1][:2] == ("", "") and rows[0][0] == locales[np.nanargmax(others) if largest else np.nanargmin(others)]
+
+
 def test_symmetry_is_found_and_none_where_there_is_none():
     draw = np.random.default_rng(0)
     r, low, _ = pairs.symmetry(transfer(20, donors=0.1, both_ways=0.05, noise=0.01), draw)

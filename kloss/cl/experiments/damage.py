@@ -16,14 +16,13 @@ from ..spans import f1_from_counts
 from ..statistics import Floats, interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import script
-from .pairs import additive, explained
+from .pairs import additive, explained, ranking
 from .section import Matrix, Needs, Section, Table, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
 SHAPE = {"label": str, "seed": int, "locales": [str], "before": [([int], None)], "after": [[([int], None)]]}
-SHOWN = 8  # languages in the table
 
 
 def _trials(study: Study) -> list[Trial]:
@@ -114,8 +113,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             Matrix(f"{label}: change of F1 of each language (column) by learning one (row)", locales, change, "learned")
         )
         _, learned, harmed = additive(change)
-        worst = [sorted(zip(effect, locales, strict=True))[:SHOWN] for effect in (learned, harmed)]
-        lines = [(g, signed(a, 3), r, signed(b, 3)) for (a, g), (b, r) in zip(*worst, strict=True)]
+        lines = ranking(learned, harmed, locales, largest=False)
         head = ("learning it harms", "effect on F1", "it is harmed", "effect on F1")
         tables.append(Table(f"{label}: who harms and who is harmed most", head, lines))
     limits = (
