@@ -146,6 +146,34 @@ def test_effects_of_donors_and_receivers_are_found():
     assert np.allclose(pairs.additive(F)[1], donors)
 
 
+def test_effects_of_noise_explain_nothing():
+    """They explained 20 % each of five languages' noise, and 10 % of ten's."""
+    for n, one, both in ((5, 0.1, 0.17), (10, 0.03, 0.05), (26, 0.01, 0.01)):
+        shares = [pairs.explained(transfer(n, noise=0.05, seed=seed)) for seed in range(100)]
+        mean = {name: np.mean([share[name] for share in shares]) for name in shares[0]}
+        assert mean["donors"] < one and mean["receivers"] < one and mean["both"] < both, n
+        assert 0 == min(min(share.values()) for share in shares), "less than chance is 0"
+    F = transfer(10, donors=0.05, receivers=0.05, noise=0.05)
+    F[0], F[:, 1] = np.nan, np.nan
+    used = ~np.isnan(F) & ~np.eye(10, dtype=bool)
+    left = np.square(pairs.rest(F)[used]).sum() / (73 - 17)
+    assert used.sum() == 73 and pairs.explained(F)["both"] == pytest.approx(1 - left / F[used].var(ddof=1)), "nine and nine"
+    assert np.isnan(list(pairs.explained(transfer(2, noise=0.05)).values())).all(), "two cells, as many effects"
+
+
+def test_shares_say_that_they_are_beyond_chance():
+    locales = harm(np.zeros((10, 10)))[0]["corpus"]["locales"]
+    change = transfer(10, noise=0.02, seed=1) - 0.5
+    section = damage.analyse(*harm(change))
+    assert ": beyond chance which language is learned explains 0% of how the harm varies, which one is harmed 0%" in section.findings[1]
+    assert pairs.SHARES in section.limits
+    counts = [[[round(1e6 * f1), 10**6, 10**6] for f1 in row] for row in change + 0.5]
+    data = [{"label": "NON-SHARED LoRA r=8", "seed": 0, "locales": locales, "counts": counts}]
+    section = pairs.analyse({"corpus": {"locales": locales}}, data)
+    assert ": beyond chance who gives explains 0% of how transfer varies, who receives 0%, both 0%." in section.findings[1]
+    assert pairs.SHARES in section.limits
+
+
 def test_a_language_whose_learner_diverged_has_no_effect_and_is_in_no_table():
     F = transfer(6, donors=0.05, receivers=0.02)
     _, donors, receivers = pairs.additive(F)
@@ -180,7 +208,7 @@ def test_pairs_are_in_the_order_of_the_corpus_whatever_the_order_of_training():
     assert matrix.names == locales and np.allclose(matrix.values, [[F[a, b] for b in locales] for a in locales])
     assert [row[0] for row in table.rows] == locales[::-1]
     assert "its own language an adapter reaches 0.90 F1, on another one 0.20 (0.10 to 0.30)" in section.findings[0]
-    assert "who gives explains 100%" in section.findings[1]
+    assert "beyond chance who gives explains 100%" in section.findings[1]
 
 
 def test_a_row_given_all_back_scores_as_it_did(whole):

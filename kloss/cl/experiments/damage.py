@@ -16,7 +16,7 @@ from ..spans import f1_from_counts
 from ..statistics import Floats, interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import script
-from .pairs import additive, explained, ranking, rest
+from .pairs import SHARES, additive, explained, ranking, rest
 from .section import Matrix, Needs, Section, Table, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
@@ -111,10 +111,11 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             f"({signed(np.nanmin(off))} to {signed(np.nanmax(off))})."
         )
         shares = explained(change)
-        findings.append(
-            f"{label}: which language is learned explains {shares['donors']:.0%} of how the harm varies, which one is harmed "
-            f"{shares['receivers']:.0%}, both {shares['both']:.0%}."
-        )
+        if shares["both"] == shares["both"]:
+            findings.append(
+                f"{label}: beyond chance which language is learned explains {shares['donors']:.0%} of how the harm varies, which "
+                f"one is harmed {shares['receivers']:.0%}, both {shares['both']:.0%}."
+            )
         gaps = less_harm(change, locales)
         low, high, _ = interval(gaps)
         if low == low:
@@ -133,6 +134,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
     limits = (
         "Forks begin with fresh moments and a new warm-up, and are trained on utterances that their parent has seen.",
         "Effects are differences from the average pair, one measurement a pair and seed. Seeds are averaged.",
+        SHARES,
     )
     question = "A learner of all languages is forked; each fork is trained on one of them again. What happens to the others?"
     return Section("Who harms whom?", question, findings, limits, (), matrices, tables) if data else None

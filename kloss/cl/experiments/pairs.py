@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a report reads experiments, and needs no torch
 SHAPE = {"label": str, "seed": int, "locales": [str], "counts": [[([int], None)]]}
 RESAMPLED = 1000
 SHOWN = 8  # languages in a table
+SHARES = "Shares that effects explain are adjusted: of noise they explain nothing on average. What is below that is shown as 0 %."
 
 
 def trials_of_learners(study: Study) -> list[Trial]:
@@ -69,16 +70,28 @@ def rest(F: Floats) -> Floats:
 
 
 def explained(F: Floats) -> dict[str, float]:
-    """Shares of the variance off the diagonal that donors, receivers, and both explain."""
+    """Shares of the variance off the diagonal that donors, receivers, and both explain beyond chance.
+
+    They are adjusted, as in `effects.Fit`: 0 is what effects of noise explain on average, and less is 0. NaN where as many
+    effects fit any values.
+    """
     mean, donors, receivers = additive(F)
     used = ~np.eye(len(F), dtype=bool) & ~np.isnan(F)
+    cells, rows, columns = used.sum(), used.any(axis=1).sum(), used.any(axis=0).sum()
     total = float(np.square(F[used] - F[used].mean()).sum())
 
-    def share(fit: Floats) -> float:
-        return 1 - float(np.square((F - fit)[used]).sum()) / total if total else 0.0
+    def share(fit: Floats, fitted: int) -> float:
+        if cells <= fitted:
+            return np.nan
+        left = float(np.square((F - fit)[used]).sum())
+        return max(0.0, 1 - (left / (cells - fitted)) / (total / (cells - 1))) if total else 0.0
 
     d, r = donors[:, None] + 0 * F, receivers[None, :] + 0 * F
-    return {"donors": share(F[used].mean() + d), "receivers": share(F[used].mean() + r), "both": share(mean + d + r)}
+    return {
+        "donors": share(F[used].mean() + d, rows),
+        "receivers": share(F[used].mean() + r, columns),
+        "both": share(mean + d + r, rows + columns - 1),
+    }
 
 
 def symmetry(F: Floats, draw: np.random.Generator) -> tuple[float, float, float]:
@@ -130,10 +143,11 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             f"{label}: on its own language an adapter reaches {np.nanmean(own):.2f} F1, on another one {np.nanmean(off):.2f} "
             f"({np.nanmin(off):.2f} to {np.nanmax(off):.2f})."
         )
-        findings.append(
-            f"{label}: who gives explains {shares['donors']:.0%} of how transfer varies, who receives {shares['receivers']:.0%}, "
-            f"both {shares['both']:.0%}."
-        )
+        if shares["both"] == shares["both"]:
+            findings.append(
+                f"{label}: beyond chance who gives explains {shares['donors']:.0%} of how transfer varies, who receives "
+                f"{shares['receivers']:.0%}, both {shares['both']:.0%}."
+            )
         if len(locales) >= 5:
             r, low, high = symmetry(F, np.random.default_rng(0))
             known = "" if low <= 0 <= high else f": languages that give to each other {'do so both ways' if r > 0 else 'differ'}"
@@ -144,6 +158,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         tables.append(Table(f"{label}: best donors and receivers", ("donor", "effect on F1", "receiver", "effect on F1"), lines))
     limits = (
         "Effects are differences from the average pair, one measurement a pair and seed: small ones are noise.",
+        SHARES,
         "Every adapter was trained on as many utterances, not as many tokens.",
     )
     question = "What does an adapter trained on one language do for each other one?"
