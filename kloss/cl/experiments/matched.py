@@ -74,7 +74,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             bars.append(Bars(f"{at}: {measure}", {f"{one} {s:g}": means[s][:, i].tolist() for s in settings}, measure))
         rows = []
         for low, high in pairwise(settings):
-            keys = by_setting[low].keys() & by_setting[high].keys()
+            keys = [key for key in by_setting[low] if key in by_setting[high]]
             gaps = {key: matched(by_setting[low][key], by_setting[high][key]) for key in keys}
             pairs = {key: gap for key, (gap, _) in gaps.items() if gap == gap}
             languages = sum(count for _, count in gaps.values())
