@@ -129,6 +129,18 @@ def test_where_leaves_out_what_was_not_measured():
     assert where.analyse(scores, [entry | {"counts": None} for entry in data]) is None
 
 
+def test_where_keeps_rates_apart():
+    """One rate that learned nothing, beside one that fell from 0.60 F1 to 0.20, was "fell from 0.30 to 0.10"."""
+    slow, of_slow = scores_of(0.0, 0.0)
+    fast, of_fast = scores_of(0.6, 0.2, adapter=0.6)
+    slow["runs"] = [run | {"lr": 1e-6} for run in slow["runs"]] + fast["runs"]
+    section = where.analyse(slow, [entry | {"lr": 1e-6} for entry in of_slow] + of_fast)
+    assert section.findings[0].startswith("SHARED LoRA r=8, lr 1e-06 lost nothing to speak of")
+    assert "SHARED LoRA r=8, lr 0.003: earlier languages fell from 0.60 F1 to 0.20" in section.findings[1]
+    assert [bars.caption.split(":")[0] for bars in section.bars] == ["SHARED LoRA r=8, lr 1e-06", "SHARED LoRA r=8, lr 0.003"]
+    assert all(len(dots) == 1 for bars in section.bars for dots in bars.values.values())
+
+
 def transfer(n=12, donors=0.0, receivers=0.0, both_ways=0.0, noise=0.0, seed=0):
     """F1 with planted effects of the given deviations: donors, receivers, and pairs, alike both ways or, below 0, opposite."""
     draw = np.random.default_rng(seed)
@@ -479,7 +491,8 @@ def test_the_best_way_to_merge_is_named():
     f1 = {"mean of all, own head": 0.3, "mean of all, merged head": 0.1, "TIES of all, own head": 0.5}
     data = [about | {"locale": locale, "part": part, "counts": [round(1000 * x), 1000, 1000]}
             for part, x in f1.items() for locale in ("en-US", "de-DE")]  # fmt: skip
-    runs = [{"strategy": name, "label": f"{name.upper()} LoRA r={rank}", "seed": 0, "R": [[0.0, 0.0], [x, x]]}
+    of = {"seed": 0, "order": ["en-US", "de-DE"]}
+    runs = [of | {"strategy": name, "label": f"{name.upper()} LoRA r={rank}", "R": [[0.0, 0.0], [x, x], [x, x]]}
             for name, rank, x in (("non-shared", 8, 0.7), ("shared", 8, 0.2), ("non-shared", 4, 0.4))]  # fmt: skip
     section = merge.analyse({"runs": runs}, data)
     assert section.findings == [
@@ -487,6 +500,22 @@ def test_the_best_way_to_merge_is_named():
         "Best merged: TIES of all, own head, 0.50."
     ]
     assert set(section.bars[0].values) == {*f1, "NON-SHARED LoRA r=8", "SHARED LoRA r=8"}
+
+
+def test_beside_merged_adapters_stand_all_orders_of_shared_and_each_adapter_once():
+    """Of several orders the figure had the last one's SHARED alone."""
+    parts = "mean of all, own head", "mean of all, merged head"
+    about = {"label": "NON-SHARED LoRA r=8", "counts": [200, 1000, 1000]}
+    data = [about | {"seed": s, "locale": m, "part": part} for s in (0, 1) for m in ("en-US", "de-DE") for part in parts]
+    runs = []
+    for seed in (0, 1):
+        for n, order in enumerate((["en-US", "de-DE"], ["de-DE", "en-US"])):
+            for name, f1 in (("non-shared", 0.7 + 0.1 * seed), ("shared", 0.5 - 0.2 * n - 0.1 * seed)):
+                run = {"strategy": name, "label": f"{name.upper()} LoRA r=8", "seed": seed, "order": order}
+                runs.append(run | {"R": [[0.0, 0.0], [f1, f1], [f1, f1]]})
+    values = merge.analyse({"runs": runs}, data).bars[0].values
+    assert values["SHARED LoRA r=8"] == pytest.approx([0.5, 0.3, 0.4, 0.2])
+    assert values["NON-SHARED LoRA r=8"] == pytest.approx([0.7, 0.8])
 
 
 def test_pinned_orders():

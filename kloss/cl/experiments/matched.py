@@ -87,9 +87,9 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             known = ": no evidence of a difference" if interval.low <= 0 <= interval.high else ""
             findings.append(
                 f"{at}: of languages learned equally well, {one} {high:g} keeps {signed(gap)} against {low:g} "
-                f"({between(interval) or 'one run, no interval'}; {languages} languages{known})."
+                f"({between(interval) or 'one run, no interval'}; {languages} languages, counted in each run{known})."
             )
-        head = (one, "difference in the share kept", "95 % interval", "languages")
+        head = (one, "difference in the share kept", "95 % interval", "languages, counted in each run")
         tables.append(Table(f"{at}: neighbouring {several}, on languages learned equally well", head, rows))
     limits = (
         f"Equally well: within {MATCHED:.2f} F1 when learned. Languages that one setting learns better are in no comparison.",
