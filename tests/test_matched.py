@@ -36,7 +36,11 @@ def test_what_a_rate_keeps_is_found_and_nothing_where_there_is_nothing():
     section = matched.analyse(runs(lambda lr: 0.9 if lr == 1e-3 else 0.6, noise=0.02), [{"setting": "lr"}])
     low, high = interval(section)
     assert -0.36 < low < -0.3 < high < -0.24 and len(section.bars) == 3
-    assert "rate 0.003 keeps −0.30 against 0.001" in section.findings[0] and "42 languages" in section.findings[0]
+    assert (
+        "rate 0.003 keeps −0.30 against 0.001" in section.findings[0]
+        and "; 42 languages, counted in each run)" in section.findings[0]
+    )
+    assert section.tables[0].head[-1] == "languages, counted in each run", "seven in each of six"
     false = 0
     for seed in range(100):
         low, high = interval(matched.analyse(runs(lambda lr: 0.7, noise=0.1, seed=seed), [{"setting": "lr"}]))

@@ -214,11 +214,25 @@ def test_orders_and_seeds_that_cross_are_not_independent_values():
         naive.append(low <= 0 <= high)
     assert 0.93 <= np.mean(hits) <= 0.99 and np.mean(naive) < 0.8
     lacking = {("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 4.0}  # means of a, b: 1.5, 4; of 0, 1: 2.5, 2
-    assert statistics.crossed_interval(lacking) == statistics.t_interval([1.5, 4.0])
+    halves = [np.ptp(statistics.t_interval(means)[:2]) / 2 for means in ([1.5, 4.0], [2.5, 2.0])]
+    low, high, df = statistics.crossed_interval(lacking)
+    assert (low, high, df) == pytest.approx((7 / 3 - math.hypot(*halves), 7 / 3 + math.hypot(*halves), 1))
     assert statistics.crossed_interval({("a", 0): 1.0}) is statistics.NO_INTERVAL
     level = {(i, j): float(j) for i in "ab" for j in range(2)}  # equal means of a and b say nothing, those of 0 and 1 do
     swapped = {(j, i): value for (i, j), value in level.items()}
     assert statistics.crossed_interval(level) == statistics.crossed_interval(swapped) == statistics.t_interval([0.0, 1.0])
+
+
+@pytest.mark.parametrize("levels", [(3, 3), (5, 5), (6, 4), (8, 8)])
+def test_an_interval_over_orders_and_seeds_covers_what_it_says_where_both_do_something(levels):
+    """The wider one of the two factors' intervals covered 0.91 with five of each, and 0.92 with eight."""
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(500):
+        table = rng.normal(0, 1, (levels[0], 1)) + rng.normal(0, 1, (1, levels[1])) + rng.normal(0, 0.3, levels)
+        low, high, df = statistics.crossed_interval(dict(np.ndenumerate(table)))
+        assert df == (min(levels) - 1 if min(levels) < statistics.FEWEST_TO_RESAMPLE else None)
+        hits.append(low <= 0 <= high)
+    assert 0.945 <= np.mean(hits) <= 0.995
 
 
 def test_difference_interval_is_welchs():

@@ -58,6 +58,9 @@ def test_what_was_saved_is_found_and_nothing_where_nothing_was():
         "fallen to 0.15 F1 are back at 0.40" in finding
         and "before it met them the adapter reaches 0.30, a new one 0.20" in finding
     )
+    assert finding.endswith(", and something for 48 of 48 languages, counted in each run."), "eight in each of six"
+    copies = entries(0.1, noise=0.02)
+    assert savings.analyse({}, [*copies, *copies]) == section, "the same order drawn twice counts once"
     low, high = table.rows[0][2].split(" to ")
     assert 0 < float(low) < 0.1 < float(high) < 0.15
     false = 0

@@ -133,6 +133,18 @@ def test_every_seed_experience_and_epoch_has_an_order_of_its_own():
     assert len(orders) == len(set(orders)) == 8
 
 
+def test_what_is_replayed_is_drawn_apart_from_the_batch():
+    """At the first batch of an epoch both were the same row numbers: in MASSIVE translations of the same utterances."""
+    stream = Stream(ToyCorpus(("aa", "bb"), sentences=300), [["aa"], ["bb"]], epochs=3, batch_size=32, seed=3)
+    while stream.experience == 0:
+        stream.next()
+    common = []
+    while not stream.finished:
+        replayed = stream.replayed(1.0).indices
+        common.append(len(np.intersect1d(replayed, stream.next().indices)))
+    assert len(common) == 30 and max(common) < 12, "3.4 of 32 on average"
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(CORPUS.locales), st.lists(st.integers(0, 6), max_size=5), st.integers(-1, 3)), min_size=1)

@@ -18,7 +18,7 @@ from kloss.cl.summary import (
     summary_rows,
     warnings,
 )
-from kloss.cl.units import paired, traits, unit_of, units
+from kloss.cl.units import paired, traits, unit_of, units, without_order
 from kloss.config import Config
 from kloss.errors import UserError
 
@@ -156,8 +156,31 @@ def test_strategies_are_paired_by_seed_and_order():
     assert len(paired(multi, runs["shared"], [0.7, 0.7], ends[1])) == 4  # two seeds, each with both orders
     shared = [run for run in runs["shared"] if run["order_name"] == "Order 2"]
     partial = [run_of("partial", order, 0, name=name) for name, order in orders.items()]
-    assert len(paired(partial, shared, [0.1, 0.2], [0.5] * 3)) == 2  # one order is left: it pairs with each of the other's
+    assert len(paired(partial, shared, [0.1, 0.2], [0.5] * 3)) == 1  # one order is left: it pairs with its own
     assert len(paired(partial, runs["shared"], [0.1, 0.2], ends[1])) == 2  # each with its own
+
+
+def test_runs_of_different_orders_are_not_paired_where_others_diverged():
+    """r=32 was 0.1 better in each order. With two of its three orders diverged its Order 1 was paired with all of r=8: +0.3."""
+    orders = LOCALES, LOCALES[::-1], (LOCALES[1], LOCALES[0], *LOCALES[2:])
+    for diverged in ([], [2], [1, 2]):
+        runs = []
+        for n, order in enumerate(orders):
+            for rank, f1 in ((8, 0.5 - 0.2 * n), (32, 0.6 - 0.2 * n)):
+                reason = "loss nan" if rank == 32 and n in diverged else None
+                R, label = learned(order, dict.fromkeys(order, f1)), f"SHARED LoRA r={rank}"
+                runs.append(run_of("shared", order, R=R, name=f"Order {n + 1}", label=label, diverged=reason))
+        (row,) = comparisons({"runs": runs})
+        sign = 1 if row["label"] == "SHARED LoRA r=32" else -1
+        assert row["units"] == 3 - len(diverged) and sign * row["difference"] == pytest.approx(0.1)
+
+
+def test_only_strategies_whose_ends_have_no_order_pair_with_every_order():
+    free = {strategy for strategy in STRATEGIES if without_order(run_of(strategy))}
+    assert free == {"non-shared", "mono", "multi", "lora-multi"}
+    alone = dict(zip(LOCALES, LOCALES, strict=True))
+    assert without_order(run_of("partial") | {"groups": alone}), "each language a group of its own"
+    assert not without_order(run_of("non-shared") | {"strategy": "of a later version"})
 
 
 def test_what_was_not_measured_is_no_unit():

@@ -36,7 +36,8 @@ CHOICES = (
     f"A learner whose best F1 on a language just after its training is below {FLOOR:.2f} has learned nothing.",
     "Forgetting is from the best earlier score of the same learner. The share kept is F1 at the end over F1 when learned, for "
     f"languages with {FLOOR:.2f} or more when learned.",
-    "Intervals are over final scores of different learners: Student's below five values, else a studentised bootstrap.",
+    "Intervals are over final scores of different learners: Student's below five values, else a studentised bootstrap. Where "
+    "orders and seeds cross, the squared widths over orders and over seeds add up.",
     "CFT after Winata et al. 2023; multi-hop transfer in two readings of ours, impact and retention.",
     "The tiny backbone is a small XLM-R warmed up by masked-language modelling on the corpus's own training text: 30 % of the "
     "tokens, each to be told from tokens drawn from the text. It is not XLM-R base, and its figures are not the paper's.",

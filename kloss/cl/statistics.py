@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import comb, nan, sqrt, tan
+from math import comb, hypot, nan, sqrt, tan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,21 +121,30 @@ def crossed_interval(table: Mapping[tuple[Any, Any], float]) -> Interval:
     """95 % interval of a mean over two crossed factors, such as orders and seeds.
 
     table: (level of one factor, level of the other) -> value. Cells may be missing.
-    Values that share a level are not independent, so the means of the levels are the units. Of the two factors the one whose
-    interval is wider is given. In simulations this covers 95 % and more; all values as one sample cover 40 to 90 %.
+    Values that share a level are not independent, so the means of the levels are the units, and each factor has an interval.
+    Variances of the two factors add up. So the distances of both intervals' ends from their means do in squares, below and
+    above. df is the smaller one of t intervals.
+    In simulations of 2 to 12 levels this covers 93 to 99 %, most where neither factor does anything. The wider of the two
+    intervals covers 88 to 94 % from five levels on, all values as one sample 40 to 90 %.
 
     >>> crossed_interval({("a", seed): value for seed, value in enumerate([1, 2, 3])}) == t_interval([1, 2, 3])
     True
     """
-    intervals = []
+    known = []  # (mean over levels, interval); none of a factor whose levels have equal means
     for factor in (0, 1):
         levels: dict[Any, list[float]] = {}
         for key, value in table.items():
             levels.setdefault(key[factor], []).append(value)
-        if len(levels) > 1:
-            intervals.append(interval([float(measured_mean(values)) for values in levels.values()]))
-    known = [ends for ends in intervals if ends.low == ends.low]  # none of a factor whose levels have equal means
-    return max(known, key=lambda ends: ends.high - ends.low, default=NO_INTERVAL)
+        means = [float(measured_mean(values)) for values in levels.values()]
+        ends = interval(means)
+        if ends.low == ends.low:
+            known.append((float(measured_mean(means)), ends))
+    if len(known) < 2:
+        return known[0][1] if known else NO_INTERVAL
+    mean = float(measured_mean(list(table.values())))
+    below, above = hypot(*(of - ends.low for of, ends in known)), hypot(*(ends.high - of for of, ends in known))
+    df = min((ends.df for _, ends in known if ends.df is not None), default=None)
+    return Interval(mean - below, mean + above, df)
 
 
 def difference_interval(a: Values, b: Values, *, level: float = 0.95) -> Interval:

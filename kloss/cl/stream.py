@@ -128,7 +128,7 @@ class Stream:
             parts = [_some(part, math.ceil(share * part.number)) for part in whole]
             self._replayed = (self.experience, share), Sentences.concatenate(parts)
         pool = self._replayed[1]
-        generator = np.random.default_rng([self.seed, *self.counters()])
+        generator = np.random.default_rng([self.seed, *self.counters(), 1])  # without the 1 batch 0 is drawn as `next` draws
         return StreamBatch(pool, generator.permutation(pool.number)[: self.batch_size], False)
 
     def steps(self) -> int:

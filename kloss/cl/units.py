@@ -59,6 +59,13 @@ def unit_of(run: Run, *, end: bool = True) -> Unit:
     return (traits(run).end if end else tuple(run["order"])), run["seed"]
 
 
+def without_order(run: Run) -> bool:
+    """Whether its last row reads the same learners in any order of the languages, by construction."""
+    strategy = STRATEGIES.get(run["strategy"])
+    turned = {**run, "order": run["order"][::-1]}
+    return strategy is not None and (strategy.joint or traits(turned).end == traits(run).end)
+
+
 def units(runs: Sequence[Run], values: Sequence[float | None], *, end: bool = True) -> dict[Unit, float]:
     """Each unit's value, for those that were measured. values: one per run."""
     pairs = zip(runs, values, strict=True)
@@ -70,10 +77,11 @@ def paired(
 ) -> dict[Unit, float]:
     """Differences a - b of values of R's last row, between runs of one seed and one order, each pair of units once.
 
-    A strategy without an order, or whose last row does not depend on it, pairs with every order of the other.
-    values_a, values_b: one per run; None: not measured.
+    A strategy without an order, or whose last row does not depend on it, pairs with every order of the other. What of a strategy
+    has one order left, since others diverged, does not.
+    a, b: runs of one strategy each. values_a, values_b: one per run; None: not measured.
     """
-    free = any(len({traits(run).end for run in runs}) == 1 for runs in (a, b))
+    free = any(all(map(without_order, runs)) for runs in (a, b))
 
     def index(runs: Sequence[Run], values: Sequence[float | None]) -> dict[Hashable, dict[Unit, float]]:
         table: dict[Hashable, dict[Unit, float]] = {}

@@ -16,14 +16,13 @@ from ..spans import f1_from_counts
 from ..statistics import Floats, interval, measured_mean
 from ..study import Study, Trial, rated_label
 from ..summary import script
-from .pairs import additive, explained
+from .pairs import SHARES, additive, explained, ranking, rest
 from .section import Matrix, Needs, Section, Table, signed
 
 if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
 SHAPE = {"label": str, "seed": int, "locales": [str], "before": [([int], None)], "after": [[([int], None)]]}
-SHOWN = 8  # languages in the table
 
 
 def _trials(study: Study) -> list[Trial]:
@@ -72,6 +71,20 @@ def by_script(change: Floats, locales: list[str]) -> list[tuple[float, float]]:
     return pairs
 
 
+def less_harm(change: Floats, locales: list[str]) -> Floats:
+    """For each language that was learned: how much less it harms those of its script than others; NaN without both.
+
+    What each language does and suffers on average is taken out first, for all languages learned are tried on the same others.
+    Else fragile ones of a script make one gap, which counts once for each language learned.
+    A script's languages are alike to more, so some of its effect is taken out too: values are scaled by what is left of 1.
+    All are NaN where nothing is left, as with one language of another script than all others.
+    """
+    alike = np.array([[float(script(one) == script(other)) for other in locales] for one in locales])
+    gaps, left = ([a - b for a, b in by_script(rest(x), locales)] for x in (change, alike + 0 * change))
+    scale = float(measured_mean(left))
+    return np.array(gaps) / (scale if scale > 1e-9 else np.nan)
+
+
 def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
     """The matrix of changes, whom learning harms and what, alike scripts against others; mean over seeds."""
     findings, matrices, tables = [], [], []
@@ -98,29 +111,30 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             f"({signed(np.nanmin(off))} to {signed(np.nanmax(off))})."
         )
         shares = explained(change)
-        findings.append(
-            f"{label}: which language is learned explains {shares['donors']:.0%} of how the harm varies, which one is harmed "
-            f"{shares['receivers']:.0%}, both {shares['both']:.0%}."
-        )
-        gaps = [alike - other for alike, other in by_script(change, locales)]
+        if shares["both"] == shares["both"]:
+            findings.append(
+                f"{label}: beyond chance which language is learned explains {shares['donors']:.0%} of how the harm varies, which "
+                f"one is harmed {shares['receivers']:.0%}, both {shares['both']:.0%}."
+            )
+        gaps = less_harm(change, locales)
         low, high, _ = interval(gaps)
         if low == low:
             known = "no evidence of a difference" if low <= 0 <= high else "less harm" if low > 0 else "more harm"
             findings.append(
-                f"{label}: languages of the learned one's script change by {signed(float(np.nanmean(gaps)), 3)} against others "
-                f"({signed(low, 3)} to {signed(high, 3)}): {known}."
+                f"{label}: beyond what each language does and suffers on average, those of the learned one's script change by "
+                f"{signed(float(np.nanmean(gaps)), 3)} against others ({signed(low, 3)} to {signed(high, 3)}): {known}."
             )
         matrices.append(
             Matrix(f"{label}: change of F1 of each language (column) by learning one (row)", locales, change, "learned")
         )
         _, learned, harmed = additive(change)
-        worst = [sorted(zip(effect, locales, strict=True))[:SHOWN] for effect in (learned, harmed)]
-        lines = [(g, signed(a, 3), r, signed(b, 3)) for (a, g), (b, r) in zip(*worst, strict=True)]
+        lines = ranking(learned, harmed, locales, largest=False)
         head = ("learning it harms", "effect on F1", "it is harmed", "effect on F1")
         tables.append(Table(f"{label}: who harms and who is harmed most", head, lines))
     limits = (
         "Forks begin with fresh moments and a new warm-up, and are trained on utterances that their parent has seen.",
         "Effects are differences from the average pair, one measurement a pair and seed. Seeds are averaged.",
+        SHARES,
     )
     question = "A learner of all languages is forked; each fork is trained on one of them again. What happens to the others?"
     return Section("Who harms whom?", question, findings, limits, (), matrices, tables) if data else None

@@ -74,7 +74,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             bars.append(Bars(f"{at}: {measure}", {f"{one} {s:g}": means[s][:, i].tolist() for s in settings}, measure))
         rows = []
         for low, high in pairwise(settings):
-            keys = by_setting[low].keys() & by_setting[high].keys()
+            keys = [key for key in by_setting[low] if key in by_setting[high]]
             gaps = {key: matched(by_setting[low][key], by_setting[high][key]) for key in keys}
             pairs = {key: gap for key, (gap, _) in gaps.items() if gap == gap}
             languages = sum(count for _, count in gaps.values())
@@ -87,9 +87,9 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             known = ": no evidence of a difference" if interval.low <= 0 <= interval.high else ""
             findings.append(
                 f"{at}: of languages learned equally well, {one} {high:g} keeps {signed(gap)} against {low:g} "
-                f"({between(interval) or 'one run, no interval'}; {languages} languages{known})."
+                f"({between(interval) or 'one run, no interval'}; {languages} languages, counted in each run{known})."
             )
-        head = (one, "difference in the share kept", "95 % interval", "languages")
+        head = (one, "difference in the share kept", "95 % interval", "languages, counted in each run")
         tables.append(Table(f"{at}: neighbouring {several}, on languages learned equally well", head, rows))
     limits = (
         f"Equally well: within {MATCHED:.2f} F1 when learned. Languages that one setting learns better are in no comparison.",

@@ -16,7 +16,8 @@ from ..languages import LANGUAGES
 from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
 from ..study import Study, rated_label
-from ..summary import by_label, script
+from ..summary import by_label, final, mean, script
+from ..units import units
 from .pairs import trials_of_learners
 from .section import Bars, Needs, Section
 
@@ -102,19 +103,19 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         if not means:
             findings.append(f"{label} diverged.")
             continue
-        ends: dict[str, dict[int, float]] = defaultdict(dict)
-        for name, run in ((name, run) for name, runs in by_label(scores["runs"]).items() for run in runs):
+        beside: dict[str, list[float]] = {}
+        for name, runs in by_label(scores["runs"]).items():
             same = name.partition(" r=")[2] == label.partition(" r=")[2]  # the rank, and the rate where there are several
-            if same and run["strategy"] in ("non-shared", "shared") and not run.get("diverged"):
-                ends[name][run["seed"]] = float(np.mean(run["R"][-1]))
-        beside = {name: list(by_seed.values()) for name, by_seed in ends.items()}
+            ended = [run for run in runs if same and run["strategy"] in ("non-shared", "shared") and not run.get("diverged")]
+            if ended:  # NON-SHARED once a seed, SHARED once an order and seed
+                beside[name] = list(units(ended, [mean(final(run)) for run in ended]).values())
         bars.append(Bars(f"{label}: F1 over languages, adapters merged", means | beside, "F1"))
         best = max(means, key=lambda part: float(np.mean(means[part])))
         own = float(np.mean(beside[label])) if label in beside else np.nan
-        mean = {head: float(np.mean(means[f"mean of all, {head}"])) for head in (OWN, MERGED)}
+        of_all = {head: mean(means[f"mean of all, {head}"]) for head in (OWN, MERGED)}
         findings.append(
-            f"{label}: own adapters reach {own:.2f} F1; their mean {mean[MERGED]:.2f}, with each language's own head "
-            f"{mean[OWN]:.2f}. Best merged: {best}, {np.mean(means[best]):.2f}."
+            f"{label}: own adapters reach {own:.2f} F1; their mean {of_all[MERGED]:.2f}, with each language's own head "
+            f"{of_all[OWN]:.2f}. Best merged: {best}, {np.mean(means[best]):.2f}."
         )
     limits = (
         "Means of a script or family are over the languages that have another one of it in the study; the others are in all "

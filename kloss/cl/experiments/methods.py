@@ -86,7 +86,7 @@ def _values(entries: list[dict[str, Any]]) -> dict[str, dict[tuple, Floats]]:
 
 def _gaps(of: Mapping[tuple, Floats], lora: Mapping[tuple, Floats]) -> list[tuple[float, Interval]]:
     """Of each measure the mean difference from LoRA, paired by order and seed, and its interval."""
-    pairs = {key: of[key] - lora[key] for key in of.keys() & lora.keys()}
+    pairs = {key: of[key] - lora[key] for key in of if key in lora}
     measured = [{key: float(pair[m]) for key, pair in pairs.items() if pair[m] == pair[m]} for m in range(len(MEASURES))]
     return [(float(measured_mean(list(gaps.values()))), crossed_interval(gaps)) for gaps in measured]
 

@@ -25,7 +25,8 @@ SHAPE = {
     "label": str, "order_name": str, "seed": int, "place": str, "order": [str], "pinned": [str], "end": [([int], None)],
     "learned": [([int], None)],
 }  # fmt: skip
-POSITIONS = ("start", "middle", "end")
+AT = {"start": "at the start", "middle": "in the middle", "end": "at the end"}
+POSITIONS = tuple(AT)
 
 
 def pinned_order(order: Sequence[str], pinned: Sequence[str], place: str) -> tuple[str, ...]:
@@ -70,8 +71,17 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
     return entries
 
 
+def _others(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The order of the languages that are not pinned. Learners of one place that agree in it, and in the seed, are one."""
+    return tuple(locale for locale in entry["order"] if locale not in entry["pinned"])
+
+
+def _listed(texts: Sequence[str], last: str) -> str:
+    return f" {last} ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
 def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
-    """F1 of pinned and other languages by place, and the differences between places, paired by order and seed."""
+    """F1 of pinned and other languages by place, and the differences between places, paired by the others' order and seed."""
     findings, bars, tables = [], [], []
     for label in dict.fromkeys(entry["label"] for entry in data):
         values: dict[str, dict[str, dict[tuple, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -80,32 +90,39 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             if None in (*entry["end"], *entry["learned"]):
                 continue  # it diverged
             pinned, f1 = entry["pinned"], dict(zip(entry["order"], f1_from_counts(entry["end"]), strict=True))
-            key = entry["order_name"], entry["seed"]
+            key = _others(entry), entry["seed"]
             values["pinned, at the end"][entry["place"]][key] = float(np.mean([f1[locale] for locale in pinned]))
             values["pinned, when learned"][entry["place"]][key] = float(np.mean(f1_from_counts(entry["learned"])))
-            values["others, at the end"][entry["place"]][key] = float(np.mean([f1[m] for m in f1 if m not in pinned]))
-        if not values:
+            values["others, at the end"][entry["place"]][key] = float(np.mean([f1[locale] for locale in _others(entry)]))
+        ended = [place for place in POSITIONS if place in values["others, at the end"]]
+        if not ended:
             findings.append(f"{label} diverged.")
             continue
-        names = ", ".join(pinned)
         for kind, places in values.items():
-            bars.append(Bars(f"{label}: F1 of {kind}", {place: list(places[place].values()) for place in POSITIONS}, "F1"))
+            bars.append(Bars(f"{label}: F1 of {kind}", {place: list(places[place].values()) for place in ended}, "F1"))
         rows = []
         for kind, places in values.items():
             for one, other in (("end", "start"), ("middle", "start"), ("end", "middle")):
-                pairs = {key: places[one][key] - places[other][key] for key in places[one].keys() & places[other].keys()}
-                mean = float(np.mean(list(pairs.values())))
-                rows.append((kind, f"{one} − {other}", signed(mean, 3), between(crossed_interval(pairs), 3)))
-        tables.append(Table(f"{label}: differences between places", ("F1 of", "places", "difference", "95 % interval"), rows))
-        others, own = (values[kind] for kind in ("others, at the end", "pinned, at the end"))
-        last = {place: float(np.mean(list(others[place].values()))) for place in POSITIONS}
-        mine = {place: float(np.mean(list(own[place].values()))) for place in POSITIONS}
-        findings.append(
-            f"{label}, {names}: learned at the start, in the middle or at the end of a sequence they end at "
-            f"{mine['start']:.2f}, {mine['middle']:.2f} and {mine['end']:.2f} F1; the others at {last['start']:.2f}, "
-            f"{last['middle']:.2f} and {last['end']:.2f}."
+                pairs = {key: places[one][key] - places[other][key] for key in places[one] if key in places[other]}
+                if pairs:
+                    mean = float(np.mean(list(pairs.values())))
+                    rows.append((kind, f"{one} − {other}", signed(mean, 3), between(crossed_interval(pairs), 3)))
+        if rows:
+            head = ("F1 of", "places", "difference", "95 % interval")
+            tables.append(Table(f"{label}: differences between places", head, rows))
+        own, rest = (
+            _listed([f"{np.mean(list(values[kind][place].values())):.2f}" for place in ended], "and")
+            for kind in ("pinned, at the end", "others, at the end")
         )
-    orders = len({entry["order_name"] for entry in data})
-    limits = (f"{orders} order{'s' * (orders != 1)}; intervals are over orders and seeds.",)
+        lost = [AT[place] for place in POSITIONS if place not in ended]
+        findings.append(
+            f"{label}, {', '.join(pinned)}: learned {_listed([AT[place] for place in ended], 'or')} of a sequence they end at "
+            f"{own} F1; the others at {rest}." + (f" Learned {_listed(lost, 'or')}, every run diverged." if lost else "")
+        )
+    orders = len({_others(entry) for entry in data})
+    limits = (
+        f"{orders} order{'s' * (orders != 1)} of the languages that are not pinned; intervals are over these and seeds. Orders "
+        "that differ in pinned languages alone are one.",
+    )
     question = "The same languages at the start, in the middle and at the end of the same orders: does it matter, and to whom?"
     return Section("Languages or places?", question, findings, limits, bars, (), tables) if data else None

@@ -1,6 +1,7 @@
 """Who gives to whom? Every NON-SHARED adapter is scored on every language: transfer without an order, donors as rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,8 @@ if TYPE_CHECKING:  # a report reads experiments, and needs no torch
 
 SHAPE = {"label": str, "seed": int, "locales": [str], "counts": [[([int], None)]]}
 RESAMPLED = 1000
-SHOWN = 8  # donors and receivers in the table
+SHOWN = 8  # languages in a table
+SHARES = "Shares that effects explain are adjusted: of noise they explain nothing on average. What is below that is shown as 0 %."
 
 
 def trials_of_learners(study: Study) -> list[Trial]:
@@ -47,47 +49,75 @@ def record(config: Config, corpus: "Corpus", study: Study, scores: Any, counts: 
 def additive(F: Floats) -> tuple[float, Floats, Floats]:
     """Mean, row effects and column effects of F's cells off the diagonal, by least squares; effects sum to 0.
 
-    F: [n, n], NaN where nothing was measured.
+    F: [n, n], NaN where nothing was measured. The effect of a row or column without a cell is NaN.
     """
     n = len(F)
     i, j = np.nonzero(~np.eye(n, dtype=bool) & ~np.isnan(F))
+    measured = np.isin(np.arange(2 * n), [*i, *(n + j)])
     design = np.zeros((len(i) + 2, 2 * n + 1))
-    rows = np.arange(len(i))
-    design[rows, 0] = design[rows, 1 + i] = design[rows, 1 + n + j] = 1
-    design[len(i), 1 : 1 + n] = design[len(i) + 1, 1 + n :] = 1
+    cells = np.arange(len(i))
+    design[cells, 0] = design[cells, 1 + i] = design[cells, 1 + n + j] = 1
+    design[len(i), 1 : 1 + n], design[len(i) + 1, 1 + n :] = measured[:n], measured[n:]
     fit = np.linalg.lstsq(design, np.append(F[i, j], [0, 0]), rcond=None)[0]
-    return float(fit[0]), fit[1 : 1 + n], fit[1 + n :]
+    effects = np.where(measured, fit[1:], np.nan)
+    return float(fit[0]), effects[:n], effects[n:]
+
+
+def rest(F: Floats) -> Floats:
+    """F less its mean and the effects of rows and columns."""
+    mean, rows, columns = additive(F)
+    return F - (mean + rows[:, None] + columns[None, :])
 
 
 def explained(F: Floats) -> dict[str, float]:
-    """Shares of the variance off the diagonal that donors, receivers, and both explain."""
+    """Shares of the variance off the diagonal that donors, receivers, and both explain beyond chance.
+
+    They are adjusted, as in `effects.Fit`: 0 is what effects of noise explain on average, and less is 0. NaN where as many
+    effects fit any values.
+    """
     mean, donors, receivers = additive(F)
     used = ~np.eye(len(F), dtype=bool) & ~np.isnan(F)
+    cells, rows, columns = used.sum(), used.any(axis=1).sum(), used.any(axis=0).sum()
     total = float(np.square(F[used] - F[used].mean()).sum())
 
-    def share(fit: Floats) -> float:
-        return 1 - float(np.square((F - fit)[used]).sum()) / total if total else 0.0
+    def share(fit: Floats, fitted: int) -> float:
+        if cells <= fitted:
+            return np.nan
+        left = float(np.square((F - fit)[used]).sum())
+        return max(0.0, 1 - (left / (cells - fitted)) / (total / (cells - 1))) if total else 0.0
 
     d, r = donors[:, None] + 0 * F, receivers[None, :] + 0 * F
-    return {"donors": share(F[used].mean() + d), "receivers": share(F[used].mean() + r), "both": share(mean + d + r)}
+    return {
+        "donors": share(F[used].mean() + d, rows),
+        "receivers": share(F[used].mean() + r, columns),
+        "both": share(mean + d + r, rows + columns - 1),
+    }
 
 
 def symmetry(F: Floats, draw: np.random.Generator) -> tuple[float, float, float]:
     """Correlation of i to j with j to i, donors' and receivers' effects taken out; its 95 % interval, languages resampled."""
-    mean, donors, receivers = additive(F)
-    rest = F - (mean + donors[:, None] + receivers[None, :])
+    left = rest(F)
 
     def correlation(index: Any) -> float:
         i, j = np.triu_indices(len(index), 1)
         i, j = np.asarray(index)[i], np.asarray(index)[j]
-        used = (i != j) & ~np.isnan(rest[i, j]) & ~np.isnan(rest[j, i])
-        one, other = rest[i, j][used], rest[j, i][used]
+        used = (i != j) & ~np.isnan(left[i, j]) & ~np.isnan(left[j, i])
+        one, other = left[i, j][used], left[j, i][used]
         spread = np.sqrt(np.square(one).sum() * np.square(other).sum())
         return float((one * other).sum() / spread) if spread else 0.0
 
     values = [correlation(draw.integers(len(F), size=len(F))) for _ in range(RESAMPLED)]
     low, high = np.quantile(values, (0.025, 0.975))
     return correlation(np.arange(len(F))), float(low), float(high)
+
+
+def ranking(given: Floats, received: Floats, locales: Sequence[str], *, largest: bool) -> list[tuple[str, ...]]:
+    """Rows of a table: the languages with the largest or smallest effects of both kinds. Effects that are NaN are left out."""
+    columns = []
+    for effects in (given, received):
+        known = ((effect, locale) for effect, locale in zip(effects, locales, strict=True) if effect == effect)
+        columns.append([(locale, signed(effect, 3)) for effect, locale in sorted(known, reverse=largest)[:SHOWN]])
+    return [(*left, *right) for left, right in zip_longest(*columns, fillvalue=("", ""))]
 
 
 def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | None:
@@ -113,21 +143,22 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
             f"{label}: on its own language an adapter reaches {np.nanmean(own):.2f} F1, on another one {np.nanmean(off):.2f} "
             f"({np.nanmin(off):.2f} to {np.nanmax(off):.2f})."
         )
-        findings.append(
-            f"{label}: who gives explains {shares['donors']:.0%} of how transfer varies, who receives {shares['receivers']:.0%}, "
-            f"both {shares['both']:.0%}."
-        )
+        if shares["both"] == shares["both"]:
+            findings.append(
+                f"{label}: beyond chance who gives explains {shares['donors']:.0%} of how transfer varies, who receives "
+                f"{shares['receivers']:.0%}, both {shares['both']:.0%}."
+            )
         if len(locales) >= 5:
             r, low, high = symmetry(F, np.random.default_rng(0))
             known = "" if low <= 0 <= high else f": languages that give to each other {'do so both ways' if r > 0 else 'differ'}"
             text = f"{label}: the rest is symmetric to r = {r:.2f} ({low:.2f} to {high:.2f}){known}."
             findings.append(text.replace("-0.", "−0."))
         matrices.append(Matrix(f"{label}: F1 of each adapter (row) on each language (column)", locales, F, "adapter of"))
-        best = [sorted(zip(effect, locales, strict=True), reverse=True) for effect in (donors, receivers)]
-        lines = [(g, signed(a, 3), r, signed(b, 3)) for (a, g), (b, r) in zip(*(order[:SHOWN] for order in best), strict=True)]
+        lines = ranking(donors, receivers, locales, largest=True)
         tables.append(Table(f"{label}: best donors and receivers", ("donor", "effect on F1", "receiver", "effect on F1"), lines))
     limits = (
         "Effects are differences from the average pair, one measurement a pair and seed: small ones are noise.",
+        SHARES,
         "Every adapter was trained on as many utterances, not as many tokens.",
     )
     question = "What does an adapter trained on one language do for each other one?"

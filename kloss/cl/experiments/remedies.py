@@ -167,7 +167,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         costs = {entry["remedy"]: entry["cost"] for entry in own}
         rows, gains = [], dict[str, Gains]()
         for remedy, of in values.items():
-            pairs = {key: of[key] - plain[key] for key in of.keys() & plain.keys()}
+            pairs = {key: of[key] - plain[key] for key in of if key in plain}
             if not pairs:
                 rows.append((remedy, "diverged", *[""] * len(MEASURES), f"{costs[remedy]:.2f}"))
                 continue

@@ -70,16 +70,14 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         values: dict[str, dict[tuple, float]] = defaultdict(dict)
         better = total = 0
         for entry in (entry for entry in data if entry["label"] == label):
-            if any(None in entry[kind] for kind in ("forgotten", *STARTS)):
-                continue  # it diverged
-            key, f1 = (
-                (tuple(entry["order"]), entry["seed"]),
-                {kind: f1_from_counts(entry[kind]) for kind in ("forgotten", *STARTS)},
-            )
+            key = tuple(entry["order"]), entry["seed"]
+            if any(None in entry[kind] for kind in ("forgotten", *STARTS)) or key in values["end"]:
+                continue  # it diverged, or is the same order drawn twice
+            f1 = {kind: f1_from_counts(entry[kind]) for kind in ("forgotten", *STARTS)}
             for kind, each in f1.items():
                 values[kind][key] = float(np.mean(each))
             better, total = better + int((f1["end"] > f1["before"]).sum()), total + len(f1["end"])
-        if not values:
+        if not values["end"]:
             findings.append(f"{label} diverged.")
             continue
         means = {kind: float(np.mean(list(of.values()))) for kind, of in values.items()}
@@ -99,7 +97,7 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         findings.append(
             f"{label}: languages that had fallen to {means['forgotten']:.2f} F1 are back at {means['end']:.2f} after an epoch; "
             f"as it was before it met them the adapter reaches {means['before']:.2f}, a new one {means['new']:.2f}. Saved: "
-            f"{saved} ({chance or 'one run: no interval'}), and for {better} of {total} languages something."
+            f"{saved} ({chance or 'one run: no interval'}), and something for {better} of {total} languages, counted in each run."
         )
     limits = (
         "At its end the adapter has learned more other languages than before it met this one; some of the savings may be theirs.",

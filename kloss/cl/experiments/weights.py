@@ -15,7 +15,7 @@ from ...config import Config
 from ..learner import Learner
 from ..metrics import FLOOR
 from ..probes import Counts
-from ..statistics import Floats, crossed_interval, measured_mean
+from ..statistics import Floats, Interval, crossed_interval, measured_mean
 from ..study import Study, Trial
 from ..summary import MEASURES, measures
 from .scripts import measured
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a report reads experiments, and needs no torch
     from ..corpus import Corpus
 
 SHAPE = {"rank": int, "lr": float, "seed": int, "trains": [str], "wide": SEQUENCE}
+AS_GOOD = 0.02  # F1: how far below NON-SHARED the interval of wide SHARED may reach if weights are all that it lacked
 Means = dict[tuple, Floats]  # (order, seed) -> [3, 3]: SHARED, wide SHARED, NON-SHARED; means of MEASURES over languages
 
 
@@ -137,6 +138,13 @@ def _gap(means: Means, m: int, other: int) -> tuple[float, Any]:
     return (float(np.mean(list(pairs.values()))) if pairs else np.nan), crossed_interval(pairs)
 
 
+def _share(lefts: Interval) -> str:
+    """What weights are of what SHARED lacks. lefts: of how much more wide SHARED has than NON-SHARED."""
+    if lefts.low > -AS_GOOD:
+        return f"what it lacks, to within {AS_GOOD:.2f} F1"
+    return f"{'part' if lefts.high < 0 else 'at least part'} of what it lacks"
+
+
 def _findings(names: Sequence[str], lr: float, weights: int, head: int, languages: int, means: Means) -> list[str]:
     narrow, wide, isolated = names
     mean = measured_mean(list(means.values()), axis=0)
@@ -145,8 +153,7 @@ def _findings(names: Sequence[str], lr: float, weights: int, head: int, language
     if gains.low == gains.low:
         known = f"{between(gains)}: no evidence that weights are what it lacks"
         if gains.low > 0:
-            all_of_it = lefts.low <= 0 <= lefts.high or left > 0
-            known = f"{between(gains)}: weights are {'what' if all_of_it else 'part of what'} it lacks"
+            known = f"{between(gains)}: weights are {_share(lefts)}"
         elif gains.high < 0:
             known = f"{between(gains)}: at this rate more weights make it worse"
     lines = [

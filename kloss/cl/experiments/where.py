@@ -15,6 +15,7 @@ from ..metrics import FLOOR
 from ..probes import Counts, Probe, State
 from ..spans import f1_from_counts
 from ..study import Study
+from ..summary import by_label
 from .section import Bars, Needs, Section
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         key = tuple(entry[name] for name in ("label", "lr", "order_name", "seed"))
         if entry["counts"] is not None and key in runs:
             found[key][entry["locale"]][entry["part"]] = float(f1_from_counts([entry["counts"]])[0])
-    for label in dict.fromkeys(label for label, *_ in found):
-        values: dict[str, list[float]] = defaultdict(list)
+    rated = {(run["label"], run["lr"]): name for name, of in by_label(scores["runs"]).items() for run in of}
+    for setting in dict.fromkeys(key[:2] for key in found):
+        label, values = rated[setting], defaultdict[str, list[float]](list)
         for key, languages in found.items():
-            if key[0] != label:
+            if key[:2] != setting:
                 continue
             run = runs[key]
             for name, row in (("when learned", None), ("at the end", -1)):
