@@ -222,6 +222,18 @@ def test_any_batch_is_each_adapter_alone(device, shape):
     assert_each_adapter_is_alone(multi_lora_linear, problem(**shape, device=device))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_smaller_ranks_beside_it_change_no_bit_of_an_adapter_of_the_largest(device, dtype, exact):
+    """A bank tells kernels of ranks only where some are smaller."""
+    mixed = problem([70, 30], [0, 1], adapters=2, k=40, n=24, rank=32, ranks=[32, 8], p=0.5, dtype=dtype, device=device)
+    alike = mixed._replace(keywords=mixed.keywords | {"ranks": None})
+    beside, among = (outputs(multi_lora_linear, case, exact=exact) for case in (mixed, alike))
+    rows = mixed.group == 0
+    assert all(torch.equal(beside[name][rows], among[name][rows]) for name in ("y", "x"))
+    assert all(torch.equal(beside[name][0], among[name][0]) for name in ("lora_a", "lora_b"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_rank_tails_are_skipped_not_computed(device):
     """S is 0 up to the next 16 ranks, which are loaded with the others. Behind them the poison of fresh memory is still there."""
