@@ -683,6 +683,19 @@ def test_an_experiment_that_has_nothing_to_look_at_says_so(name, cache, tmp_path
     assert "--experiments" not in capsys.readouterr().out
 
 
+def test_a_study_of_one_language_ends_with_a_report_whatever_it_asks(cache, tmp_path):
+    """Nothing is compared; a folder of an earlier version keeps one adapter's score as `pairs`."""
+    folder, strategies = tmp_path / "run", ("non-shared", "shared", "partial", "lora-multi")
+    run = [*SMALL, "--cache", cache, "--out", str(folder), "--languages", "en-US", "--strategies", *strategies]
+    assert main([*run, "--experiments", *EXPERIMENTS]) == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["experiments"] == {name: [] for name in EXPERIMENTS} and not list(sections(scores))
+    entry = {"label": "NON-SHARED LoRA r=2", "seed": 0, "locales": ["en-US"], "counts": [[[5, 10, 10]]]}
+    scores["experiments"]["pairs"] = [entry]
+    (folder / "scores.json").write_text(json.dumps(scores))
+    assert "Who gives to whom?" not in write_report(folder).read_text()
+
+
 def test_the_page_has_a_section_for_each(whole):
     page = (whole / "report.html").read_text()
     assert "<h2>Where is it lost?</h2>" in page and "<h2>Who gives to whom?</h2>" in page

@@ -127,7 +127,7 @@ def test_ranks_and_transfer():
         return verdicts(runs)[1][RANKS]
 
     assert (pair(0.002), pair(0.05), pair(-0.05)) == ("replicated", "not so", "not so")
-    here, lines = verdicts(ending("shared", 0.5), experiments={"pairs": [{}]})
+    here, lines = verdicts(ending("shared", 0.5), experiments={"pairs": [{"locales": ["de-DE", "ja-JP"]}]})
     assert lines[RANKS] == "not tested: takes --rank 32 256" and here[RANKS] == "–"
     assert (here[TRANSFER], lines[TRANSFER]) == ("see “Who gives to whom?”", "described, not tested")
 

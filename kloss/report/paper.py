@@ -156,7 +156,7 @@ def _destroyers(shared: Sequence[Run]) -> tuple[Cell | str, str]:
 
 
 def _transfer(scores: JSON) -> tuple[Cell | str, str]:
-    if not (scores.get("experiments") or {}).get("pairs"):
+    if all(len(entry["locales"]) < 2 for entry in (scores.get("experiments") or {}).get("pairs", ())):
         return _not("--experiments pairs")
     return "see “Who gives to whom?”", "described, not tested"
 

@@ -26,8 +26,9 @@ SHAPE = {"label": str, "seed": int, "locales": [str], "before": [([int], None)],
 
 
 def _trials(study: Study) -> list[Trial]:
-    """A trial of joint LoRA training for each learner."""
-    return list({trial.learners: trial for trial in study.trials if trial.strategy == "lora-multi"}.values())
+    """A trial of joint LoRA training on two languages or more for each learner."""
+    joint = [trial for trial in study.trials if trial.strategy == "lora-multi" and len(trial.order) > 1]
+    return list({trial.learners: trial for trial in joint}.values())
 
 
 def _fork(parent: Learner, locale: str) -> Learner:
@@ -36,10 +37,7 @@ def _fork(parent: Learner, locale: str) -> Learner:
 
 def plan(config: Config, study: Study) -> Needs:
     """The forks, scored on every language."""
-    trials = _trials(study)
-    if not trials or len(trials[0].order) < 2:
-        return Needs()
-    parents = [(study.learners[trial.learners[0]], trial.order) for trial in trials]
+    parents = [(study.learners[trial.learners[0]], trial.order) for trial in _trials(study)]
     return Needs(learners=[(_fork(parent, locale), {1: list(order)}) for parent, order in parents for locale in order])
 
 

@@ -61,10 +61,8 @@ def ties(changes: "Tensor") -> "Tensor":
 
 def plan(config: Config, study: Study) -> Needs:
     """Probes of every way, with either head."""
-    trials, probes = trials_of_learners(study), []
-    if not trials or len(trials[0].order) < 2:
-        return Needs()
-    for trial in trials:
+    probes = []
+    for trial in trials_of_learners(study):
         learner = dict(zip(trial.order, trial.learners, strict=True))
         for locale in trial.order:
             known = LANGUAGES.get(locale)

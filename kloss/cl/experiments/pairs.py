@@ -23,16 +23,14 @@ SHARES = "Shares that effects explain are adjusted: of noise they explain nothin
 
 
 def trials_of_learners(study: Study) -> list[Trial]:
-    """A LoRA trial of NON-SHARED for each set of learners: orders share them."""
-    own = [trial for trial in study.trials if trial.strategy == "non-shared"]
+    """A LoRA trial of NON-SHARED, of two languages or more, for each set of learners: orders share them."""
+    own = [trial for trial in study.trials if trial.strategy == "non-shared" and len(trial.order) > 1]
     return list({frozenset(trial.learners): trial for trial in own}.values())
 
 
 def plan(config: Config, study: Study) -> Needs:
     """Each adapter on every language."""
     trials = trials_of_learners(study)
-    if not trials or len(trials[0].order) < 2:
-        return Needs()
     return Needs(cells=[(g, 1, locale) for trial in trials for g in trial.learners for locale in trial.order])
 
 
@@ -137,6 +135,8 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         seen = sum((~np.isnan(one)).astype(float) for one in stacked)
         F = np.where(seen > 0, sum(measured) / np.maximum(seen, 1), np.nan)
         own, off = np.diag(F), F[~np.eye(len(F), dtype=bool)]
+        if np.isnan(off).all():
+            continue  # of one language: earlier versions kept it
         _, donors, receivers = additive(F)
         shares = explained(F)
         findings.append(
@@ -162,4 +162,4 @@ def analyse(scores: Mapping[str, Any], data: list[dict[str, Any]]) -> Section | 
         "Every adapter was trained on as many utterances, not as many tokens.",
     )
     question = "What does an adapter trained on one language do for each other one?"
-    return Section("Who gives to whom?", question, findings, limits, (), matrices, tables) if data else None
+    return Section("Who gives to whom?", question, findings, limits, (), matrices, tables) if findings else None
