@@ -293,6 +293,38 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(when, whole, cache, tmp
     assert (tmp_path / "run/scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
+def probes_in(folder, *flags):
+    """What a run with these flags has found by probes, and the probes of rank 2."""
+    assert (
+        main([*SMALL, "--experiments", "where", "merge", "--strategies", "non-shared", "shared", "--out", str(folder), *flags])
+        == 0
+    )
+    found = json.loads((folder / "scores.json").read_text())["experiments"]
+    return found, [entry for name in found for entry in found[name] if entry["label"].endswith("r=2")]
+
+
+def test_probes_are_the_same_whatever_cohorts_the_learners_stood_in(cache, tmp_path):
+    """Of one rank, in cohorts of which the largest rank is another."""
+    flags = ("--cache", cache, "--rank", "2", "4", "--seeds", "2")
+    together, _ = probes_in(tmp_path / "together", *flags)
+    cohorts, _ = probes_in(tmp_path / "cohorts", *flags, "--max-learners", "4")
+    assert {state_rank(file) for file in (tmp_path / "together/states").iterdir()} == {4}
+    assert {state_rank(file) for file in (tmp_path / "cohorts/states").iterdir()} == {2, 4}
+    assert cohorts == together
+
+
+def state_rank(file):
+    return int(read_tensors(file)["rank"])
+
+
+def test_probes_of_an_adapter_do_not_depend_on_the_largest_rank_of_the_study(cache, tmp_path):
+    """TIES keeps a share of an adapter's own weights."""
+    flags = ("--cache", cache, "--exact", "--lr", "0.02", "--epochs", "6")
+    (_, alone), (_, beside) = (probes_in(tmp_path / "-".join(ranks), *flags, "--rank", *ranks) for ranks in ("2", ("2", "64")))
+    ties = [entry["counts"] for entry in alone if entry.get("part", "").startswith("TIES")]
+    assert beside == alone and len({tuple(counts) for counts in ties}) > 3
+
+
 DAMAGE = ("--experiments", "damage", "--strategies", "lora-multi")
 
 

@@ -148,14 +148,15 @@ def _some(
 def _bank_of(
     rows: Sequence[tuple], learners: Sequence[Learner], model: XLMRForTokenClassification, states: States, config: Config
 ) -> AdapterBank:
-    """The rows of probes as a bank; their adapters' own rank may be below its."""
-    weight = model.classifier.weight
-    kept = {state: states.load(state) for of, _, _ in rows for state in of}
-    rank = max(row.rank for row in kept.values())
-    firsts = [learners[of[0].learner] for of, _, _ in rows]
-    alphas = [learner.alpha * rank / (learner.rank or 1) for learner in firsts]
+    """The rows of probes as a bank of their learners' own rank, whatever the largest was where each state was kept."""
+    weight, firsts = model.classifier.weight, [learners[of[0].learner] for of, _, _ in rows]
+    rank, alphas = firsts[0].rank or 1, [learner.alpha for learner in firsts]
     bank = AdapterBank(model, len(rows), rank, alpha=alphas, dtype=weight.dtype, device=weight.device, exact=config.exact)
+    kept = {}
+    for state in {state for of, _, _ in rows for state in of}:
+        row = states.load(state)
+        kept[state] = bank.placed(0, row.param, row.rank).cpu()  # probes are made where there is room for all
     for g, (of, part, make) in enumerate(rows):
-        bank.param[g] = make([kept[state].param for state in of], bank.slots, part)
+        bank.param[g] = make([kept[state] for state in of], bank.slots, part)
     bank.refresh()
     return bank
