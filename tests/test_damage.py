@@ -578,6 +578,14 @@ def test_an_environment_changed_by_hand_is_one_line(tmp_path, scores, value, whe
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"seed": 0'])
+def test_a_configuration_cut_short_says_what_to_delete(tmp_path, scores, text):
+    write_run(tmp_path, scores)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json .*; rename or delete it to go on"):
+        write_report(tmp_path)
+
+
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_part_of_the_scores_changed_to_anything(data):

@@ -29,7 +29,7 @@ from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
 from kloss.config import Config, ExperimentName
 from kloss.errors import UserError
-from kloss.files import read_tensors
+from kloss.files import read_tensors, write_tensors
 from kloss.models import AdapterBank, XLMRConfig
 from kloss.models.bank import HEAD
 from kloss.report import write_report
@@ -686,20 +686,67 @@ def test_adapters_are_saved_for_peft(cache, tmp_path):
         assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key), "it was trained"
 
 
-def test_a_state_that_is_gone_or_damaged_is_named(tmp_path):
-    states = States(tmp_path / "run/states")
+@pytest.fixture
+def kept(tmp_path):
+    """A state, its file, and what is said of states."""
+    said = []
     (tmp_path / "run").mkdir()
-    row = KeptRow(torch.arange(5.0), 2)
+    states, row = States(tmp_path / "run/states", said.append), KeptRow(torch.arange(5.0), 2)
     states.keep(State(3, 1), row)
     states.keep(State(3, 1), row)
     got = states.load(State(3, 1))
-    assert torch.equal(got.param, row.param) and got.rank == 2
-    with pytest.raises(UserError, match=r"3-2.safetensors is gone"):
+    assert torch.equal(got.param, row.param) and got.rank == 2 and not said
+    return states, tmp_path / "run/states/3-1.safetensors", said
+
+
+def test_a_state_that_is_gone_or_damaged_says_what_to_delete(kept):
+    states, file, _ = kept
+    with pytest.raises(UserError, match=r"3-2.safetensors is gone.*; the run needs it, delete the folder .*run to begin again"):
         states.load(State(3, 2))
-    file = tmp_path / "run/states/3-1.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"3-1.safetensors is damaged or cut short"):
+    with pytest.raises(UserError, match=r"3-1.safetensors is damaged or cut short.*; delete the folder .*run to begin again"):
         states.load(State(3, 1))
+
+
+def test_a_flipped_bit_of_a_state_is_seen(kept):
+    states, file, _ = kept
+    good, seen = file.read_bytes(), 0
+    for bit in range(8 * len(good) - 8 * 28, 8 * len(good)):  # five weights and their rank
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=r"3-1.safetensors is damaged .*digest.*; delete the folder .*run to begin again"):
+            states.load(State(3, 1))
+        seen += 1
+    assert seen == 224
+
+
+def test_states_of_earlier_versions_without_a_digest_are_used_with_one_line(kept):
+    states, file, said = kept
+    for name in (file, file.with_name("3-2.safetensors")):
+        write_tensors(name, read_tensors(file))
+    assert [states.load(State(3, n)).param.tolist() for n in (1, 2)] == [[0, 1, 2, 3, 4]] * 2
+    assert len(said) == 1 and "have no digest (earlier versions wrote none)" in said[0]
+
+
+def test_a_flipped_bit_of_a_kept_row_ends_a_stopped_run_with_one_line(cache, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    arguments = [*SMALL, *BOTH, "--cache", cache, "--out", str(folder)]
+
+    def stop(*rest, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", stop)
+        assert main(arguments) == 130
+    file = folder / "states/3-2.safetensors"
+    bad = bytearray(file.read_bytes())
+    bad[-400] ^= 0x40
+    file.write_bytes(bad)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"delete the folder {folder} to begin again" in error
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -26,7 +26,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import logs, opened, read_json, write_json, write_tensors, write_text
 from ..kernels import multi_lora_cpu
-from .states import States
 
 LINE = 4096  # bytes that a line of a log does not reach
 
@@ -69,11 +68,6 @@ class RunFolder:
         for process, processes in self.checkpoints():
             if processes != self.processes:
                 (self.path / checkpoint_name(process, processes)).unlink(missing_ok=True)
-
-    @property
-    def states(self) -> States:
-        """The rows that probes are made of."""
-        return States(self.path / "states")
 
     @property
     def done(self) -> bool:

@@ -22,7 +22,7 @@ from .progress import Record
 from .resume import Saved, checked_share, keep_furthest, probes_of, records, score_every
 from .rundir import RunFolder
 from .shares import Stage, alone, share_of
-from .states import KeptRow
+from .states import KeptRow, States
 from .study import Study
 from .train import Cohort
 
@@ -99,6 +99,7 @@ class _Job:
     ):
         self.config, self.corpus, self.study, self.load = config, corpus, study, load
         self.folder, self.progress, self.processes = folder, progress, processes
+        self.states = States(folder.path / "states", progress.say)
         self.kept, self.starts, self.every = study.kept(), study.starts(), score_every(config, study)
         self.shares = [share_of(plan, process) for process in range(processes.number)]
         self.share = self.shares[processes.rank]
@@ -173,7 +174,7 @@ class _Job:
             rank=self.share.ranks[number],
             partition=config.eval_split,
             to_keep=[self.kept[g] for g in members],
-            keep=partial(_keep, self.folder, members),
+            keep=partial(self._keep, members),
             score_every=[self.every[g] for g in members],
             slot_counts=config.slot_counts,
         )
@@ -181,7 +182,7 @@ class _Job:
             if any(self.outcome.failed[state.learner] for state in self.starts.get(g, ())):
                 cohort.failed[i] = "was not begun: the learner that it begins with diverged"
             elif g in self.starts:
-                cohort.begin(i, [self.folder.states.load(state) for state in self.starts[g]])
+                cohort.begin(i, [self.states.load(state) for state in self.starts[g]])
         if self.known:
             cohort.resume({i: self.known[g] for i, g in enumerate(members) if g in self.known})
         elif self.saved is not None and self.saved.checkpoint.state["cohort"] == number:
@@ -189,6 +190,11 @@ class _Job:
             with self.folder.reading_checkpoint():
                 cohort.load_state(saved.tensors, saved.state.get("state"), finite=not saved.verified)
         return cohort
+
+    def _keep(self, members: Sequence[int], state: State, row: KeptRow) -> None:
+        """Keep a state of a cohort, whose learners are `members` of the study."""
+        self.folder.check()
+        self.states.keep(State(members[state.learner], state.experience), row)
 
     def _boards(self, cohort: Cohort, members: Sequence[int], watch: AfterStep) -> AbstractContextManager[AfterStep]:
         folder = self.folder.path / "tensorboard"
@@ -247,18 +253,12 @@ class _Job:
             self.progress(len(done), len(own), f"probes: {len(done)} of {len(own)}")
             self.folder.save_checkpoint({}, self._state() | {"probed": done})
 
-        rest = self.folder.states, self.outcome.failed, self.config, probed, after_some
+        rest = self.states, self.outcome.failed, self.config, probed, after_some
         done = score_probes(own, self.study.learners, self.load(self.corpus), self.corpus, *rest)
         self.processes.wait(self._look)
         for process in range(number):
             saved = None if process == rank else self._read(process, number, whole=False)
             self.outcome.probed.extend(done if saved is None else saved.checkpoint.state.get("probed", []))
-
-
-def _keep(folder: RunFolder, members: Sequence[int], state: State, row: KeptRow) -> None:
-    """Keep a state of a cohort, whose learners are `members` of the study."""
-    folder.check()
-    folder.states.keep(State(members[state.learner], state.experience), row)
 
 
 @contextmanager

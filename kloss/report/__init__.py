@@ -31,7 +31,7 @@ def write_report(run_folder: Path | str) -> Path:
     config, env = folder / "config.json", folder / "env.json"
     page = render(
         scores,
-        read_json(config) if config.exists() else {},
+        _read(config, lambda value: None) if config.exists() else {},
         _read(env, lambda value: check_shape(value, ENVIRONMENT)) if env.exists() else {},
         _read_logs(folder),
         *files_of(folder),
