@@ -217,6 +217,8 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
         with processes.first():
             folder = stack.enter_context(open_run(folder_of(config), identity, processes.rank, processes.number))
         if folder.done:
+            if processes.rank == 0 and config.backbone != "tiny" and _environment_before(folder).get("backbone"):
+                _check_backbone(config, folder, _digest(load_backbone(config, corpus, torch.device("cpu"), once)))
             once.say(f"{folder.path} is complete already; its report is made anew")
         else:
             _train(config, corpus, study, device, folder, progress, processes)
@@ -238,19 +240,21 @@ def _train(
     once = progress if processes.rank == 0 else Silent()
     with processes.first():
         model = load_backbone(config, corpus, device, once)
-        backbone, parameters = model.config, model.num_parameters
+        backbone, parameters, digest = model.config, model.num_parameters, _digest(model)
+        if processes.rank == 0:
+            _check_backbone(config, folder, digest)
         if processes.number > 1:
-            found = {"the corpus": corpus.fingerprint, "the backbone": _digest(model)}
+            found = {"the corpus": corpus.fingerprint, "the backbone": digest}
             for name, own in corpus.others.items():
                 found[f"the backbone under tokenizer {name}"] = _digest(load_backbone(config, own, device, once))
         del model
     if processes.number > 1:
         processes.check_same(found)
     warm_up = warm_up_threads(config, corpus, once)
-    for line in (*remarks(device), *_changes(config, folder, warm_up)):
+    for line in (*remarks(device), *_changes(config, folder, digest, warm_up)):
         once.say(line)
     if processes.rank == 0:
-        folder.write_environment(device, warm_up)
+        folder.write_environment(device, digest, warm_up)
     machine = Machine.of(device, processes.number)
     shares = plan_for(config, corpus, study, backbone, machine)
     config = with_pass_tokens(config, study, shares, backbone, machine)
@@ -269,19 +273,42 @@ def _train(
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """Hex digits that depend on a model's weights."""
+    """Hex digits that depend on a model's weights; a second for 500 MB, which took longer to read."""
     return digest_of({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, "")
 
 
-def _changes(config: Config, folder: RunFolder, warm_up: int | None) -> list[str]:
-    """A line for each change since a run stopped that changes its scores. warm_up: the threads of its backbone's warm-up."""
-    before, threads, lines = _environment_before(folder.path / "env.json"), torch.get_num_threads(), []
+def _check_backbone(config: Config, folder: RunFolder, digest: str) -> None:
+    """Raise UserError if a pretrained backbone has not the weights that the run began on, whose digest is in env.json.
+
+    The tiny one has other weights only as another number of threads, or another machine, rounds: `_changes` says so.
+    """
+    before = _environment_before(folder).get("backbone")
+    if config.backbone != "tiny" and before not in (None, digest):
+        raise UserError(
+            f"{folder.path} holds a run on other weights of backbone {config.backbone} (their digest was {before}, is {digest}); "
+            "put those back, or choose another --out"
+        )
+
+
+def _changes(config: Config, folder: RunFolder, digest: str, warm_up: int | None) -> list[str]:
+    """A line for each change since a run stopped that changes its scores.
+
+    digest: of the backbone's weights.
+    warm_up: the threads of its warm-up.
+    """
+    before, threads, lines = _environment_before(folder), torch.get_num_threads(), []
+    differ = "scores may differ from those of a run that was not stopped"
     for name, now in (("threads", threads), *([] if config.exact else [("processes", folder.processes)])):
         if before.get(name, now) != now:
-            lines.append(
-                f"the run stopped on {before[name]} {name} and goes on with {now}: "
-                "scores may differ from those of a run that was not stopped"
-            )
+            lines.append(f"the run stopped on {before[name]} {name} and goes on with {now}: {differ}")
+    known, number = before.get("backbone"), before.get("backbone_threads", warm_up)
+    if known not in (None, digest) or known is None and number != warm_up:
+        why = "" if number == warm_up else f" (threads of its warm-up: {number}, now {warm_up})"
+        lines.append(f"the run stopped on a tiny backbone of other weights{why}: {differ}")
+    elif known is None and (before or folder.checkpoints()):
+        lines.append(
+            f"{folder.path} has no digest of its backbone (earlier versions wrote none); the run goes on with what is there"
+        )
     if not config.exact and warm_up not in (None, threads):
         lines.append(
             f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has {threads}: "
@@ -290,10 +317,10 @@ def _changes(config: Config, folder: RunFolder, warm_up: int | None) -> list[str
     return lines
 
 
-def _environment_before(file: Path) -> dict:
+def _environment_before(folder: RunFolder) -> dict:
     """Return what env.json holds; nothing without it, or if it is damaged: it is about to be written anew."""
     with contextlib.suppress(UserError):
-        return read_json(file)
+        return read_json(folder.path / "env.json")
     return {}
 
 

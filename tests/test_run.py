@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_files import ODD_ENTRIES, make_odd_entry
 
+from kloss.cl.backbone import tiny_config
 from kloss.cl.corpus import load_corpus
 from kloss.cl.languages import LOCALES
 from kloss.cl.rundir import open_run
@@ -26,9 +27,10 @@ from kloss.cl.runner import _Watch, on_signals
 from kloss.cl.summary import best_on_dev
 from kloss.cl.train import _Team
 from kloss.config import LIMITS, Config, StrategyName
-from kloss.console import Console
+from kloss.console import Console, Silent
 from kloss.errors import UserError
 from kloss.estimate import Machine, describe
+from kloss.models import XLMRForTokenClassification
 from kloss.presets import demo, first_five, paper
 from kloss.run import main, names_all, parse, prepare, without_effect
 
@@ -822,6 +824,52 @@ def test_backbone_with_too_small_a_vocabulary(small, tmp_path, capsys):
     capsys.readouterr()
     other = [*arguments[:-1], str(tmp_path / "other"), "--backbone", str(tmp_path / "model"), "--tokenizer", str(tokenizer)]
     assert "more than the 40 of backbone" in one_line_error(other, capsys)
+
+
+@pytest.fixture
+def pretrained(small, tmp_path):
+    """(Arguments of a run on a backbone in a folder, the run folder, what puts the weights of a seed there)."""
+    arguments, folder = small
+    config = parse(arguments)
+    corpus, _ = prepare(config, Silent())
+
+    def put(seed):
+        XLMRForTokenClassification.random(tiny_config(config, corpus), seed).save_pretrained(tmp_path / "model")
+
+    put(1)
+    named = ("--backbone", str(tmp_path / "model"), "--tokenizer", str(corpus.tokenizer_folder), "--strategies", "shared")
+    return [*arguments, *named, "--experiments"], folder, put
+
+
+def test_a_run_goes_on_with_the_backbones_weights_that_it_began_on(pretrained, capsys):
+    arguments, folder, put = pretrained
+    interrupted([*arguments, "--checkpoint-seconds", "0"], 3)
+    began = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    put(2)
+    capsys.readouterr()
+    line = one_line_error(arguments, capsys)
+    assert "holds a run on other weights of backbone" in line and "put those back, or choose another --out" in line
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == began
+    put(1)
+    assert main(arguments) == 0
+    assert "digest of its backbone" not in capsys.readouterr().out
+    assert main(arguments) == 0  # complete
+    put(2)
+    assert "holds a run on other weights of backbone" in one_line_error(arguments, capsys)
+
+
+def test_a_run_folder_that_does_not_say_its_backbones_weights_goes_on_with_one_line(pretrained, capsys):
+    """That of an earlier version."""
+    arguments, folder, put = pretrained
+    interrupted([*arguments, "--checkpoint-seconds", "0"], 3)
+    environment = json.loads((folder / "env.json").read_text())
+    del environment["backbone"]
+    (folder / "env.json").write_text(json.dumps(environment))
+    capsys.readouterr()
+    put(2)
+    assert main(arguments) == 0
+    assert " ".join(capsys.readouterr().out.split()).count("has no digest of its backbone (earlier versions wrote none)") == 1
+    assert json.loads((folder / "env.json").read_text()).keys() == environment.keys() | {"backbone"}
 
 
 def test_long_utterances_are_counted(small, capsys):

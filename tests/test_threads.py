@@ -54,6 +54,24 @@ def test_a_run_that_is_continued_finds_its_backbone(tmp_path, threads, run):
     assert environment["backbone_threads"] == 2 and again == scores
 
 
+@pytest.mark.parametrize("known", [True, False])  # earlier versions kept no digest
+def test_a_run_that_goes_on_with_a_backbone_warmed_up_on_other_threads_says_so(tmp_path, threads, run, known):
+    """Its cache is gone, and the backbone is made again on as many threads as the run has, which itself are as before."""
+    threads(2)
+    _, environment, _ = run("run")
+    before = environment | {"backbone_threads": 1, "backbone": "of one thread"}
+    for env, words in ((before, " (threads of its warm-up: 1, now 2)"), (before | {"backbone_threads": 2}, "")):
+        if not known:
+            del env["backbone"]
+        (tmp_path / "run/scores.json").unlink()
+        (tmp_path / "run/env.json").write_text(json.dumps(env))
+        printed, after, _ = run("run")
+        assert (f"stopped on a tiny backbone of other weights{words}: scores may differ" in printed) is (known or words != "")
+        assert after == environment
+    (tmp_path / "run/scores.json").unlink()
+    assert "other weights" not in run("run")[0]
+
+
 def test_without_a_warm_up_threads_do_not_matter(threads, run):
     threads(1)
     assert run("first", "--pretrain-steps", "0")[1]["backbone_threads"] is None

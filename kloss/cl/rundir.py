@@ -163,8 +163,11 @@ class RunFolder:
             file = self.checkpoint if of is None else self.path / checkpoint_name(*of)
             raise UserError(f"{file} is damaged or cut short ({error}); delete it to train again from the start") from error
 
-    def write_environment(self, device: torch.device, backbone_threads: int | None = None) -> None:
-        """Write env.json: command, commit, versions, device, threads. backbone_threads: those of the tiny backbone's warm-up."""
+    def write_environment(self, device: torch.device, backbone: str | None = None, backbone_threads: int | None = None) -> None:
+        """Write env.json: command, commit, versions, device, threads.
+
+        backbone: the digest of its weights. backbone_threads: those of the tiny backbone's warm-up.
+        """
         self.check()
         if device.type == "cuda":
             name, lora = torch.cuda.get_device_name(device), "Triton"
@@ -181,6 +184,7 @@ class RunFolder:
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
                 "processes": self.processes,
+                "backbone": backbone,
                 "backbone_threads": backbone_threads,
                 "lora": lora,
             },
