@@ -27,7 +27,7 @@ from .cl.learner import BALANCED
 from .cl.results import results, score_table
 from .cl.rule_costs import rule_memory
 from .cl.rundir import RunFolder, digest_of, open_run
-from .cl.runner import Progress, on_signals, train_study
+from .cl.runner import Progress, on_signals, train_study, unsaved
 from .cl.shapes import check_scores
 from .cl.shares import cohorts_of
 from .cl.spans import slot_names
@@ -223,6 +223,8 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
         else:
             _train(config, corpus, study, device, folder, progress, processes)
         if processes.rank == 0:
+            for line in unsaved(folder, study) if config.save_adapters else ():
+                once.say(line)
             write_report(folder.path)
         return folder.path, folder.scores()
 

@@ -16,7 +16,7 @@ import test_matched
 import test_methods
 import test_remedies
 import torch
-from test_run import SMALL
+from test_run import SMALL, interrupted
 
 from kloss.cl import evaluate, experiments, probes
 from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, merge, pairs, sections, where
@@ -684,6 +684,23 @@ def test_adapters_are_saved_for_peft(cache, tmp_path):
         tensors = read_tensors(folder / "adapters" / name / "adapter_model.safetensors")
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key), "it was trained"
+
+
+def test_adapters_that_had_ended_before_they_were_to_be_saved_are_counted(cache, tmp_path, capsys):
+    """In a run that goes on, and in one that is complete; of a run that saved all nothing is said."""
+    common = [*SMALL, "--cache", cache, "--strategies", "non-shared", "shared", "--max-learners", "2"]
+    halves, late, first = ([*common, "--out", str(tmp_path / name)] for name in ("halves", "late", "first"))
+
+    def counted(*arguments):
+        capsys.readouterr()
+        assert main(list(arguments)) == 0
+        return re.findall(r"--save-adapters: (\d of \d) .* had ended before it was", " ".join(capsys.readouterr().out.split()))
+
+    interrupted([*halves, "--checkpoint-seconds", "0"], 10)  # in the second cohort
+    assert counted(*halves, "--save-adapters") == counted(*halves, "--save-adapters") == ["2 of 4"]
+    assert counted(*late) == [] and counted(*late, "--save-adapters") == ["4 of 4"]
+    assert counted(*first, "--save-adapters") == counted(*first, "--save-adapters") == []
+    assert len(list((tmp_path / "first/adapters").iterdir())) == 4 and not (tmp_path / "late/adapters").exists()
 
 
 @pytest.fixture

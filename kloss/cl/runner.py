@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..config import Config
@@ -16,7 +17,7 @@ from ..processes import ALONE, Processes
 from .boards import AfterStep, boards
 from .corpus import Corpus
 from .evaluate import score_probes
-from .learner import Scores, folder_name
+from .learner import Learner, Scores, folder_name
 from .probes import Counts, State
 from .progress import Record
 from .resume import Saved, checked_share, keep_furthest, probes_of, records, score_every
@@ -220,7 +221,7 @@ class _Job:
             for i, g in enumerate(members):
                 if i not in cohort.failed and (g not in self.known or self.known[g].row):
                     self.folder.check()
-                    cohort.bank.save_peft(self.folder.path / "adapters" / folder_name(g, cohort.learners[i]), i)
+                    cohort.bank.save_peft(_adapter_of(self.folder, g, cohort.learners[i]), i)
 
     def _look(self) -> None:
         """In process 0: show how far the others are, about once a second."""
@@ -259,6 +260,22 @@ class _Job:
         for process in range(number):
             saved = None if process == rank else self._read(process, number, whole=False)
             self.outcome.probed.extend(done if saved is None else saved.checkpoint.state.get("probed", []))
+
+
+def _adapter_of(folder: RunFolder, g: int, learner: Learner) -> Path:
+    """Where learner g of a study is written as peft does."""
+    return folder.path / "adapters" / folder_name(g, learner)
+
+
+def unsaved(folder: RunFolder, study: Study) -> list[str]:
+    """A line if, behind a run with `--save-adapters`, learners of LoRA have no adapter in the folder."""
+    own = [(g, learner) for g, learner in enumerate(study.learners) if learner.rank is not None and learner.method == "lora"]
+    number = sum(not _adapter_of(folder, g, learner).exists() for g, learner in own)
+    line = (
+        f"--save-adapters: {number} of {len(own)} learners of LoRA are not in {folder.path / 'adapters'}: "
+        "they had ended before it was given, or diverged"
+    )
+    return [line] if number else []
 
 
 @contextmanager
