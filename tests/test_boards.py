@@ -1,7 +1,10 @@
 """--tensorboard: each learner's loss and F1, by its own steps."""
 
+import errno
 import json
+import os
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
@@ -74,6 +77,43 @@ def test_without_the_package_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     line = one_line_error([*SMALL, "--tensorboard", "--out", str(tmp_path / "run")], capsys)
     assert "--tensorboard needs the package tensorboard: pip install tensorboard" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("call", ["__init__", "add_scalar", "close"])
+def test_what_the_file_system_refuses_is_one_line_and_all_boards_are_closed(tmp_path, monkeypatch, capsys, call):
+    """TensorBoard writes in threads, which raise as well as its writer does."""
+    made, closed, shown = [], [], []
+
+    class Refused:
+        def __init__(self, folder, purge_step):
+            made.append(folder)
+            self.folder = folder
+            self.refuse("__init__", len(made) == 2)
+
+        def refuse(self, name, now=True):
+            if name == call and now:
+                thread = threading.Thread(target=self.fail)
+                thread.start()
+                thread.join()
+                self.fail()
+
+        def fail(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def add_scalar(self, tag, value, step):
+            self.refuse("add_scalar")
+
+        def close(self):
+            closed.append(self.folder)
+            self.refuse("close")
+
+    monkeypatch.setattr(boards, "writer", lambda: Refused)
+    monkeypatch.setattr("kloss.run.writer", lambda: Refused)
+    monkeypatch.setattr(threading, "excepthook", hook := shown.append)
+    line = one_line_error([*SMALL, "--tensorboard", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")], capsys)
+    assert f"cannot write {tmp_path / 'run/tensorboard'}: No space left on device" in line
+    assert set(closed) == set(made[:1] if call == "__init__" else made)
+    assert not shown and threading.excepthook is hook
 
 
 def test_torchs_writer_takes_it(tmp_path):
