@@ -202,7 +202,7 @@ class Config(MachineConfig, SyntheticConfig, TinyConfig, AdapterConfig, StudyCon
         if not self.trains:
             raise UserError("--trains needs at least one pattern")
         for name in ("strategies", "rank", "lr"):
-            values = getattr(self, name)
+            values = [f"{value:g}" if name == "lr" else value for value in getattr(self, name)]  # a rate as reports name it
             twice = [value for n, value in enumerate(values) if value in values[:n]]
             if twice:
                 raise UserError(f"--{name} names {shown(twice[0])} twice: equal learners are trained once, and count once")

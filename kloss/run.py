@@ -32,7 +32,7 @@ from .cl.shapes import check_scores
 from .cl.shares import cohorts_of
 from .cl.spans import slot_names
 from .cl.strategies import STRATEGIES
-from .cl.study import Study, plan
+from .cl.study import Study, make_groups, plan
 from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console, Silent
@@ -125,10 +125,20 @@ def names_all(config: Config) -> bool:
 
     A run folder that an earlier version began with all of them named goes on as it began.
     """
-    began = None
-    with contextlib.suppress(UserError):
-        began = read_json(folder_of(config) / "config.json").get("languages")
-    return config.languages == LOCALES and began != list(LOCALES)
+    return config.languages == LOCALES and _before(folder_of(config) / "config.json").get("languages") != list(LOCALES)
+
+
+def groups_of(config: Config, corpus: Corpus, progress: Progress) -> dict[str, str]:
+    """Return what a run's identity says of the groups that a file of `--groups` makes: its contents may change."""
+    if "partial" not in config.strategies or config.groups in ("script", "family"):
+        return {}
+    groups = {f"group of {locale}": group for locale, group in make_groups(config, corpus.locales).items()}
+    folder = folder_of(config)
+    before = _before(folder / "config.json")
+    if not before or before.keys() & groups.keys():
+        return groups
+    progress.say(f"{folder} does not say what groups it has (earlier versions wrote none); it goes on with {config.groups}")
+    return {}
 
 
 def with_selection(config: Config) -> Config:
@@ -212,12 +222,13 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
     if config.select:
         once.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint} | ({"languages": []} if names_all(config) else {})
+    identity |= groups_of(config, corpus, once)
     identity |= {f"corpus, {name}": own.fingerprint for name, own in corpus.others.items()}
     with contextlib.ExitStack() as stack:
         with processes.first():
             folder = stack.enter_context(open_run(folder_of(config), identity, processes.rank, processes.number))
         if folder.done:
-            if processes.rank == 0 and config.backbone != "tiny" and _environment_before(folder).get("backbone"):
+            if processes.rank == 0 and config.backbone != "tiny" and _before(folder.path / "env.json").get("backbone"):
                 _check_backbone(config, folder, _digest(load_backbone(config, corpus, torch.device("cpu"), once)))
             once.say(f"{folder.path} is complete already; its report is made anew")
         else:
@@ -284,7 +295,7 @@ def _check_backbone(config: Config, folder: RunFolder, digest: str) -> None:
 
     The tiny one has other weights only as another number of threads, or another machine, rounds: `_changes` says so.
     """
-    before = _environment_before(folder).get("backbone")
+    before = _before(folder.path / "env.json").get("backbone")
     if config.backbone != "tiny" and before not in (None, digest):
         raise UserError(
             f"{folder.path} holds a run on other weights of backbone {config.backbone} (their digest was {before}, is {digest}); "
@@ -298,7 +309,7 @@ def _changes(config: Config, folder: RunFolder, digest: str, warm_up: int | None
     digest: of the backbone's weights.
     warm_up: the threads of its warm-up.
     """
-    before, threads, lines = _environment_before(folder), torch.get_num_threads(), []
+    before, threads, lines = _before(folder.path / "env.json"), torch.get_num_threads(), []
     differ = "scores may differ from those of a run that was not stopped"
     for name, now in (("threads", threads), *([] if config.exact else [("processes", folder.processes)])):
         if before.get(name, now) != now:
@@ -319,10 +330,10 @@ def _changes(config: Config, folder: RunFolder, digest: str, warm_up: int | None
     return lines
 
 
-def _environment_before(folder: RunFolder) -> dict:
-    """Return what env.json holds; nothing without it, or if it is damaged: it is about to be written anew."""
+def _before(file: Path) -> dict:
+    """Return what a run folder's JSON file holds; nothing without it, or if it is damaged, of which its own reader speaks."""
     with contextlib.suppress(UserError):
-        return read_json(folder.path / "env.json")
+        return read_json(file)
     return {}
 
 

@@ -319,6 +319,8 @@ def test_equal_settings_are_refused(small, capsys):
     """`--rank 8 8` trained one learner and reported it as two runs, with an interval."""
     assert "--rank names 8 twice" in one_line_error([*small[0], "--rank", "8", "8"], capsys)
     assert "--strategies names shared twice" in one_line_error([*small[0], "--strategies", "shared", "shared"], capsys)
+    # Reports name both 0.001, and averaged them.
+    assert "--lr names 0.001 twice" in one_line_error([*small[0], "--lr", "1e-3", "1.0000001e-3"], capsys)
     assert not small[1].exists()
 
 
@@ -531,6 +533,27 @@ def test_groups_that_are_no_file(small, tmp_path, capsys, kind):
     make_odd_entry(tmp_path / "groups", kind)
     arguments = [*small[0], "--strategies", "partial", "--groups", str(tmp_path / "groups")]
     assert "groups" in one_line_error(arguments, capsys)
+
+
+def test_groups_belong_to_a_run_by_what_their_file_says(small, tmp_path, capsys):
+    file, folder = tmp_path / "groups.json", small[1]
+    arguments = [*small[0], "--strategies", "partial", "--groups", str(file)]
+    groups = {"en-US": "a", "de-DE": "a", "ja-JP": "b"}
+    file.write_text(json.dumps(groups))
+    interrupted([*arguments, "--checkpoint-seconds", "0"], 3)
+    changed = json.dumps(groups | {"de-DE": "b"})
+    file.write_text(changed)
+    capsys.readouterr()
+    words = "holds a run of another configuration (group of de-DE was 'a', is 'b'); choose another --out"
+    assert words in one_line_error(arguments, capsys)
+    file.write_text(json.dumps(groups | {"fr-FR": "a"}, indent=1))  # which changes nothing
+    assert main(arguments) == 0
+    file.write_text(changed)
+    assert words in one_line_error(arguments, capsys)  # complete
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if "group of" not in key}))
+    assert main(arguments) == 0
+    assert "does not say what groups it has (earlier versions wrote none)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def test_orders():
     assert make_orders(Config(orders=1, seed=1), LOCALES) != make_orders(Config(orders=1), LOCALES)
     with pytest.raises(UserError, match="each of the 4 languages once"):
         make_orders(Config(order=("ja-JP", "en-US")), LOCALES)
+    with pytest.raises(UserError, match="each of the 4 languages once, got 5: ja-JP ja-JP en-US"):
+        make_orders(replace(config, order=("ja-JP", *config.order)), LOCALES)
 
 
 def test_user_groups(tmp_path):

@@ -83,8 +83,9 @@ def make_orders(config: Config, locales: Sequence[str]) -> dict[str, tuple[str, 
     orders = {f"Order {number}": random_order(locales, config.seed, number) for number in range(1, config.orders + 1)}
     if config.order:
         order = check_locales(config.order)
-        if sorted(order) != sorted(locales):
-            raise UserError(f"--order must hold each of the {len(locales)} languages once, got {len(order)}: {' '.join(order)}")
+        if sorted(config.order) != sorted(locales):
+            given = f"{len(config.order)}: {' '.join(config.order)}"
+            raise UserError(f"--order must hold each of the {len(locales)} languages once, got {given}")
         orders["Order 1"] = order
     return orders
 
