@@ -19,6 +19,7 @@ import tyro
 
 from .cl.backbone import DTYPES, load_backbone, tiny_config, warm_up_threads
 from .cl.banks import row_of
+from .cl.begun import begun, changes, check_backbone, digest_of_weights, groups_of
 from .cl.boards import writer
 from .cl.corpus import Corpus, load_corpus
 from .cl.experiments import idle, with_experiments
@@ -26,13 +27,13 @@ from .cl.languages import LOCALES, check_locales
 from .cl.learner import BALANCED
 from .cl.results import results, score_table
 from .cl.rule_costs import rule_memory
-from .cl.rundir import RunFolder, digest_of, open_run
+from .cl.rundir import RunFolder, open_run
 from .cl.runner import Progress, on_signals, train_study, unsaved
 from .cl.shapes import check_scores
 from .cl.shares import cohorts_of
 from .cl.spans import slot_names
 from .cl.strategies import STRATEGIES
-from .cl.study import Study, make_groups, plan
+from .cl.study import Study, plan
 from .cl.summary import best_on_dev, chosen_on_dev, comparisons, summary_rows, warnings
 from .config import Config
 from .console import Console, Silent
@@ -125,20 +126,7 @@ def names_all(config: Config) -> bool:
 
     A run folder that an earlier version began with all of them named goes on as it began.
     """
-    return config.languages == LOCALES and _before(folder_of(config) / "config.json").get("languages") != list(LOCALES)
-
-
-def groups_of(config: Config, corpus: Corpus, progress: Progress) -> dict[str, str]:
-    """Return what a run's identity says of the groups that a file of `--groups` makes: its contents may change."""
-    if "partial" not in config.strategies or config.groups in ("script", "family"):
-        return {}
-    groups = {f"group of {locale}": group for locale, group in make_groups(config, corpus.locales).items()}
-    folder = folder_of(config)
-    before = _before(folder / "config.json")
-    if not before or before.keys() & groups.keys():
-        return groups
-    progress.say(f"{folder} does not say what groups it has (earlier versions wrote none); it goes on with {config.groups}")
-    return {}
+    return config.languages == LOCALES and begun(folder_of(config) / "config.json").get("languages") != list(LOCALES)
 
 
 def with_selection(config: Config) -> Config:
@@ -222,14 +210,14 @@ def run(config: Config, progress: Progress, processes: Processes = ALONE) -> tup
     if config.select:
         once.say(f"chosen on dev in {config.select}: rank {config.rank[0]}, learning rate {config.lr[0]:g}")
     identity = config.identity() | {"corpus": corpus.fingerprint} | ({"languages": []} if names_all(config) else {})
-    identity |= groups_of(config, corpus, once)
+    identity |= groups_of(config, corpus, folder_of(config), once.say)
     identity |= {f"corpus, {name}": own.fingerprint for name, own in corpus.others.items()}
     with contextlib.ExitStack() as stack:
         with processes.first():
             folder = stack.enter_context(open_run(folder_of(config), identity, processes.rank, processes.number))
         if folder.done:
-            if processes.rank == 0 and config.backbone != "tiny" and _before(folder.path / "env.json").get("backbone"):
-                _check_backbone(config, folder, _digest(load_backbone(config, corpus, torch.device("cpu"), once)))
+            if processes.rank == 0 and config.backbone != "tiny" and begun(folder.path / "env.json").get("backbone"):
+                check_backbone(config, folder, digest_of_weights(load_backbone(config, corpus, torch.device("cpu"), once)))
             once.say(f"{folder.path} is complete already; its report is made anew")
         else:
             _train(config, corpus, study, device, folder, progress, processes)
@@ -253,18 +241,18 @@ def _train(
     once = progress if processes.rank == 0 else Silent()
     with processes.first():
         model = load_backbone(config, corpus, device, once)
-        backbone, parameters, digest = model.config, model.num_parameters, _digest(model)
+        backbone, parameters, digest = model.config, model.num_parameters, digest_of_weights(model)
         if processes.rank == 0:
-            _check_backbone(config, folder, digest)
+            check_backbone(config, folder, digest)
         if processes.number > 1:
             found = {"the corpus": corpus.fingerprint, "the backbone": digest}
             for name, own in corpus.others.items():
-                found[f"the backbone under tokenizer {name}"] = _digest(load_backbone(config, own, device, once))
+                found[f"the backbone under tokenizer {name}"] = digest_of_weights(load_backbone(config, own, device, once))
         del model
     if processes.number > 1:
         processes.check_same(found)
     warm_up = warm_up_threads(config, corpus, once)
-    for line in (*remarks(device), *_changes(config, folder, digest, warm_up)):
+    for line in (*remarks(device), *changes(config, folder, digest, warm_up)):
         once.say(line)
     if processes.rank == 0:
         folder.write_environment(device, digest, warm_up)
@@ -283,58 +271,6 @@ def _train(
                 folder.save_table("slots.csv", score_table(study, outcome, slot_names(corpus.labels)))
             folder.save_scores(results(config, corpus, study, backbone, parameters, outcome))
             folder.remove_other_checkpoints()
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """Hex digits that depend on a model's weights; a second for 500 MB, which took longer to read."""
-    return digest_of({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, "")
-
-
-def _check_backbone(config: Config, folder: RunFolder, digest: str) -> None:
-    """Raise UserError if a pretrained backbone has not the weights that the run began on, whose digest is in env.json.
-
-    The tiny one has other weights only as another number of threads, or another machine, rounds: `_changes` says so.
-    """
-    before = _before(folder.path / "env.json").get("backbone")
-    if config.backbone != "tiny" and before not in (None, digest):
-        raise UserError(
-            f"{folder.path} holds a run on other weights of backbone {config.backbone} (their digest was {before}, is {digest}); "
-            "put those back, or choose another --out"
-        )
-
-
-def _changes(config: Config, folder: RunFolder, digest: str, warm_up: int | None) -> list[str]:
-    """A line for each change since a run stopped that changes its scores.
-
-    digest: of the backbone's weights.
-    warm_up: the threads of its warm-up.
-    """
-    before, threads, lines = _before(folder.path / "env.json"), torch.get_num_threads(), []
-    differ = "scores may differ from those of a run that was not stopped"
-    for name, now in (("threads", threads), *([] if config.exact else [("processes", folder.processes)])):
-        if before.get(name, now) != now:
-            lines.append(f"the run stopped on {before[name]} {name} and goes on with {now}: {differ}")
-    known, number = before.get("backbone"), before.get("backbone_threads", warm_up)
-    if known not in (None, digest) or known is None and number != warm_up:
-        why = "" if number == warm_up else f" (threads of its warm-up: {number}, now {warm_up})"
-        lines.append(f"the run stopped on a tiny backbone of other weights{why}: {differ}")
-    elif known is None and (before or folder.checkpoints()):
-        lines.append(
-            f"{folder.path} has no digest of its backbone (earlier versions wrote none); the run goes on with what is there"
-        )
-    if not config.exact and warm_up not in (None, threads):
-        lines.append(
-            f"the tiny backbone in the cache was warmed up on {warm_up} thread{'s' * (warm_up != 1)}, this run has {threads}: "
-            "warmed up on as many it would have other weights, and the run other scores"
-        )
-    return lines
-
-
-def _before(file: Path) -> dict:
-    """Return what a run folder's JSON file holds; nothing without it, or if it is damaged, of which its own reader speaks."""
-    with contextlib.suppress(UserError):
-        return read_json(file)
-    return {}
 
 
 def _interrupt(number: int) -> None:
