@@ -47,7 +47,7 @@ struct Call {
 // The rows' stride of a matrix whose rows are contiguous, apart, and in bf16 an even number of elements from each other.
 int64_t row_stride(const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns, const char* name) {
   bool fits = tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == 2 && tensor.size(0) == rows &&
-              tensor.size(1) == columns && tensor.stride(1) == 1 &&
+              tensor.size(1) == columns && (rows == 0 || tensor.stride(1) == 1) &&
               (rows < 2 || (tensor.stride(0) >= columns && tensor.stride(0) % 2 == 0));
   STD_TORCH_CHECK(fits, name, " has another type, device, shape or layout");
   return rows < 2 ? columns : tensor.stride(0);

@@ -35,11 +35,12 @@ const Kind* kind_for(ScalarType type, int64_t variant) {
   return type == ScalarType::Float ? pick(F32, variant) : nullptr;
 }
 
-// Checks a tensor [G, rows, columns] whose matrices are each contiguous.
+// Checks a tensor [G, rows, columns] whose matrices are each contiguous. A dimension of 1 may have any stride.
 void check_rows(const Tensor& tensor, ScalarType type, const char* name) {
   bool fits = tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == 3;
-  STD_TORCH_CHECK(
-      fits && tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2), name, " has another type, device or layout");
+  fits = fits && (!tensor.numel() || ((tensor.size(2) == 1 || tensor.stride(2) == 1) &&
+                                      (tensor.size(1) == 1 || tensor.stride(1) == tensor.size(2))));
+  STD_TORCH_CHECK(fits, name, " has another type, device or layout");
 }
 
 // The rows of a contiguous tensor [..., columns], after checks. More than two dimensions must not end in one of 0.

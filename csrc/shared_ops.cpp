@@ -119,7 +119,7 @@ void span_counts(
     c.labels = tags->size(0);
     c.tags = data<int64_t>(*tags, ScalarType::Long, {c.labels}, "tags");
     c.types = data<int64_t>(*types, ScalarType::Long, {c.labels}, "types");
-    if (strict) check_range(c.tags, c.labels, 0, 2, "tags");
+    if (strict) check_range(c.tags, c.labels, 0, 2, "tags"), check_range(c.types, c.labels, -(1 << 28), 1 << 28, "types");
   }
   cpu::SpanCounter counter = shared ? nullptr : cpu::span_counter();
   const cpu::SpanLabels labels(c);
@@ -141,7 +141,7 @@ void span_counts(
       c.flush(c.group[first], sums);
     }
   });
-  STD_TORCH_CHECK(known, "pred or gold has a label that is not in tags, or below 0 in a row that counts");
+  STD_TORCH_CHECK(known, "pred or gold has a label that is not in tags, is 2^29 or more, or below 0 in a row that counts");
 }
 
 // A list [capacity, width].

@@ -1,4 +1,4 @@
-"""Five adapters learn at once in a Llama of one's own, each its own text, and peft loads them: python examples/own_llama.py"""
+"""Five adapters learn at once in a Llama of one's own, each its own text, and peft loads one: python examples/own_llama.py"""
 
 import tempfile
 from pathlib import Path

@@ -156,6 +156,7 @@ def without_effect(config: Config) -> list[str]:
         ("nothing is dropped", config.dropout == config.lora_dropout == 0, "dropout_seed"),
         ("the data is not synthetic", config.data != "synthetic", "overlap relatedness"),
         ("the backbone is not tiny", config.backbone != "tiny", "tiny_layers tiny_hidden pretrain_steps pretrain_batch"),
+        ("it is for --dry-run", not config.dry_run, "plan_for"),
         ("no tokenizer is trained", bool(config.tokenizer or config.backbone != "tiny"), "vocabulary"),
     )
     names = [(name, reason) for reason, applies, group in reasons if applies for name in group.split()]

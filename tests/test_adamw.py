@@ -115,6 +115,14 @@ def test_a_row_equals_itself_among_other_rows():
     assert all(torch.equal(a, b) for a, b in zip(together.state(2), alone.state(2), strict=True))
 
 
+def test_gradients_that_are_one_row():
+    """As those of a sum over adapters: expanded, so no row has an address of its own."""
+    one, everyone = torch.randn(1, 37, generator=torch.Generator().manual_seed(2)), torch.ones(4, dtype=torch.bool)
+    expanded, whole = Rows(), Rows()
+    assert torch.equal(expanded.update(one.expand(4, 37), everyone), whole.update(one.repeat(4, 1), everyone))
+    assert torch.equal(expanded.param, whole.param)
+
+
 def test_low_precision_gradients_and_strided_rows():
     rows, wanted = Rows(), Rows()
     grad = torch.randn(rows.param.shape, generator=torch.Generator().manual_seed(5)).bfloat16()

@@ -182,6 +182,12 @@ def test_strides_and_odd_addresses_do_not_change_a_bit(dtype):
     assert torch.equal(packed_attention(qkv, cu_seqlens.long(), 2, dropout=dropout), wanted[0])
 
 
+def test_no_rows_at_all():
+    qkv = torch.zeros(0, 96, requires_grad=True)
+    packed_attention(qkv, offsets([]), 1).sum().backward()
+    assert qkv.grad.shape == (0, 96)
+
+
 def test_addresses_past_2_to_the_31(tmp_path):
     """Rows lie 2^30 elements apart, so the last ones are past what 32 bits reach; the file behind them is sparse."""
     if not attention_cpu.fits(torch.empty(0, 48), 1):

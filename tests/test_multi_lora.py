@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from helpers import (
     DEVICES,
     PLACES,
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 import kloss.kernels as kernels
 from kloss.kernels import Dropout, lora_triton, make_segments, multi_lora_cpu, segments, tuned
 from kloss.kernels.dropout import keep_mask
+from kloss.kernels.lora_torch import row_linear
 
 multi_lora_linear = partial(kernels.multi_lora_linear, backend="triton")
 
@@ -220,6 +222,42 @@ def test_alone_together_shuffled_and_beside_nan_to_the_bit(device, dtype):
 @given(shape=batches(k=[1, 20, 33], n=[1, 18, 70]))
 def test_any_batch_is_each_adapter_alone(device, shape):
     assert_each_adapter_is_alone(multi_lora_linear, problem(**shape, device=device))
+
+
+@pytest.mark.parametrize(("k", "n"), [(312, 100), (100, 312), (40, 20)])
+def test_a_neighbours_nan_stays_its_own_in_bf16_of_any_width(k, n):
+    """On a CPU with AMX torch's products of odd widths read beyond a row. Rows of both adapters alternate."""
+    lengths = [1] * 40
+    case = problem(lengths, [0, 1] * 20, adapters=2, k=k, n=n, rank=4, dtype=torch.bfloat16)
+    case.x[1::2] = case.dy[1::2] = torch.nan
+    got = outputs(partial(multi_lora_linear, backend="torch"), case, grads=("x", "lora_a", "lora_b"))
+    for name in ("y", "x"):
+        assert got[name][::2].isfinite().all() and got[name][1::2].isnan().all(), name
+    assert all(got[name][0].isfinite().all() for name in ("lora_a", "lora_b"))
+
+
+@pytest.mark.parametrize("width", [312, 100, 40])
+def test_rows_of_a_linear_without_adapters_do_not_meet_either(width):
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight, bias = torch.randn(width + 4, width).bfloat16(), torch.randn(width + 4).bfloat16()
+    x[1::2] = torch.nan
+    y = row_linear(x.requires_grad_(), weight, bias, backward=True)
+    torch.testing.assert_close(y[::2], F.linear(x[::2].clone(), weight, bias), rtol=0.02, atol=0.02)
+    dy = torch.ones_like(y)
+    dy[1::2] = torch.nan
+    y.backward(dy)
+    assert x.grad[::2].isfinite().all() and x.grad[1::2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scaling_of_zero_is_no_term_at_all(dtype):
+    """torch leaves 16-bit results of alpha 0 as the memory was."""
+    case = problem([30, 40], [0, 1], adapters=2, k=100, n=400, rank=4, dtype=dtype)
+    off = case._replace(scaling=torch.tensor([1.0, 0.0]))
+    got = outputs(partial(multi_lora_linear, backend="torch"), off, grads=("x", "lora_a", "lora_b"))
+    rows = case.group == 1
+    torch.testing.assert_close(got["y"][rows], F.linear(case.x, case.weight, case.bias)[rows], rtol=0.02, atol=0.02)
+    assert not got["lora_a"][1].any() and not got["lora_b"][1].any() and got["lora_b"][0].any()
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -59,6 +59,16 @@ def test_forward_and_gradients(name, p, dtype):
     assert_as_good(multi_lora_linear, problem(**CASES[name], p=p, dtype=dtype))
 
 
+def test_factors_of_rank_1_may_be_views(dtype):
+    """Of a dimension of size 1 torch calls any stride contiguous."""
+    case = problem([4, 9], [0, 1], adapters=2, k=32, n=64, rank=1, dtype=dtype)
+    wanted = outputs(multi_lora_linear, case)
+    a, b = case.lora_a.as_strided((2, 1, 32), (32, 1, 1)), case.lora_b.as_strided((2, 64, 1), (64, 1, 64))
+    assert a.is_contiguous() and b.is_contiguous() and b.stride() != case.lora_b.stride()
+    got = multi_lora_linear(case.x, case.weight, case.bias, a, b, case.scaling, case.segments, **case.keywords)
+    assert torch.equal(got, wanted["y"])
+
+
 def test_alone_together_shuffled_and_beside_nan_to_the_bit(dtype):
     assert_company_does_not_matter(multi_lora_linear, k=64, n=96, rank=8, dtype=dtype)
 

@@ -65,6 +65,12 @@ def test_faults_are_named(name, change, message, backend):
         multi_lora_linear(**{"backend": backend} | bad_problem(name, change))
 
 
+def test_triton_without_a_gpu_and_its_interpreter_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="^backend 'triton' needs a GPU, or Triton's interpreter .*; got x on cpu"):
+        multi_lora_linear(**bad_problem("backend", "triton"))
+
+
 def test_a_backend_refuses_what_it_cannot_compute():
     case = problem([5], [0], adapters=1, k=20, n=24)
     tensors = case.x, case.weight, case.bias, case.lora_a, case.lora_b

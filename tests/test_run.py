@@ -151,7 +151,7 @@ def test_counts_of_slot_types_belong_to_a_run(small, capsys):
     arguments, folder = small
     assert main([*arguments, "--epochs", "1"]) == 0
     line = one_line_error([*arguments, "--epochs", "1", "--slot-counts"], capsys)
-    assert "holds a run of another configuration (slot_counts was None, is True)" in line
+    assert "holds a run of another configuration (slot_counts was its default, is True)" in line
 
 
 def test_scores_within_experiences_survive_a_stop(small, monkeypatch):
@@ -259,7 +259,7 @@ def test_settings_are_chosen_on_dev(small, capsys):
     for locale, spans in gold.items():
         labels = corpus.sentences(locale, "dev").labels
         assert spans == sum(corpus.labels[n].startswith("B-") for n in labels if n >= 0)
-    assert "eval_split was 'dev', is None" in one_line_error(
+    assert "eval_split was 'dev', is its default" in one_line_error(
         [*arguments, "--strategies", "shared", "--out", str(folder / "dev")], capsys
     )
 
@@ -626,6 +626,11 @@ def test_without_clipping(small, capsys):
     config, scores = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "scores"))
     assert config["max_norm"] == "inf" and "gradients not clipped" in scores["choices"][0]
     assert "gradients not clipped" in (folder / "report.html").read_text()
+
+
+def test_a_plan_for_other_machines_is_of_a_dry_run():
+    assert without_effect(Config(plan_for="8xh200")) == ["--plan-for has no effect: it is for --dry-run"]
+    assert not without_effect(Config(plan_for="8xh200", dry_run=True))
 
 
 def test_a_scaling_of_zero_runs_to_the_end(small):

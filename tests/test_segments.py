@@ -141,6 +141,11 @@ def test_the_device_check_sees_what_the_host_check_sees(case, monkeypatch):
         make_segments(cu_seqlens, adapter, 2, rows=12)
 
 
+def test_offsets_that_no_int32_holds_are_refused():
+    with pytest.raises(ValueError, match=r"^cu_seqlens must end below 2\^31, got 4294967296"):
+        make_segments(torch.tensor([0, 1 << 32]), torch.tensor([0], dtype=torch.int32), 1)
+
+
 @pytest.mark.parametrize("name", ["int64", "int16", "int8", "uint8"])
 def test_offsets_and_ids_of_any_integer_type(name):
     cu_seqlens, adapter = [0, 3, 5, 9], [2, 0, 1] if name == "uint8" else [2, -1, 0]

@@ -327,6 +327,8 @@ def test_span_counts_refuse_what_is_out_of_range():
         ((ids + 5, ids, borders, group, 2), names, "a label that is not in tags"),
         ((ids, ids + 5, borders, group, 2), names, "a label that is not in tags"),
         ((ids - 1, ids, borders, group, 2), {}, "below 0"),
+        ((ids + 2**31, ids, borders, group, 2), {}, "2.29 or more"),
+        ((ids, ids, borders, group, 2), {"tags": LABELS[0], "types": LABELS[1] * 2**30, "strict": True}, "types has a value"),
         ((ids, ids, borders, group, 1), {}, "group has a value outside 0..0"),
         ((ids, ids, borders + 1, group, 2), {}, "start at 0"),
         ((ids, ids, torch.tensor([0, 3, 1]), group, 2), {}, "not decrease"),

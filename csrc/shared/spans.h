@@ -48,7 +48,7 @@ struct SpanCounts {
   // BATCH: rows that are looked through before the labels among them are read. A processor cannot foresee which rows count.
   template <int BATCH>
   KLOSS_HD bool count(int64_t s, int64_t* sums) const {
-    const uint64_t known = tags ? labels : INT64_MAX;
+    const uint64_t known = tags ? labels : 1 << 29;  // whose codes fit
     Side p, g;
     int both = 0;  // whether spans of the same slot started together on both sides and still last
     int64_t hits = 0, predicted = 0, golden = 0;

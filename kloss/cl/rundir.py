@@ -217,7 +217,8 @@ def open_run(folder: str | Path, config: Mapping, process: int = 0, processes: i
             changed.sort(key="corpus".__eq__)  # name a setting rather than the fingerprint that follows from it
             if changed:
                 key = changed[0]
-                change = f"{key} was {before.get(key)!r}, is {config.get(key)!r}"
+                was, now = (repr(of[key]) if key in of else "its default" for of in (before, config))
+                change = f"{key} was {was}, is {now}"
                 raise UserError(f"{path} holds a run of another configuration ({change}); choose another --out")
         else:
             write_json(file, config)

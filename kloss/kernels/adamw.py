@@ -84,7 +84,8 @@ def adapter_adamw_(
             check_values(name, values.tolist(), lambda value: 0 <= value <= LARGEST, "a finite number, at least 0")
         check_values("max_norm", max_norm.tolist(), lambda value: value > 0, "a number above 0, or inf for no clipping")
     if step.device == param.device and shared_ops.runs_on(param.device):
-        grad = grad if grad.stride(1) == 1 else grad.contiguous()
+        apart = grad.stride(1) == 1 and (G < 2 or grad.stride(0) >= grad.shape[1])  # as an expanded row is not
+        grad = grad if apart else grad.contiguous()
         rate, decay, top = (numbers.to(torch.float32).contiguous() for numbers in (lr, weight_decay, max_norm))
         tail_rate = None if tail_lr is None else tail_lr.to(torch.float32).contiguous()
         return shared_ops.adamw_(

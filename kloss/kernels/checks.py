@@ -62,6 +62,8 @@ def check_offsets(cu_seqlens: Tensor, rows: int | None, device: torch.device | N
     offsets = cu_seqlens.tolist()
     if offsets[0] or offsets != sorted(offsets):
         raise ValueError(f"{order}, got {shortened(offsets)}")
+    if offsets[-1] >= 1 << 31:
+        raise ValueError(f"cu_seqlens must end below 2^31, got {offsets[-1]}")
     if rows is not None and offsets[-1] > rows:
         raise ValueError(f"{room}, got {offsets[-1]}")
 

@@ -122,8 +122,7 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
             if need_b:
                 s_g = s[run].unflatten(1, (slices, -1))[..., :rank].contiguous().flatten(1)  # as forward computed it
                 s_g = _by_slice(aligned(s_g), slices)
-                d_b_g = torch.baddbmm(s.new_zeros(1, 1, 1), dy_g.transpose(1, 2), s_g, beta=0, alpha=scale)
-                d_b[g, :, :rank] = d_b_g.flatten(0, 1)
+                d_b[g, :, :rank] = _scaled(dy_g.transpose(1, 2), s_g, scale).flatten(0, 1)
             if need_a:
                 d_a_g = torch.mm(ds.t(), aligned(dropped[rows]))
                 d_a[g].unflatten(0, (slices, -1))[:, :rank] = d_a_g.unflatten(0, (slices, -1))
@@ -136,7 +135,7 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, ends: Tensor, exact: bool) -> Tensor:
     """x Wᵀ + b [T, N]. exact: each adapter's rows on their own, on one thread: BLAS chooses its order of summation by both."""
     if not exact:
-        return F.linear(x, weight, bias)
+        return row_linear(x, weight, bias)
     runs = host_runs(ends)
     first = runs[-1][2] if runs else 0  # of the rows without an adapter
     behind = torch.arange(order.numel(), x.shape[0], device=x.device)
@@ -145,6 +144,19 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, 
         for rows in (*rows_of(runs, order), torch.cat([order[first:], behind])):
             y[rows] = F.linear(aligned(x[rows]), weight, bias)
     return y
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backward: bool = False) -> Tensor:
+    """x Wᵀ + b, [T, N], in which no row sees another's NaN. backward: nor in that of autograd, which contracts over N.
+
+    Where a contraction is no multiple of 32, AMX's bf16 products on a CPU read beyond a row, into the next, and multiply by 0.
+    """
+    N, K = weight.shape
+    inputs, outputs = -K % 32, -N % 32 * backward
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not (inputs or outputs):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else F.pad(bias, (0, outputs))
+    return F.linear(F.pad(x, (0, inputs)), F.pad(weight, (0, inputs, 0, outputs)), bias)[:, :N]
 
 
 @contextmanager
@@ -183,8 +195,14 @@ def _by_slice(x: Tensor, slices: int) -> Tensor:
 
 def _products(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale · a b for [slices, n, k] and [slices, k, m], side by side: [n, slices*m]."""
-    out = torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
-    return out.transpose(0, 1).flatten(1)
+    return _scaled(a, b, scale).transpose(0, 1).flatten(1)
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a b. For alpha=0 and beta=0 torch leaves 16-bit results as the memory was."""
+    if not scale:
+        return a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _live_a(a: Tensor, slices: int, rank: int) -> Tensor:

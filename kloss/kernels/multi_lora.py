@@ -157,6 +157,8 @@ def _checked(backend: str, x: Tensor, weight: Tensor, slices: int, hopper: bool)
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' computes fp32, bf16 and fp16, got fp64; 'torch' computes it")
+    if backend == "triton" and x.device.type == "cpu" and not _interpreted():
+        raise ValueError(f"backend 'triton' needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1); got x on {x.device}")
     if backend == "hopper" and not hopper:
         raise ValueError(
             "backend 'hopper' needs such a GPU, 16 bits, a batch whose rows are in order, one rank that is a multiple of 16, and "
@@ -168,6 +170,12 @@ def _checked(backend: str, x: Tensor, weight: Tensor, slices: int, hopper: bool)
         needs = f"the C++ extension, a CPU, no fp64, and K and N / slices that are multiples of {multi_lora_cpu.LANES}"
         raise ValueError(f"backend 'csrc' needs {needs}; got {given}")
     return backend
+
+
+def _interpreted() -> bool:
+    from triton import knobs  # only here: kloss computes without Triton, too
+
+    return knobs.runtime.interpret
 
 
 def check_linear(

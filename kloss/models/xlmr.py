@@ -36,6 +36,7 @@ from ..kernels import (
 from ..kernels.feed_forward import LoraLinear, multi_lora_feed_forward
 from ..kernels.layer_cpu import LayerAdapters, LayerWeights
 from ..kernels.lists import positions
+from ..kernels.lora_torch import row_linear
 from .architecture import MODELS, XLMRConfig, from_config
 from .checkpoint import PATTERNS, read_weights
 from .convert import from_transformers, to_transformers
@@ -146,7 +147,7 @@ class Layer(nn.Module):
                 return F.linear(x, base.weight, base.bias)
             whole, layer = bank.linear(self.index, name, x, base, segments), adapted(name)
             if whole is not None or layer is None:
-                return F.linear(x, base.weight, base.bias) if whole is None else whole
+                return row_linear(x, base.weight, base.bias, backward=True) if whole is None else whole
             return multi_lora_linear(
                 x,
                 *layer[:4],
