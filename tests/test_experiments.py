@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +17,11 @@ import test_remedies
 import torch
 from test_run import SMALL, interrupted
 
-from kloss.cl import evaluate, experiments, probes
+from kloss.cl import evaluate, experiments
 from kloss.cl.experiments import EXPERIMENTS, Experiment, damage, merge, pairs, sections, where
-from kloss.cl.experiments.section import Needs, Section
+from kloss.cl.experiments.section import Needs
 from kloss.cl.languages import LANGUAGES
 from kloss.cl.probes import State
-from kloss.cl.spans import f1_from_counts
 from kloss.cl.states import KeptRow, States
 from kloss.cl.study import plan as study_of
 from kloss.cl.train import _Team
@@ -660,17 +658,14 @@ def test_order_end_to_end(cache, tmp_path):
 def test_contributings_example_is_an_experiment(cache, tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
     source = text.split("## Add an experiment")[1].split("```python\n")[1].split("```")[0]
-    names = {"torch": torch, "np": np, "State": State, "Probe": probes.Probe, "Needs": Needs, "Section": Section}
-    exec(source, names | {"f1_from_counts": f1_from_counts}, made := dict(names, f1_from_counts=f1_from_counts))
-    example = SimpleNamespace(**{key: made[key] for key in ("plan", "record", "SHAPE", "analyse")})
-    for function in (made["mean_row"], example.plan, example.record, example.analyse):
-        function.__globals__.update(made)
-    monkeypatch.setitem(
-        EXPERIMENTS, "where", Experiment(("non-shared",), example.plan, example.record, example.SHAPE, example.analyse)
-    )
+    assert source.count('name == "mean"') == 1  # the name that it is called by
+    source = source.replace('name == "mean"', 'name == "where"')
+    exec(source, made := {"__package__": "kloss.cl.experiments", "__name__": "example"})
+    parts = [made[part] for part in ("plan", "record", "SHAPE", "analyse")]
+    monkeypatch.setitem(EXPERIMENTS, "where", Experiment(("non-shared",), *parts))
     folder = tmp_path / "run"
     run = [*SMALL, "--cache", cache, "--out", str(folder), "--experiments", "where", "--strategies", "non-shared"]
-    assert main(run) == 0 and len(source.splitlines()) < 30
+    assert main(run) == 0 and len(source.splitlines()) < 40
     assert re.search("The mean of all adapters reaches 0...", (folder / "report.html").read_text())
 
 

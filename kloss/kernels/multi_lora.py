@@ -157,14 +157,14 @@ def _checked(backend: str, x: Tensor, weight: Tensor, slices: int, hopper: bool)
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend 'triton' computes fp32, bf16 and fp16, got fp64; 'torch' computes it")
-    if backend == "triton" and x.device.type == "cpu" and not _interpreted():
+    cannot_look = torch.compiler.is_compiling()  # for the extension on disk, which the operator looks for again, or a setting
+    if backend == "triton" and not (cannot_look or x.device.type != "cpu" or _interpreted()):
         raise ValueError(f"backend 'triton' needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1); got x on {x.device}")
     if backend == "hopper" and not hopper:
         raise ValueError(
             "backend 'hopper' needs such a GPU, 16 bits, a batch whose rows are in order, one rank that is a multiple of 16, and "
             f"aligned tensors; got {x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"
         )
-    cannot_look = torch.compiler.is_compiling()  # for the extension on disk; the operator checks again
     if backend == "csrc" and not (cannot_look or (x.device.type == "cpu" and multi_lora_cpu.fits(x, weight, slices))):
         given = f"{x.dtype} on {x.device}, K {x.shape[1]}, N {weight.shape[0]}, slices {slices}"
         needs = f"the C++ extension, a CPU, no fp64, and K and N / slices that are multiples of {multi_lora_cpu.LANES}"
